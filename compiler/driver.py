@@ -1,0 +1,187 @@
+"""apply and load: from a model and a spec, or a checkpoint, to an adapted model."""
+
+from collections.abc import Callable, Mapping, Sequence
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from peftc.compiler.lower import specialise
+from peftc.compiler.trace import Tracer
+from peftc.grammar.diagnostics import ModelError, UsageError, fail
+from peftc.grammar.elaborate import read_spec
+from peftc.grammar.spec import AdapterSpec, Spec
+from peftc.passes.insert_delta import SlotValue
+from peftc.passes.plan import AdapterPlan
+from peftc.passes.resolve import Ground, check_base, resolve, survey
+from peftc.passes.structure import Structure
+from peftc.passes.traced import Traced
+from peftc.runtime.bank import AdapterParameters, initial, trained_keys
+from peftc.runtime.call import Call, read_call
+from peftc.runtime.engine import Engine
+from peftc.runtime.model import STATE, AdaptedModel, adapted_class, base_view
+from peftc.runtime.share import share
+from peftc.runtime.state import BANK, AdapterState, Facts
+
+
+class Compiler:
+    """Traces, specialises and plans for one adapted model; see `runtime.engine.Backend`."""
+
+    def __init__(self, model: AdaptedModel):
+        self._model = model
+        self._ground: tuple[object, Ground] | None = None
+
+    def trace(self, call: Call) -> Traced:
+        """The base graph for calls of this signature. Raises ModelError."""
+        return Tracer(base_view(self._model)).trace(call)
+
+    def specialise(
+        self, traced: Traced, structure: Structure, slot_value: SlotValue, *, training: bool, autocast: bool
+    ) -> fx.Graph:
+        """The trace with adapters in it. Raises ModelError."""
+        return specialise(traced, structure, slot_value, training=training, autocast=autocast)
+
+    def plan(self, spec: AdapterSpec) -> AdapterPlan:
+        """What an adapter puts where. Raises SpecError."""
+        return resolve(spec, self.ground())
+
+    def ground(self) -> Ground:
+        """What there is to adapt; looked at again when a weight changed its shape or place."""
+        view = base_view(self._model)
+        seen = tuple((name, each.shape, each.device, each.dtype) for name, each in view.named_parameters())
+        if self._ground is None or self._ground[0] != seen:
+            self._ground = (seen, survey(view))
+        return self._ground[1]
+
+    def for_model(self, model: nn.Module) -> "Compiler":
+        """The same for a copy of the model."""
+        assert isinstance(model, AdaptedModel)
+        return Compiler(model)
+
+
+def apply(
+    model: nn.Module,
+    spec: Spec | str | PathLike[str],
+    *,
+    example_inputs: Sequence[Any] | Mapping[str, Any] | None = None,
+) -> AdaptedModel:
+    """Put the adapters of a spec into a model.
+
+    Args:
+        model: Any transformers model, or any `nn.Module` that torch.export can trace. It is not changed, and the
+            result shares its weights.
+        spec: A path to an `.adapter` file, the text itself, or a Spec.
+        example_inputs: Positional (a sequence) or named (a mapping) arguments to trace the first graph with at once.
+            Without them every graph is traced when a call first needs it.
+
+    Returns:
+        An object of the model's class with the spec's adapters, freshly initialised. The adapters that the spec
+        activates, or a lone one, are active and trainable; the base is frozen.
+
+    Raises:
+        SpecError: the spec is wrong, in itself or for this model.
+        ModelError: the model cannot be copied or traced.
+    """
+    meant = spec if isinstance(spec, Spec) else read_spec(spec)
+    ground = survey(_checked(model))
+    check_base(meant.base, ground)
+    plans = [resolve(each, ground) for each in meant.adapters]
+    adapted = adapt(model)
+    state: AdapterState = adapted._adapter_state
+    for plan in plans:
+        state.add(AdapterParameters(plan, initial(plan, adapted), trained_keys(plan)))
+    state.activate(meant.active, trainable=True)
+    if example_inputs is not None:
+        prepare(adapted, example_inputs)
+    return adapted
+
+
+def load(
+    model: nn.Module,
+    peft_model_id: str | PathLike[str],
+    *,
+    adapter_name: str = "default",
+    is_trainable: bool = False,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | PathLike[str] | None = None,
+    local_files_only: bool = False,
+    allow_pickle: bool = False,
+    autocast_adapter_dtype: bool = True,
+) -> AdaptedModel:
+    """Put an adapter from a PEFT checkpoint, ours or peft's, into a model.
+
+    Args:
+        model: The base. It is not changed, and the result shares its weights.
+        peft_model_id: A directory, or a repository on the Hub.
+        adapter_name: What the adapter is called here.
+        is_trainable: Whether to go on training it; otherwise nothing of the result has a gradient.
+        revision: Of the repository, as `subfolder`, `token`, `cache_dir` and `local_files_only`.
+        subfolder: Where in the directory or repository the adapter lies.
+        token: For a private repository.
+        cache_dir: Where downloads are kept.
+        local_files_only: Never ask the Hub.
+        allow_pickle: Read an adapter_model.bin, which may come from anywhere, with torch's weights-only unpickler.
+        autocast_adapter_dtype: Hold float16 and bfloat16 adapters in float32, as PEFT does.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, unsupported, or does not fit the model.
+        ModelError: the model cannot be copied or traced.
+    """
+    adapted = adapt(_checked(model))
+    adapted.load_adapter(
+        peft_model_id,
+        adapter_name,
+        is_trainable=is_trainable,
+        revision=revision,
+        subfolder=subfolder,
+        token=token,
+        cache_dir=cache_dir,
+        local_files_only=local_files_only,
+        allow_pickle=allow_pickle,
+        autocast_adapter_dtype=autocast_adapter_dtype,
+    )
+    return adapted
+
+
+def adapt(model: nn.Module) -> AdaptedModel:
+    """An adapted model that has no adapter yet."""
+    plain = share(model, requires_grad=False)
+    kind = adapted_class(type(model))
+    adapted = object.__new__(kind)
+    adapted.__dict__.update(plain.__dict__)
+    bank = nn.Module()
+    adapted.add_module(BANK, bank)
+    requires_grad = {name: each.requires_grad for name, each in model.named_parameters(remove_duplicate=False)}
+    config = getattr(model, "config", None)
+    name = getattr(config, "_name_or_path", None) or getattr(model, "name_or_path", None)
+    facts = Facts(base_name=name or None, base_revision=getattr(config, "_commit_hash", None))
+    engine = Engine(Compiler(adapted), adapted)
+    adapted.__dict__[STATE] = AdapterState(engine=engine, bank=bank, requires_grad=requires_grad, facts=facts)
+    return adapted
+
+
+def prepare(adapted: AdaptedModel, example_inputs: Sequence[Any] | Mapping[str, Any]) -> Call:
+    """Trace and specialise the graph for calls like this one, now. Returns the call. Raises ModelError."""
+    named: Callable[..., dict[str, Any]] = adapted._named
+    if isinstance(example_inputs, Mapping):
+        arguments = named((), example_inputs)
+    elif isinstance(example_inputs, torch.Tensor):
+        arguments = named((example_inputs,), {})
+    else:
+        arguments = named(tuple(example_inputs), {})
+    call = read_call("", adapted.training, getattr(adapted, "config", None), arguments)
+    adapted._adapter_state.engine.program(call)
+    return call
+
+
+def _checked(model: nn.Module) -> nn.Module:
+    if isinstance(model, AdaptedModel):
+        fail(UsageError, "E543", "the model is adapted already", help="use its add_adapter or load_adapter")
+    if not isinstance(model, nn.Module):
+        fail(ModelError, "E405", f"a {type(model).__name__} is not a model", help="pass a torch.nn.Module")
+    if hasattr(model, "peft_config") and hasattr(model, "base_model") and type(model).__module__.startswith("peft."):
+        fail(ModelError, "E406", "the model is wrapped by peft", help="pass the model peft wraps: model.unload()")
+    return model

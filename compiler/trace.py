@@ -1,0 +1,266 @@
+"""Traces a model, once per signature, to one flat graph."""
+
+import inspect
+import logging
+import operator
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+from torch import fx, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.exporters.exporter_dynamo import DynamoConfig, DynamoExporter
+from transformers.exporters.utils import patch_attributes
+from transformers.utils import logging as transformers_logging
+
+from peftc.compiler.samples import PAST, ROWS, SOURCE, Sample, Sampler, plain_sample
+from peftc.compiler.twin import Twin
+from peftc.grammar.diagnostics import AdapterError, Diagnostic, ModelError, fail
+from peftc.passes import driver
+from peftc.passes.owners import SplitOwners
+from peftc.passes.sites import tied_names
+from peftc.passes.traced import Traced
+from peftc.runtime import caches, nest
+from peftc.runtime.call import Call, tensor_names
+
+# The exporter drops an input called `labels`; under another name the loss is traced like everything else.
+TRACED_NAMES = {"labels": "target_labels", "future_values": "target_future_values"}
+
+
+@dataclass(frozen=True)
+class _Input:
+    name: str
+    value: torch.Tensor
+    dynamic: tuple[int, ...]
+
+
+class Tracer:
+    """Traces one model, each time on a twin of its own: a FakeTensorMode that saw one export is not fit for another
+    (its cache of results refers to the first one's symbolic sizes, and crashes the process).
+    """
+
+    def __init__(self, model: nn.Module):
+        self._source = model
+        self._aliases = tied_names(model)
+
+    def trace(self, call: Call) -> Traced:
+        """The graph for calls of this signature.
+
+        Raises ModelError, naming what the exporter could not trace, for models or calls it does not support.
+        """
+        layout = self._layout(call) if call.cache is not None else None
+        twin = self._twin(call)
+        inputs = self._inputs(twin, call, layout)
+        forward = _FlatForward(twin.model, call, layout)
+        with _quiet():
+            module = _export(twin.model, forward, inputs, type(self._source).__name__)
+        graph = _flat_graph(module, inputs)
+        driver.run(graph, [SplitOwners(self._aliases)])
+        return Traced(
+            graph=graph,
+            inputs=tuple(each.name for each in inputs),
+            shapes=tuple(_bound_sizes(node) for node in graph.find_nodes(op="placeholder")),
+            constants=_constants(module, graph, self._aliases),
+            outputs=forward.form,
+            cache=layout or forward.layout,
+        )
+
+    def _inputs(self, twin: Twin, call: Call, layout: caches.Layout | None) -> list[_Input]:
+        names = [path for name, form in call.signature.arguments for path in tensor_names(form, name)]
+        samples = self._samples(call, names, PAST if layout else 0)
+        inputs = [
+            _Input(_traced_name(name), twin.fake(_blank(tensor, sample.shape)), sample.dynamic)
+            for name, tensor, sample in zip(names, call.tensors, samples, strict=True)
+        ]
+        if layout is not None:
+            device = call.tensors[0].device
+            inputs += [_Input(name, twin.fake(tensor), (0, 2)) for name, tensor in _sample_cache(layout, device)]
+        return inputs
+
+    def _samples(self, call: Call, names: list[str], past: int) -> tuple[Sample, ...]:
+        if call.signature.sizes:
+            return tuple(Sample(tuple(tensor.shape), ()) for tensor in call.tensors)
+        if not isinstance(self._source, PreTrainedModel):
+            return plain_sample(call.tensors)
+        is_encoder_decoder = bool(getattr(self._source.config, "is_encoder_decoder", False))
+        sampler = Sampler(is_encoder_decoder, past, call.rows)
+        return tuple(sampler.sample(name, tensor) for name, tensor in zip(names, call.tensors, strict=True))
+
+    def _twin(self, call: Call) -> Twin:
+        twin = Twin(self._source)
+        twin.model.train(call.signature.training)
+        return twin
+
+    def _layout(self, call: Call) -> caches.Layout:
+        """What the model's cache looks like: run a twin once without one and look at what it returns."""
+        assert call.signature.cache is not None
+        twin = self._twin(call)
+        names = [path for name, form in call.signature.arguments for path in tensor_names(form, name)]
+        tensors = [
+            twin.fake(_blank(tensor, sample.shape))
+            for tensor, sample in zip(call.tensors, self._samples(call, names, 0), strict=True)
+        ]
+        forward = _FlatForward(twin.model, call, None)
+        try:
+            with _quiet(), twin.mode, torch.no_grad(), patch_attributes([(torch.compiler, "is_compiling", _always)]):
+                output = forward.run(tensors, None)
+        except AdapterError:
+            raise
+        except Exception as error:
+            _refuse(type(self._source).__name__, error)
+        made = next((each for each in _values(output) if isinstance(each, Cache)), None)
+        if made is None:
+            fail(ModelError, "E411", f"{type(self._source).__name__} was given a cache but returns none")
+        return caches.layout_of(made, call.signature.cache[1])
+
+
+class _FlatForward:
+    """The model's forward with flat tensors in and out, as the exporter sees it; remembers the form of the output."""
+
+    def __init__(self, model: nn.Module, call: Call, layout: caches.Layout | None):
+        self._module = model.get_submodule(call.signature.entry)
+        self._arguments = call.signature.arguments
+        self._layout = layout
+        self._is_root = not call.signature.entry
+        self.form: nest.Form = ()
+        self.layout: caches.Layout | None = None
+
+    def __call__(self, tensors: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+        values = list(tensors.values())
+        count = sum(len(tensor_names(form, name)) for name, form in self._arguments)
+        cache = caches.build(self._layout, values[count:], trimmed=False) if self._layout else None
+        output = self.run(values[:count], cache)
+        leaves: list[torch.Tensor] = []
+        self.form = nest.flatten(output, leaves, "the output")
+        if nest.holds_cache(self.form):
+            made = next(each for each in _values(output) if isinstance(each, Cache))
+            if self._layout is None:
+                self.layout = caches.layout_of(made, filled=False)
+            leaves += caches.tensors_of(made, self._layout or self.layout)  # type: ignore[arg-type]
+        return leaves
+
+    def run(self, tensors: list[torch.Tensor], cache: Cache | None) -> Any:
+        """Call the model's own forward."""
+        left = list(tensors)
+        arguments = {name: nest.rebuild(form, left, cache) for name, form in self._arguments}
+        if self._is_root:
+            return type(self._module).forward(self._module, **arguments)
+        return self._module(**arguments)
+
+
+def _values(output: Any) -> list[Any]:
+    if isinstance(output, dict):
+        return list(output.values())
+    return list(output) if isinstance(output, tuple | list) else [output]
+
+
+def _export(model: nn.Module, forward: _FlatForward, inputs: list[_Input], kind: str) -> fx.GraphModule:
+    sample = {each.name: each.value for each in inputs}
+    dynamic = {each.name: dict.fromkeys(each.dynamic, torch.export.Dim.AUTO) for each in inputs}
+
+    def flat(**tensors: torch.Tensor) -> list[torch.Tensor]:
+        return forward(tensors)
+
+    flat.__signature__ = inspect.Signature([_keyword(name) for name in sample])  # type: ignore[attr-defined]
+    model.__dict__["forward"] = flat
+    try:
+        if isinstance(model, PreTrainedModel):
+            config = DynamoConfig(dynamic=True, dynamic_shapes=dynamic)
+            program, _ = DynamoExporter().export_program(model, dict(sample), config)
+        else:
+            with torch.no_grad():
+                program = torch.export.export(model, (), sample, dynamic_shapes=dynamic, strict=False)
+        return program.module()
+    except AdapterError:
+        raise
+    except Exception as error:  # whatever the model's own code meets under the exporter
+        _refuse(kind, error)
+    finally:
+        model.__dict__.pop("forward", None)
+
+
+def _refuse(kind: str, error: Exception) -> NoReturn:
+    lines = str(error).strip().splitlines() or ["no message"]
+    diagnostic = Diagnostic(
+        "E402",
+        f"{kind} cannot be traced for this call: {type(error).__name__}: {lines[0]}",
+        help="its forward depends on data, or on something torch.export does not support; the cause is chained below",
+    )
+    raise ModelError(diagnostic) from error
+
+
+def _flat_graph(module: fx.GraphModule, inputs: list[_Input]) -> fx.Graph:
+    """The exported graph with plain placeholders and a flat tuple as output."""
+    graph = module.graph
+    graph.set_codegen(fx.graph.CodeGen())
+    names = [str(node.target) for node in graph.find_nodes(op="placeholder")]
+    if names != [each.name for each in inputs]:
+        extra = sorted(set(names) - {each.name for each in inputs})
+        fail(ModelError, "E403", f"the exporter prepares inputs that are not supported yet: {', '.join(extra)}")
+    for node in graph.nodes:
+        if node.op == "get_attr" and "val" not in node.meta:
+            node.meta["val"] = None
+        if node.op == "call_module" and node.target == "_guards_fn":
+            graph.erase_node(node)
+    return graph
+
+
+def _constants(
+    module: fx.GraphModule, graph: fx.Graph, aliases: Mapping[str, tuple[str, ...]]
+) -> dict[str, torch.Tensor | nn.Module]:
+    """What the graph reads that is not the model's: lifted constants and the bodies of higher-order operators."""
+    found: dict[str, torch.Tensor | nn.Module] = {}
+    for node in graph.find_nodes(op="get_attr"):
+        if node.target not in aliases:
+            found[str(node.target)] = operator.attrgetter(str(node.target))(module)
+    return found
+
+
+def _always(_: Callable[[], bool]) -> Callable[[], bool]:
+    """Models choose kernels that fake tensors can run when they believe they are being compiled."""
+    return lambda: True
+
+
+def _keyword(name: str) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+
+
+def _bound_sizes(node: fx.Node) -> tuple[int | None, ...]:
+    return tuple(size if isinstance(size, int) else None for size in node.meta["val"].shape)
+
+
+def _traced_name(name: str) -> str:
+    return TRACED_NAMES.get(name, name.replace(".", "_"))
+
+
+def _blank(tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    return torch.zeros(shape, dtype=tensor.dtype, device=tensor.device)
+
+
+def _sample_cache(layout: caches.Layout, device: torch.device) -> Iterator[tuple[str, torch.Tensor]]:
+    parts = [("", layout.own, PAST)] + ([("cross_", layout.cross, SOURCE)] if layout.filled else [])
+    for prefix, layers, length in parts:
+        for index, layer in enumerate(layers):
+            for role, size in (("key", layer.key_size), ("value", layer.value_size)):
+                shape = (ROWS, layer.heads, length, size)
+                yield f"past_{prefix}{index}_{role}", torch.zeros(shape, dtype=layer.dtype, device=device)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter's advice, which is not for our user, off the user's screen."""
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    exporter = logging.getLogger("torch.export")
+    before, exporter.disabled = exporter.disabled, True
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        exporter.disabled = before
+        transformers_logging.set_verbosity(level)

@@ -1,0 +1,90 @@
+"""Scalars with values: what an expression over hyperparameters comes to."""
+
+import math
+import operator
+from collections.abc import Callable, Mapping
+from typing import NoReturn
+
+from peftc.grammar import expression, tree
+from peftc.grammar.diagnostics import SpecError, fail
+from peftc.grammar.rule import Value
+from peftc.grammar.source import Span
+
+_LARGEST = 2**63
+
+_Number = int | float
+
+_ARITHMETIC: Mapping[str, Callable[[_Number, _Number], _Number]] = {
+    "+": operator.add,
+    "-": operator.sub,
+    "*": operator.mul,
+    "/": operator.truediv,
+    "//": operator.floordiv,
+    "**": lambda base, exponent: float(base) ** float(exponent),
+}
+_COMPARISON: Mapping[str, Callable[[_Number, _Number], bool]] = {
+    "<": operator.lt,
+    "<=": operator.le,
+    ">": operator.gt,
+    ">=": operator.ge,
+}
+_FUNCTIONS: Mapping[str, Callable[..., _Number]] = {"sqrt": math.sqrt, "min": min, "max": max}
+
+
+def evaluate(expr: tree.Expr, values: Mapping[str, Value], span: Span | None = None) -> Value:
+    """The value of a type-checked scalar expression. Raises SpecError (E213) where there is none: 1 / 0, sqrt(-1).
+
+    `span` is where to say so, when the expression itself is in a method the user did not write.
+    """
+
+    def rec(each: tree.Expr) -> Value:
+        return evaluate(each, values, span)
+
+    match expr:
+        case tree.Number(value) | tree.Text(value) | tree.Flag(value):
+            return value
+        case tree.Name(name):
+            return values[name]
+        case tree.Unary("not", operand):
+            return not rec(operand)
+        case tree.Unary(_, operand):
+            return -_number(rec(operand))
+        case tree.Conditional(then, test, otherwise):
+            return rec(then) if rec(test) else rec(otherwise)
+        case tree.Binary("and", left, right):
+            return bool(rec(left)) and bool(rec(right))
+        case tree.Binary("or", left, right):
+            return bool(rec(left)) or bool(rec(right))
+        case tree.Binary("==", left, right):
+            return rec(left) == rec(right)
+        case tree.Binary("!=", left, right):
+            return rec(left) != rec(right)
+        case tree.Binary(sign, left, right) if sign in _COMPARISON:
+            return _COMPARISON[sign](_number(rec(left)), _number(rec(right)))
+        case tree.Binary(sign, left, right):
+            return _guarded(expr, span, _ARITHMETIC[sign], _number(rec(left)), _number(rec(right)))
+        case tree.Call(function, arguments):
+            return _guarded(expr, span, _FUNCTIONS[function], *(_number(rec(each.value)) for each in arguments))
+        case _:
+            raise AssertionError(f"not a scalar: {expr}")
+
+
+def _guarded(expr: tree.Expr, span: Span | None, function: Callable[..., _Number], *operands: _Number) -> _Number:
+    try:
+        result = function(*operands)
+    except ZeroDivisionError:
+        _fail(expr, span, "divides by zero")
+    except (OverflowError, ValueError):
+        _fail(expr, span, "has no finite value")
+    if isinstance(result, complex) or not math.isfinite(result) or (isinstance(result, int) and abs(result) > _LARGEST):
+        _fail(expr, span, "has no finite value")
+    return result
+
+
+def _fail(expr: tree.Expr, span: Span | None, what: str) -> NoReturn:
+    fail(SpecError, "E213", f"'{expression.text(expr)}' {what}", span or expr.span)
+
+
+def _number(value: Value) -> _Number:
+    assert isinstance(value, int | float), value
+    return value

@@ -1,0 +1,73 @@
+"""What a spec means: the one object that text and adapter_config.json both become."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from peftc.grammar import tree
+from peftc.grammar.rule import MethodRule, Value
+from peftc.grammar.source import Source, Span
+
+Values = tuple[tuple[str, Value], ...]
+
+
+@dataclass(frozen=True)
+class Target:
+    """Sites chosen (`on`) or tuned (`refine`), with the hyperparameters that differ there."""
+
+    selectors: tuple[tree.Selector, ...]
+    where: tree.Expr | None = None
+    overrides: Values = ()
+    span: Span | None = field(default=None, compare=False, repr=False)
+
+
+@dataclass(frozen=True)
+class AdapterSpec:
+    """One adapter: a method, its hyperparameters (every one has a value) and where it goes.
+
+    An empty `on` with an empty `train` means the method's own default for the model's type. Of several `on` clauses
+    that choose a site the last one's overrides win; then every matching `refine`, in order.
+    `strict` is False for adapters read from a checkpoint: there a refinement that matches nothing is PEFT's normal.
+    """
+
+    name: str
+    rule: MethodRule
+    values: Values
+    on: tuple[Target, ...] = ()
+    refine: tuple[Target, ...] = ()
+    skip: tuple[Target, ...] = ()
+    train: tuple[tree.Selector, ...] = ()
+    bias: Literal["none", "all", "adapter"] = "none"
+    tokens: tuple[str | int, ...] = ()
+    strict: bool = True
+    span: Span | None = field(default=None, compare=False, repr=False)
+
+
+@dataclass(frozen=True)
+class Base:
+    """What a spec demands of the model, checked before anything is rewritten.
+
+    `entries` are the entries as written, e.g. ("architecture", Text("LlamaForCausalLM")).
+    """
+
+    entries: tuple[tree.BaseEntry, ...] = ()
+    span: Span | None = field(default=None, compare=False, repr=False)
+
+
+@dataclass(frozen=True)
+class Spec:
+    """All adapters of a file, and which start active with what weight.
+
+    `active` is empty when the file has no `activate` and more than one adapter; a lone adapter is active.
+    """
+
+    adapters: tuple[AdapterSpec, ...]
+    active: tuple[tuple[str, float], ...] = ()
+    base: Base | None = None
+    source: Source | None = field(default=None, compare=False, repr=False)
+
+    def adapter(self, name: str) -> AdapterSpec:
+        """The adapter of that name. Raises KeyError."""
+        for each in self.adapters:
+            if each.name == name:
+                return each
+        raise KeyError(name)

@@ -1,0 +1,71 @@
+"""From spec to tree: what a person would have written. elaborate(to_tree(s)) == s up to spans."""
+
+import itertools
+
+from peftc.grammar import expression, tree
+from peftc.grammar.bind import complete
+from peftc.grammar.library import builtin_methods
+from peftc.grammar.rule import MethodRule
+from peftc.grammar.spec import AdapterSpec, Spec, Target, Values
+
+
+def to_tree(spec: Spec) -> tree.File:
+    """The file of a spec: its own methods, the base, the adapters without what is default anyway, what is active."""
+    statements: list[tree.Statement] = []
+    builtin = builtin_methods()
+    methods = {each.rule.name: each.rule for each in spec.adapters}
+    statements += [_method(rule) for name, rule in methods.items() if builtin.get(name) != rule]
+    if spec.base is not None:
+        statements.append(tree.Base(spec.base.entries))
+    statements += [_adapter(each) for each in spec.adapters]
+    lone = len(spec.adapters) == 1 and spec.active == ((spec.adapters[0].name, 1.0),)
+    if spec.active and not lone:
+        statements.append(tree.Activate(tuple(tree.ActivateTerm(weight, name) for name, weight in spec.active)))
+    return tree.File(tuple(statements))
+
+
+def _adapter(spec: AdapterSpec) -> tree.Adapter:
+    defaults = dict(complete(spec.rule, ()))
+    given = tuple((name, value) for name, value in spec.values if value != defaults[name])
+    clauses: list[tree.Clause] = [
+        tree.OnClause(each.selectors, each.where, _arguments(each.overrides)) for each in spec.on
+    ]
+    clauses += [tree.RefineClause(*_refined(each)) for each in spec.refine]
+    clauses += [tree.SkipClause(each.selectors, each.where) for each in spec.skip]
+    if spec.train:
+        clauses.append(tree.TrainClause(spec.train))
+    if spec.bias != "none":
+        clauses.append(tree.BiasClause(spec.bias))
+    if spec.tokens:
+        tokens = (tree.Text(each) if isinstance(each, str) else tree.Number(each) for each in spec.tokens)
+        clauses.append(tree.TokensClause(tuple(tokens)))
+    return tree.Adapter(spec.name, tree.Call(spec.rule.name, _arguments(given)), tuple(clauses))
+
+
+def _refined(target: Target) -> tuple[tuple[tree.Selector, ...], tree.Expr | None, tuple[tree.Argument, ...]]:
+    return target.selectors, target.where, _arguments(target.overrides)
+
+
+def _arguments(values: Values) -> tuple[tree.Argument, ...]:
+    return tuple(tree.Argument(name, expression.literal(_short(value))) for name, value in values)
+
+
+def _short(value: int | float | bool | str | None) -> int | float | bool | str | None:
+    """`32`, not `32.0`: a hyperparameter's type makes it a float again."""
+    whole = isinstance(value, float) and value.is_integer() and abs(value) < 1e15
+    return int(value) if whole and isinstance(value, float) else value
+
+
+def _method(rule: MethodRule) -> tree.Method:
+    items: list[tree.MethodItem] = [tree.KindsItem(rule.kinds)]
+    for targets, group in itertools.groupby(rule.defaults, key=lambda each: each[1]):
+        items.append(tree.DefaultItem(targets, tuple(model_type for model_type, _ in group)))
+    for param in rule.params:
+        init, saved = dict(param.init), dict(param.saved)
+        variants = tuple(tree.Variant(kind, init[kind], saved[kind]) for kind in init if kind)
+        items.append(tree.ParamItem(param.role, param.shape, init[""], saved[""], variants))
+    items += [tree.LetItem(name, value) for name, value in rule.lets]
+    items.append(tree.PrimeItem("W", rule.weight))
+    if rule.peft_type:
+        items.append(tree.PeftItem(rule.peft_type, tuple(tree.PeftField(*each) for each in rule.peft_fields)))
+    return tree.Method(rule.name, rule.hyperparameters, tuple(items), rule.doc)

@@ -1,0 +1,85 @@
+"""The one maker of nodes: every node knows where it came from and what it holds."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.node import Argument
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Why a node exists: the pass that made it, and for whose parameter where."""
+
+    made_by: str
+    site: str = ""
+    position: int | None = None  # of the adapter among the active ones
+    role: str = ""
+
+
+@dataclass
+class Emit:
+    """Appends nodes to a graph before a given node, propagating fake values as it goes.
+
+    `like` is the node whose place in the module tree the new ones take.
+    """
+
+    graph: fx.Graph
+    before: fx.Node
+    origin: Origin
+    like: fx.Node
+    made: list[fx.Node] = field(default_factory=list)
+
+    def call(self, op: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+        """A call of an operator on nodes and constants."""
+        with self.graph.inserting_before(self.before):
+            node = self.graph.call_function(op, args, kwargs)
+        values = fx.map_arg((args, kwargs), value_of)
+        with mode_of(args, kwargs):
+            node.meta["val"] = op(*values[0], **values[1])
+        return self._mark(node, self.origin)
+
+    def slot(self, target: str, value: torch.Tensor, position: int, role: str) -> fx.Node:
+        """A read of a tensor by its attribute name; `value` is a (fake) tensor like the one that will be there."""
+        with self.graph.inserting_before(self.before):
+            node = self.graph.create_node("get_attr", target)
+        node.meta["val"] = value
+        return self._mark(node, replace(self.origin, position=position, role=role))
+
+    def _mark(self, node: fx.Node, origin: Origin) -> fx.Node:
+        node.meta["peftc"] = origin
+        stack = self.like.meta.get("nn_module_stack")
+        if stack is not None:
+            node.meta["nn_module_stack"] = stack
+        self.made.append(node)
+        return node
+
+
+def value_of(node: fx.Node) -> Any:
+    """The fake tensor, symbolic number or constant a node holds."""
+    return node.meta["val"]
+
+
+def mode_of(*arguments: Argument) -> Any:
+    """The fake mode of the first fake tensor among the nodes."""
+    found: list[Any] = []
+
+    def look(node: fx.Node) -> fx.Node:
+        value = node.meta["val"]
+        if isinstance(value, FakeTensor) and not found:
+            found.append(value.fake_mode)
+        return node
+
+    fx.map_arg(arguments, look)
+    assert found, "an operator needs a tensor"
+    return found[0]
+
+
+def fake_like(shape: Sequence[int], dtype: torch.dtype, near: fx.Node) -> torch.Tensor:
+    """A fake tensor of this shape in the mode and on the device of the value of `near`."""
+    value = near.meta["val"]
+    with value.fake_mode:
+        return torch.empty(tuple(shape), dtype=dtype, device=value.device)

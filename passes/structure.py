@@ -1,0 +1,145 @@
+"""The part of the active adapters that decides what the graph looks like.
+
+Adapters of equal structure differ only in tensors and scalar values, which live in slots: one graph serves them all.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from peftc.grammar import algebra, tree
+from peftc.grammar.rule import ParamRule
+from peftc.passes.plan import AdapterPlan, PlannedSite
+from peftc.passes.site import Site
+
+WEIGHT = "weight"  # the scalar that carries an adapter's activation weight, where no other can
+
+
+@dataclass(frozen=True)
+class Role:
+    """A parameter a term reads: its name, its type, and which of its axes holds the experts at a stack of them."""
+
+    name: str
+    dtype: torch.dtype
+    stacked_axis: int
+
+
+@dataclass(frozen=True)
+class Term:
+    """One adapter's part at a site: `W'` over the previous `W`, in the adapter's own roles."""
+
+    position: int
+    weight: algebra.Matrix
+    roles: tuple[Role, ...]
+    scalars: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class AdaptedSite:
+    """A site and the terms of the active adapters there, in order of activation."""
+
+    site: Site
+    terms: tuple[Term, ...]
+
+
+@dataclass(frozen=True)
+class CopiedTensor:
+    """A tensor of a module that an active adapter replaces by its own copy."""
+
+    position: int
+    module: str
+    tensor: str
+    dtype: torch.dtype
+    trained: bool
+
+    @property
+    def target(self) -> str:
+        """The full name of the tensor replaced."""
+        return f"{self.module}.{self.tensor}".lstrip(".")
+
+
+@dataclass(frozen=True)
+class Structure:
+    """Everything about the active adapters that a graph depends on."""
+
+    sites: tuple[AdaptedSite, ...] = ()
+    copies: tuple[CopiedTensor, ...] = ()
+
+
+Dtypes = Mapping[tuple[str, str], torch.dtype]  # (site name, role) -> dtype
+
+
+def structure_of(active: Sequence[tuple[AdapterPlan, Dtypes]]) -> Structure:
+    """The structure of adapters activated in this order."""
+    terms: dict[str, list[Term]] = {}
+    sites: dict[str, Site] = {}
+    copies: list[CopiedTensor] = []
+    for position, (plan, dtypes) in enumerate(active):
+        for planned in plan.sites:
+            sites[planned.site.name] = planned.site
+            terms.setdefault(planned.site.name, []).append(_term(position, planned, dtypes))
+        for copy in plan.copies:
+            for tensor, _, trained in copy.tensors:
+                dtype = dtypes[copy.module, tensor]
+                copies.append(CopiedTensor(position, copy.module, tensor, dtype, trained))
+    adapted = tuple(AdaptedSite(site, tuple(terms[name])) for name, site in sites.items())
+    return Structure(adapted, tuple(copies))
+
+
+def weighted(matrix: algebra.Matrix) -> tuple[algebra.Matrix, str | None]:
+    """`W + D` in a form with a scalar that scales `D`, and that scalar's name.
+
+    `W + s * D` has one already; `W + D` becomes `W + weight * D`. The name is None when the expression is not `W` plus
+    something, and then only an activation weight of one is possible.
+    """
+    match matrix:
+        case algebra.Sum(algebra.Weight(), algebra.Scaled(scalar, _)) if _uses(matrix, scalar) == 1:
+            return matrix, scalar
+        case algebra.Sum(algebra.Weight(), delta):
+            return algebra.Sum(algebra.Weight(), algebra.Scaled(WEIGHT, delta)), WEIGHT
+        case _:
+            return matrix, None
+
+
+def _term(position: int, planned: PlannedSite, dtypes: Dtypes) -> Term:
+    matrix, _ = weighted(planned.bound.weight)
+    used = {each.role for each in algebra.walk(matrix) if isinstance(each, algebra.Param)}
+    roles = tuple(
+        Role(param.role, dtypes[planned.site.name, param.role], stacked_axis(param))
+        for param in planned.bound.rule.params
+        if param.role in used
+    )
+    scalars = tuple(dict.fromkeys(each.scalar for each in algebra.walk(matrix) if isinstance(each, algebra.Scaled)))
+    return Term(position, matrix, roles, scalars)
+
+
+def stacked_axis(param: ParamRule) -> int:
+    """The axis whose size is not the weight's own: a stack of experts multiplies that one."""
+    for axis, size in enumerate(param.shape):
+        if not (isinstance(size, tree.Name) and size.id in ("in", "out")):
+            return axis
+    return 0
+
+
+def _uses(matrix: algebra.Matrix, scalar: str) -> int:
+    return sum(isinstance(each, algebra.Scaled) and each.scalar == scalar for each in algebra.walk(matrix))
+
+
+def site_slot(position: int, site: str) -> str:
+    """The attribute path of an adapter's slot for a site; dots of the site's name would read as attributes."""
+    return f"slots.p{position}__{_flat(site)}"
+
+
+def copy_slot(position: int, module: str) -> str:
+    """The attribute path of an adapter's slot for the trained copy of a module."""
+    return f"copies.p{position}__{_flat(module)}"
+
+
+def copy_role(tensor: str) -> str:
+    """A copied tensor's name within its slot."""
+    return _flat(tensor)
+
+
+def _flat(name: str) -> str:
+    return name.replace(".", "__")

@@ -1,0 +1,25 @@
+"""What a trace leaves behind: one flat graph, and how to call it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import fx, nn
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A base graph and its calling convention.
+
+    `graph` takes one placeholder per name in `inputs` and returns a flat tuple of tensors; weights are `get_attr`
+    nodes of their own names, one node per module that uses them. Tensors the trace made itself are in `constants`.
+    `shapes` gives, per input, the sizes the trace is bound to, with None where any size will do. `outputs` and `cache`
+    belong to whoever traced: how to rebuild the model's output from the flat tuple.
+    """
+
+    graph: fx.Graph
+    inputs: tuple[str, ...]
+    shapes: tuple[tuple[int | None, ...], ...]
+    constants: Mapping[str, torch.Tensor | nn.Module]
+    outputs: object
+    cache: object

@@ -1,0 +1,1 @@
+"""Adapter parameters, activation, the adapted model and the PEFT checkpoint format."""

@@ -1,0 +1,252 @@
+"""The tensors of a PEFT checkpoint: which key holds which parameter, and whether a file's tensors fit a plan."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from peftc.grammar import tree
+from peftc.grammar.diagnostics import CheckpointError, Diagnostic, did_you_mean
+from peftc.passes.plan import AdapterPlan, ParamKey, PlannedSite
+
+PREFIX = "base_model.model."
+_BASE = ".base_layer"
+_SHOWN = 20  # problems of one kind that are listed one by one
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a checkpoint: whose it is, its shape, and the site it belongs to unless it is a module's own."""
+
+    key: ParamKey
+    shape: tuple[int, ...]
+    planned: PlannedSite | None = None
+
+
+def entries(plan: AdapterPlan) -> dict[str, Entry]:
+    """Every tensor PEFT saves for the plan, by its key in the file.
+
+    The plan's sites must be in the model's order: PEFT wraps the parameters of a module in the order it registers
+    them, each wrapper around the one before, so the last is outermost and the first deepest in `.base_layer`s.
+    """
+    wrappers = _wrappers(plan)
+    found: dict[str, Entry] = {}
+    for planned in plan.sites:
+        site = planned.site
+        name = _wrapped_name(site.module, wrappers, itself=False)
+        if site.kind == "parameter":
+            around = wrappers[site.module]
+            name += _BASE * (len(around) - 1 - around.index(site.name))
+        for param in planned.bound.params:
+            key = ParamKey(plan.name, site.name, param.role)
+            found[f"{PREFIX}{name}.{param.saved}"] = Entry(key, param.shape, planned)
+    for copy in plan.copies:
+        name = _wrapped_name(copy.module, wrappers, itself=True)
+        for tensor, shape, _ in copy.tensors:
+            full = f"{name}.{tensor}".lstrip(".")
+            found[PREFIX + full] = Entry(ParamKey(plan.name, copy.module, tensor), shape)
+    return found
+
+
+def checkpoint_keys(plan: AdapterPlan) -> dict[str, ParamKey]:
+    """PEFT's key of every parameter of the plan, with `base_model.model.` in front."""
+    return {key: entry.key for key, entry in entries(plan).items()}
+
+
+def fit(
+    plan: AdapterPlan,
+    tensors: Mapping[str, Tensor],
+    *,
+    where: str,
+    base_shapes: Mapping[str, tuple[int, ...]] | None = None,
+    base_tensors: Callable[[str], Tensor | None] | None = None,
+) -> dict[ParamKey, Tensor]:
+    """The plan's parameters out of a checkpoint's tensors, as they are in the file (dtype included).
+
+    Keys may carry PEFT's prefix or, as transformers writes them, none. PEFT also saves untrained tensors of the base
+    (embeddings that are targeted, originals of trained modules); those are left out if they are what the model has.
+
+    Args:
+        plan: What the tensors must fit.
+        tensors: The file's tensors by key.
+        where: What messages call the file.
+        base_shapes: Shapes of the model's own tensors by name.
+        base_tensors: The model's own tensor of a name, to compare with those the file repeats.
+
+    Raises:
+        CheckpointError: all that is wrong at once: missing and unexpected keys, wrong shapes, other base weights.
+    """
+    expected = entries(plan)
+    aliases = _aliases(plan, tensors)
+    found: dict[str, Tensor] = {}
+    report = _Report(where)
+    unexpected: list[str] = []
+    for key, tensor in tensors.items():
+        name = aliases.get(key, _prefixed(key))
+        if name in found:
+            report.add("E341", f"'{key}' is in the file twice, with and without '{PREFIX}'")
+        elif name in expected:
+            found[name] = tensor
+        elif not _is_duplicate(key, plan):
+            base = _base_name(key)
+            shape = (base_shapes or {}).get(base)
+            if shape is None:
+                unexpected.append(key)
+            else:
+                _compare_base(report, base, tensor, shape, base_tensors)
+    missing = [key for key in expected if key not in found]
+    for key in missing:
+        report.add("E340", f"missing key '{key}'", partial(_moved, key, unexpected))
+    for key in unexpected:
+        report.add("E341", f"unexpected key '{key}'", partial(did_you_mean, _prefixed(key), missing))
+    for key, tensor in found.items():
+        entry = expected[key]
+        if tuple(tensor.shape) != entry.shape:
+            message = f"'{key}' has shape {_size(tensor.shape)}, expected {_size(entry.shape)}"
+            report.add("E342", message, _reason(entry, tuple(tensor.shape)))
+    report.finish()
+    return {expected[key].key: found[key] for key in expected}
+
+
+# --- names ---
+
+
+def _wrappers(plan: AdapterPlan) -> dict[str, list[str]]:
+    """The sites that wrap each module, innermost first."""
+    wrappers: dict[str, list[str]] = {}
+    for planned in plan.sites:
+        wrappers.setdefault(planned.site.module, []).append(planned.site.name)
+    return wrappers
+
+
+def _wrapped_name(module: str, wrappers: Mapping[str, Sequence[str]], *, itself: bool) -> str:
+    """A module's name once PEFT has put its wrappers around the modules above it (and around `itself`)."""
+    parts, name, path = module.split("."), "", ""
+    for position, part in enumerate(parts):
+        name, path = f"{name}.{part}".lstrip("."), f"{path}.{part}".lstrip(".")
+        if itself or position < len(parts) - 1:
+            name += _BASE * len(wrappers.get(path, ()))
+    return name
+
+
+def _prefixed(key: str) -> str:
+    return PREFIX + key.removeprefix(PREFIX)
+
+
+def _aliases(plan: AdapterPlan, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Other spellings in the file: older PEFTs save the bias of an adapted module without `.base_layer`."""
+    aliases: dict[str, str] = {}
+    wrappers = _wrappers(plan)
+    spelled = {_prefixed(key): key for key in tensors}
+    for copy in plan.copies:
+        wrapped = _wrapped_name(copy.module, wrappers, itself=True)
+        for tensor, _, _ in copy.tensors:
+            plain, wanted = f"{PREFIX}{copy.module}.{tensor}", f"{PREFIX}{wrapped}.{tensor}"
+            if plain in spelled and wanted not in spelled:
+                aliases[spelled[plain]] = wanted
+    return aliases
+
+
+def _is_duplicate(key: str, plan: AdapterPlan) -> bool:
+    """Whether the key repeats a trained module's tensor, or holds its untrained original (bias = all saves both)."""
+    modules = {copy.module for copy in plan.copies if not copy.is_bias}
+    name = key.removeprefix(PREFIX)
+    for wrapper in (".original_module.", ".modules_to_save."):
+        module, found, _ = name.partition(wrapper)
+        if found and module in modules:
+            return True
+    return False
+
+
+def _base_name(key: str) -> str:
+    return key.removeprefix(PREFIX).replace(f"{_BASE}.", ".")
+
+
+# --- messages ---
+
+
+@dataclass
+class _Report:
+    """Collects problems; of each kind the first few are spelled out and the rest counted."""
+
+    where: str
+    problems: dict[str, list[tuple[str, str | Callable[[], str]]]] = field(default_factory=dict)
+
+    def add(self, code: str, message: str, help: str | Callable[[], str] = "") -> None:
+        self.problems.setdefault(code, []).append((message, help))
+
+    def finish(self) -> None:
+        """Raise if there was a problem. Help is worked out only for what is shown: looking for near names is slow."""
+        diagnostics = []
+        for code, problems in self.problems.items():
+            for message, help in problems[:_SHOWN]:
+                text = help if isinstance(help, str) else help()
+                diagnostics.append(Diagnostic(code, message, help=text, where=self.where))
+            if len(problems) > _SHOWN:
+                rest = f"... and {len(problems) - _SHOWN} more of this kind"
+                diagnostics.append(Diagnostic(code, rest, where=self.where))
+        if diagnostics:
+            raise CheckpointError(*diagnostics)
+
+
+def _moved(key: str, unexpected: Sequence[str]) -> str:
+    """A help line when the file has the same key under another parent: an adapter of a bare or a wrapped model."""
+    name = key.removeprefix(PREFIX)
+    for each in unexpected:
+        other = each.removeprefix(PREFIX)
+        if name.endswith(f".{other}") or other.endswith(f".{name}"):
+            return f"the file has '{each}': it was saved from a model that holds this one, or is held by it"
+    return ""
+
+
+def _compare_base(
+    report: _Report,
+    name: str,
+    tensor: Tensor,
+    shape: tuple[int, ...],
+    base_tensors: Callable[[str], Tensor | None] | None,
+) -> None:
+    if tuple(tensor.shape) != tuple(shape):
+        report.add(
+            "E343",
+            f"the file holds its own '{name}' of shape {_size(tensor.shape)}, but the model's is {_size(shape)}",
+            "resize the model's embeddings as they were in training, and load the file's tensor into them",
+        )
+        return
+    base = base_tensors(name) if base_tensors else None
+    if base is not None and not torch.equal(base.detach().to(tensor.dtype).cpu(), tensor.cpu()):
+        report.add(
+            "E343",
+            f"the file holds its own '{name}', which differs from the model's",
+            "the adapter was trained on other base weights: load the model it was trained on",
+        )
+
+
+def _reason(entry: Entry, shape: tuple[int, ...]) -> str:
+    """The likely cause of a wrong shape, read off the axis that differs."""
+    if len(shape) != len(entry.shape):
+        return "the file was written for another kind of module"
+    if entry.planned is None:
+        return "the model was made with another vocabulary size or another number of labels"
+    site, rule = entry.planned.site, entry.planned.bound.rule
+    symbols = {param.role: param.shape for param in rule.params}[entry.key.role]
+    hyperparameters = {each.name for each in rule.hyperparameters}
+    reasons = []
+    for symbol, ours, theirs in zip(symbols, entry.shape, shape, strict=False):
+        if ours == theirs or not isinstance(symbol, tree.Name):
+            continue
+        if symbol.id in hyperparameters:
+            theirs, rest = divmod(theirs, site.count)
+            if not rest:
+                reasons.append(f"the adapter was saved with {symbol.id} = {theirs}, not {ours // site.count}")
+        elif site.kind == "embedding" and symbol.id == "in":
+            reasons.append(f"the model it was trained on has a vocabulary of {theirs}, this one of {ours}")
+        else:
+            reasons.append(f"the model it was trained on has {theirs} features there, this one {ours}")
+    return "\n".join(reasons)
+
+
+def _size(shape: Sequence[int]) -> str:
+    return f"[{', '.join(str(each) for each in shape)}]"

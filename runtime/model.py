@@ -1,0 +1,171 @@
+"""The adapted model: the user's model class with its forward replaced by graphs."""
+
+import copy
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from peftc.grammar.diagnostics import UsageError, fail
+from peftc.runtime.call import read_call
+from peftc.runtime.lifecycle import Lifecycle
+from peftc.runtime.saving import Saving
+from peftc.runtime.share import placement, share
+from peftc.runtime.state import BANK, AdapterState
+
+STATE = "_adapter_state"
+
+
+class AdaptedModel(Lifecycle, Saving):
+    """A model with adapters in its graph. Made by `peftc.compiler.apply` and `load`, never directly.
+
+    It is an instance of the user's model class too, with the same forward signature and output class, and shares the
+    storage of the user's weights. Its parameters are the base's, frozen, and the adapters', under `adapter_bank`.
+    """
+
+    _base_class: type[nn.Module]
+
+    @property
+    def base_class(self) -> type[nn.Module]:
+        """The user's model class."""
+        return self._base_class
+
+    def get_encoder(self, *args: Any, **kwargs: Any) -> Any:
+        """The encoder, adapted: `generate` runs it on its own."""
+        encoder = self._inherited("get_encoder")(*args, **kwargs)
+        for path, module in self.named_modules():
+            if module is encoder and path:
+                return EntryPoint(self, path, module)
+        return encoder
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers; afterwards the model is traced anew. Refused where an adapter holds the embedding's size."""
+        embedding = self._inherited("get_input_embeddings")()
+        for name, plan in self._adapter_state.plans().items():
+            for at in plan.sites:
+                if at.site.kind == "embedding" and self.get_submodule(at.site.module) is embedding:
+                    message = f"adapter {name!r} adapts {at.site.name} and has its present size"
+                    fail(UsageError, "E530", message, help="resize the model before the adapter is added")
+        result = self._inherited("resize_token_embeddings")(*args, **kwargs)
+        for parameter in self._base_parameters():
+            parameter.requires_grad_(False)
+        self._adapter_state.engine.reset()
+        return result
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """As `nn.Module.compile`: in place."""
+        self._compiled = torch.compile(self, *args, **kwargs)
+        self._compiled_call_impl = lambda *call, **named: self._compiled(*call, **named)
+
+    # torch.compile asks a module with these two, a lazy module, to make itself ready before it traces a call: that is
+    # when a signature met for the first time is traced. `nn.modules.lazy` has the protocol.
+
+    def _initialize_hook(self) -> None: ...
+
+    def _infer_parameters(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
+        arguments = self._named(args, kwargs or {})
+        call = read_call("", self.training, getattr(self, "config", None), arguments)
+        self._adapter_state.engine.program(call)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "AdaptedModel":
+        before = placement(self)
+        self._inherited("_apply")(fn, recurse)
+        state: AdapterState = self._adapter_state
+        if placement(self) != before:
+            state.engine.reset()
+        state.refresh()
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "AdaptedModel":
+        copied = self.__class__.__new__(self.__class__)
+        memo[id(self)] = copied
+        for name, value in self.__dict__.items():
+            if name != STATE:
+                copied.__dict__[name] = copy.deepcopy(value, memo)
+        copied.__dict__[STATE] = self._adapter_state.copy_for(copied, memo)
+        return copied
+
+    def _plain(self) -> nn.Module:
+        return share(base_view(self))
+
+    def _base_parameters(self) -> list[nn.Parameter]:
+        adapters = {id(each) for each in self.get_submodule(BANK).parameters()}
+        return [each for each in self.parameters() if id(each) not in adapters]
+
+    def _inherited(self, name: str) -> Callable[..., Any]:
+        """A method of the user's class, bound to this model."""
+        return getattr(super(Saving, self), name)
+
+    def _named(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        raise AssertionError("only classes that adapted_class makes have instances")
+
+
+class EntryPoint:
+    """A submodule of an adapted model, called through its graph; everything else is the submodule's own."""
+
+    def __init__(self, model: AdaptedModel, path: str, module: nn.Module):
+        self._model, self._path, self._module = model, path, module
+        self.__signature__ = inspect.signature(module.forward)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the submodule, adapters included."""
+        bound = self.__signature__.bind(*args, **kwargs).arguments
+        for name, parameter in self.__signature__.parameters.items():
+            if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+                bound |= bound.pop(name, {})
+        return self._model._adapter_state.engine.run(self._path, bound)
+
+    __call__ = forward
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
+def adapted_class(base: type[nn.Module], root: type[AdaptedModel] = AdaptedModel) -> type[AdaptedModel]:
+    """The class of adapted models of a class: named like it, with its forward signature."""
+    signature = inspect.signature(base.forward)
+    parameters = list(signature.parameters.values())[1:]
+    positional = tuple(
+        each.name for each in parameters if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)
+    )
+    known = frozenset(positional) | {each.name for each in parameters if each.kind is each.KEYWORD_ONLY}
+    takes_more = any(each.kind is each.VAR_KEYWORD for each in parameters)
+
+    def named(self: AdaptedModel, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        if len(args) > len(positional):
+            message = f"{base.__name__}.forward takes {len(positional)} positional arguments, {len(args)} were given"
+            raise TypeError(message)
+        arguments = dict(zip(positional, args, strict=False))
+        for name, value in kwargs.items():
+            if name in arguments:
+                raise TypeError(f"{base.__name__}.forward got two values for {name!r}")
+            if name not in known and not takes_more:
+                raise TypeError(f"{base.__name__}.forward has no argument {name!r}")
+            arguments[name] = value
+        return arguments
+
+    def forward(self: AdaptedModel, *args: Any, **kwargs: Any) -> Any:
+        return self._adapter_state.engine.run("", self._named(args, kwargs))
+
+    forward.__signature__ = signature  # type: ignore[attr-defined]
+    forward.__doc__ = base.forward.__doc__
+    namespace = {
+        "forward": forward,
+        "_named": named,
+        "_base_class": base,
+        "__module__": base.__module__,
+        "__doc__": base.__doc__,
+    }
+    return type(base.__name__, (root, base), namespace)
+
+
+def base_view(model: AdaptedModel) -> nn.Module:
+    """The model as an object of the user's class: the same modules, without the adapters. Not to be kept."""
+    view = object.__new__(model.base_class)
+    view.__dict__.update({name: value for name, value in model.__dict__.items() if name != STATE})
+    view.__dict__["_modules"] = {name: module for name, module in model._modules.items() if name != BANK}
+    for name in ("_compiled", "_compiled_call_impl"):
+        view.__dict__.pop(name, None)
+    return view

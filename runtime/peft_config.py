@@ -1,0 +1,253 @@
+"""adapter_config.json, both ways: PEFT's configuration as an AdapterSpec, and a plan as PEFT's configuration."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from peftc.grammar import tree
+from peftc.grammar.bind import complete
+from peftc.grammar.diagnostics import CheckpointError, did_you_mean, fail
+from peftc.grammar.rule import MethodRule, Value
+from peftc.grammar.spec import AdapterSpec, Target, Values
+from peftc.runtime import peft_fields as fields
+from peftc.runtime.json_fields import FieldReader, shown
+from peftc.runtime.peft_config_write import write_config
+from peftc.runtime.peft_names import ending_selector, layered_selector, pattern_key_selector, suffix_selector
+from peftc.runtime.peft_rule import expected, mapped_fields, mismatches, typed
+
+__all__ = ["ConfigFacts", "read_config", "write_config"]
+
+_VERSION = re.compile(r"(\d+)\.(\d+)")
+
+# target_modules never reaches a raw parameter, though one of the same name may exist beside the modules.
+_PARAMETER = tree.Name("parameter")
+_MODULE = tree.Unary("not", _PARAMETER)
+
+Bias = Literal["none", "all", "adapter"]
+
+
+@dataclass(frozen=True)
+class ConfigFacts:
+    """What an adapter_config.json says: the adapter, and what is not part of a spec."""
+
+    spec: AdapterSpec
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    task_type: str | None = None
+    inference_mode: bool = False
+    auto_mapping: Mapping[str, object] | None = None
+    warnings: tuple[str, ...] = ()
+
+
+def read_config(
+    config: Mapping[str, object], *, methods: Mapping[str, MethodRule], adapter_name: str, where: str
+) -> ConfigFacts:
+    """The spec of a PEFT configuration. `where` names the file in messages.
+
+    Raises:
+        CheckpointError: all that is wrong at once; an unknown method, a field of the wrong type, or a feature whose
+            mathematics is not supported.
+    """
+    rule = _rule(config, methods, where)
+    reader = FieldReader(config, where)
+    _refuse_unsupported(reader, rule)
+    _check_version(reader)
+    values = _values(reader, rule)
+    spec = AdapterSpec(
+        name=adapter_name,
+        rule=rule,
+        values=values,
+        on=_targets(reader),
+        refine=_refinements(reader, rule),
+        skip=_skips(reader),
+        train=tuple(ending_selector(each) for each in dict.fromkeys(reader.texts("modules_to_save"))),
+        bias=_bias(reader, rule),
+        strict=False,
+    )
+    facts = ConfigFacts(
+        spec=spec,
+        base_model_name_or_path=reader.text("base_model_name_or_path") or None,
+        revision=reader.text("revision"),
+        task_type=reader.text("task_type"),
+        inference_mode=bool(reader.get("inference_mode", bool, "true or false")),
+        auto_mapping=reader.table("auto_mapping"),
+        warnings=tuple(reader.warnings),
+    )
+    if reader.problems:
+        raise CheckpointError(*reader.problems)
+    return facts
+
+
+def _rule(config: Mapping[str, object], methods: Mapping[str, MethodRule], where: str) -> MethodRule:
+    known = {rule.peft_type for rule in methods.values() if rule.peft_type}
+    wanted = config.get("peft_type")
+    supported = f"supported: {', '.join(sorted(known)) or 'none'}"
+    if wanted is None:
+        fail(CheckpointError, "E320", "no field 'peft_type': not a PEFT adapter_config.json", where=where)
+    if not isinstance(wanted, str) or wanted not in known:
+        guess = did_you_mean(wanted, known) if isinstance(wanted, str) else ""
+        lines = f"{guess}\n{supported}" if guess else supported
+        fail(CheckpointError, "E320", f"PEFT type {shown(wanted)} is not supported yet", help=lines, where=where)
+    of_type = [rule for rule in methods.values() if rule.peft_type == wanted]
+    return next((rule for rule in of_type if not mismatches(config, rule)), of_type[0])
+
+
+def _refuse_unsupported(reader: FieldReader, rule: MethodRule) -> None:
+    own = {name for name, _ in rule.peft_fields}
+    known = own | fields.HANDLED | fields.HARMLESS | set(fields.REFUSED)
+    for name, wanted in mismatches(reader.config, rule):
+        given = shown(reader.config[name])
+        reader.problem("E322", f"field '{name}' = {given} is not supported by method '{rule.name}': only {wanted!r}")
+    for name, value in reader.config.items():
+        empty = value is None or value is False or value == {} or value == []
+        if name in own or name in fields.HANDLED or name in fields.HARMLESS or empty:
+            continue
+        if fields.INIT_FIELD.fullmatch(name):
+            _check_init(reader, name, value)
+        elif name in fields.REFUSED:
+            help = fields.REFUSED[name]
+            reader.problem("E322", f"field '{name}' = {shown(value)} is not supported yet", help)
+        else:
+            help = did_you_mean(name, known) or "remove the field if the adapter does not depend on it"
+            reader.problem("E323", f"unknown field '{name}' = {shown(value)}", help)
+
+
+def _check_version(reader: FieldReader) -> None:
+    written = _VERSION.match(reader.text("peft_version") or "")
+    known = _VERSION.match(fields.PEFT_VERSION)
+    if written and known and tuple(map(int, written.groups())) > tuple(map(int, known.groups())):
+        reader.warnings.append(
+            f"the adapter was saved by PEFT {written.string}; the format is known up to {fields.PEFT_VERSION}"
+        )
+
+
+def _check_init(reader: FieldReader, name: str, value: object) -> None:
+    if not isinstance(value, bool | str):
+        reader.mistyped(name, "true, false or a text")
+    elif isinstance(value, str) and value.lower().startswith(fields.BASE_CHANGING_INITS):
+        reader.problem(
+            "E324",
+            f"field '{name}' = {shown(value)}: this initialisation changed the base weights, and the adapter fits "
+            "only the changed ones",
+            "convert the checkpoint to plain LoRA where it was trained:\n"
+            "peft's save_pretrained(..., path_initial_model_for_weight_conversion=...)",
+        )
+
+
+def _values(reader: FieldReader, rule: MethodRule) -> Values:
+    given = dict(complete(rule, ()))
+    for name, hyperparameter in mapped_fields(rule).items():
+        raw = reader.config.get(name)
+        if raw is None:
+            continue
+        value = typed(raw, hyperparameter)
+        if value is None:
+            reader.mistyped(name, expected(hyperparameter))
+        else:
+            given[hyperparameter.name] = value
+    return tuple(given.items())
+
+
+def _targets(reader: FieldReader) -> tuple[Target, ...]:
+    modules = reader.text_or_texts("target_modules")
+    parameters = tuple(dict.fromkeys(reader.texts("target_parameters")))
+    layers = _layers(reader)
+    targets: list[Target] = []
+    if isinstance(modules, str):
+        if layers is not None:
+            reader.problem("E325", "field 'layers_to_transform' needs 'target_modules' to be a list of names")
+        if modules.lower() == fields.ALL_LINEAR:
+            targets.append(Target((tree.AllSelector("linear"),)))
+        elif modules != fields.NO_MODULES and reader.pattern("target_modules", modules):
+            targets.append(Target((tree.PatternSelector(modules),), where=_MODULE))
+    elif modules and layers:
+        limited = layered_selector(sorted(set(modules)), layers, _layers_patterns(reader))
+        targets.append(Target((limited,), where=_MODULE))
+    elif modules:
+        targets.append(Target(tuple(suffix_selector(each) for each in sorted(set(modules))), where=_MODULE))
+    elif not parameters:
+        _check_untargeted(reader, modules)
+    if parameters:
+        chosen = tuple(suffix_selector(each) for each in sorted(parameters))
+        targets.append(Target(chosen, where=_PARAMETER))
+    return tuple(targets)
+
+
+def _check_untargeted(reader: FieldReader, modules: tuple[str, ...] | None) -> None:
+    trained = bool(reader.config.get("modules_to_save"))
+    if modules is None and trained:
+        reader.problem(
+            "E325",
+            "field 'target_modules' is not given beside 'modules_to_save'",
+            "name the adapted modules, or [] for none",
+        )
+    if modules is not None and not trained:
+        reader.problem("E325", "the adapter adapts nothing: 'target_modules' is empty")
+
+
+def _layers(reader: FieldReader) -> tuple[int, ...] | None:
+    raw = reader.config.get("layers_to_transform")
+    listed = raw if isinstance(raw, list) else [] if raw is None else [raw]
+    if all(isinstance(each, int) and not isinstance(each, bool) and each >= 0 for each in listed):
+        return tuple(sorted(set(listed))) or None
+    reader.mistyped("layers_to_transform", "a layer's index or a list of them")
+    return None
+
+
+def _layers_patterns(reader: FieldReader) -> tuple[str, ...]:
+    raw = reader.text_or_texts("layers_pattern")
+    patterns = (raw,) if isinstance(raw, str) and raw else tuple(raw or ())
+    return tuple(each for each in patterns if reader.pattern("layers_pattern", each))
+
+
+def _skips(reader: FieldReader) -> tuple[Target, ...]:
+    excluded = reader.text_or_texts("exclude_modules")
+    if not excluded:
+        return ()
+    if isinstance(excluded, str):
+        return (Target((tree.PatternSelector(excluded),)),) if reader.pattern("exclude_modules", excluded) else ()
+    return (Target(tuple(suffix_selector(each) for each in sorted(set(excluded)))),)
+
+
+def _bias(reader: FieldReader, rule: MethodRule) -> Bias:
+    spelled: dict[str | None, Bias] = {
+        None: "none",
+        "none": "none",
+        "all": "all",
+        fields.only_adapter_bias(rule.peft_type): "adapter",
+    }
+    raw = reader.text("bias")
+    if raw in spelled:
+        return spelled[raw]
+    reader.mistyped("bias", f"one of {', '.join(str(each) for each in spelled if each)}")
+    return "none"
+
+
+def _refinements(reader: FieldReader, rule: MethodRule) -> tuple[Target, ...]:
+    """rank_pattern and alpha_pattern. There the first match wins, here the last: the order is turned round."""
+    varied = {fields.pattern_field(rule.peft_type, name): each for name, each in mapped_fields(rule).items()}
+    exceptions: dict[str, Mapping[str, object]] = {}
+    for name in ("rank_pattern", "alpha_pattern"):
+        table = reader.table(name) or {}
+        if table and name not in varied:
+            reader.problem("E322", f"field '{name}' is not supported for PEFT type {rule.peft_type}")
+        elif table:
+            exceptions[name] = table
+    tables = [list(each) for each in exceptions.values()]
+    if len(tables) == 2 and tables[0] == tables[1]:
+        keys = [(key, tuple(exceptions)) for key in tables[0]]
+    else:
+        keys = [(key, (name,)) for name, table in exceptions.items() for key in table]
+    targets = []
+    for key, names in reversed(keys):
+        overrides: list[tuple[str, Value]] = []
+        for name in names:
+            value = typed(exceptions[name][key], varied[name])
+            if value is None:
+                given = shown(exceptions[name][key])
+                reader.problem("E321", f"field '{name}': '{key}' = {given} is not {expected(varied[name])}")
+            overrides.append((varied[name].name, value))
+        if reader.pattern(names[0], key):
+            targets.append(Target((pattern_key_selector(key),), overrides=tuple(overrides)))
+    return tuple(targets)

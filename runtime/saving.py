@@ -1,0 +1,192 @@
+"""Saving and loading adapters of a model in the PEFT format."""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from peftc.grammar.diagnostics import UsageError, fail
+from peftc.grammar.format import format_file
+from peftc.grammar.library import builtin_methods
+from peftc.grammar.spec import Spec
+from peftc.grammar.write import to_tree
+from peftc.passes.plan import ParamKey
+from peftc.runtime.adapter_files import adapter_directory, locate, read_adapter, write_adapter
+from peftc.runtime.bank import AdapterParameters, prepared, trained_keys
+from peftc.runtime.checkpoint import checkpoint_keys, fit
+from peftc.runtime.manifest import (
+    AdapterFacts,
+    Manifest,
+    compare,
+    fingerprint,
+    read_manifest,
+    spec_digest,
+    write_manifest,
+)
+from peftc.runtime.peft_config import read_config, write_config
+from peftc.runtime.state import BANK, AdapterState
+
+
+class Saving(nn.Module):
+    """The part of an adapted model that reads and writes checkpoints."""
+
+    _adapter_state: AdapterState
+
+    def save_pretrained(
+        self,
+        save_directory: str | PathLike[str],
+        *,
+        selected_adapters: Sequence[str] | None = None,
+        safe_serialization: bool = True,
+        state_dict: Mapping[str, torch.Tensor] | None = None,
+        is_main_process: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        """Write adapters, not the base, in the format `peft` and transformers load.
+
+        As PEFT does, the adapter called `default`, or a lone one, goes into the directory itself and every other into
+        a subdirectory of its name. A manifest with the spec and the base's fingerprint lies beside each. Values come
+        from `state_dict` (of this model) if one is given. Raises UsageError for unknown adapters and for
+        `safe_serialization=False`, CheckpointError if a file cannot be written; files appear whole or not at all.
+        """
+        if not safe_serialization:
+            fail(UsageError, "E540", "adapters are saved as safetensors only", help="leave safe_serialization out")
+        if not is_main_process:
+            return
+        state = self._adapter_state
+        names = tuple(selected_adapters) if selected_adapters is not None else state.names()
+        adapters = [state.adapter(name) for name in names]
+        root = Path(save_directory)
+        if root.is_file():
+            fail(UsageError, "E541", f"{root} is a file", help="give a directory")
+        base_fingerprint = self.base_fingerprint()
+        for adapter in adapters:
+            name = "default" if len(state.names()) == 1 else adapter.plan.name
+            self._save(adapter, adapter_directory(root, name), state_dict, base_fingerprint)
+        if kwargs.get("push_to_hub"):
+            fail(UsageError, "E542", "save_pretrained does not upload", help="call push_to_hub")
+
+    def load_adapter(
+        self,
+        peft_model_id: str | PathLike[str],
+        adapter_name: str = "default",
+        *,
+        is_trainable: bool = False,
+        revision: str | None = None,
+        subfolder: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | PathLike[str] | None = None,
+        local_files_only: bool = False,
+        allow_pickle: bool = False,
+        autocast_adapter_dtype: bool = True,
+    ) -> None:
+        """Load an adapter from a directory or the Hub beside the others; it becomes active if none is.
+
+        Everything is checked before anything changes: the config, every key and shape, the base. Raises
+        CheckpointError or UsageError. A manifest of another base only warns: the shapes fit, the user may know better.
+        float16 and bfloat16 adapters become float32 unless `autocast_adapter_dtype` is False, as in PEFT.
+        """
+        state = self._adapter_state
+        if adapter_name in state.names():
+            fail(
+                UsageError, "E511", f"there already is an adapter {adapter_name!r}", help="choose another adapter_name"
+            )
+        directory = locate(
+            peft_model_id if isinstance(peft_model_id, str) else Path(peft_model_id),
+            revision=revision,
+            subfolder=subfolder,
+            token=token,
+            cache_dir=None if cache_dir is None else Path(cache_dir),
+            local_files_only=local_files_only,
+        )
+        config, tensors = read_adapter(directory, allow_pickle=allow_pickle)
+        facts = read_config(config, methods=builtin_methods(), adapter_name=adapter_name, where=str(directory))
+        for message in facts.warnings:
+            warnings.warn(message, stacklevel=2)
+        plan = state.engine.backend.plan(facts.spec)
+        base = {name: tensor for name, tensor in self.state_dict(keep_vars=True).items() if not _is_adapters(name)}
+        shapes = {name: tuple(tensor.shape) for name, tensor in base.items()}
+        fitted = fit(plan, tensors, where=str(directory), base_shapes=shapes, base_tensors=base.get)
+        self._check_manifest(directory)
+        adapter = AdapterParameters(plan, prepared(plan, fitted, autocast_adapter_dtype), trained_keys(plan))
+        adapter.train_only(is_trainable)
+        state.add(adapter)
+        state.facts.task_type = state.facts.task_type or facts.task_type
+        if not state.active:
+            state.activate(((adapter_name, 1.0),), trainable=is_trainable)
+
+    def base_fingerprint(self) -> str:
+        """A digest of the base's names, shapes and sampled contents, without what is merged."""
+        state = self._adapter_state
+        base = ((name, tensor) for name, tensor in self.state_dict(keep_vars=True).items() if not _is_adapters(name))
+        return fingerprint((name, state.merged.get(name, tensor)) for name, tensor in base)
+
+    def adapter_state_dict(
+        self, adapter_name: str, state_dict: Mapping[str, torch.Tensor] | None = None
+    ) -> dict[str, torch.Tensor]:
+        """An adapter's tensors under the keys PEFT saves them by."""
+        adapter = self._adapter_state.adapter(adapter_name)
+        return {key: _value(adapter, own, state_dict) for key, own in checkpoint_keys(adapter.plan).items()}
+
+    def _save(
+        self,
+        adapter: AdapterParameters,
+        directory: Path,
+        state_dict: Mapping[str, torch.Tensor] | None,
+        base_fingerprint: str,
+    ) -> None:
+        plan, facts = adapter.plan, self._adapter_state.facts
+        config = write_config(
+            plan,
+            module_names=[name for name, _ in self.named_modules() if name and not _is_adapters(name)],
+            base_model_name_or_path=facts.base_name,
+            task_type=facts.task_type,
+            revision=facts.base_revision,
+        )
+        spec = format_file(to_tree(Spec((plan.spec,), ((plan.name, 1.0),))))
+        manifest = Manifest(
+            base_id=facts.base_name,
+            base_revision=facts.base_revision,
+            base_class=type(self).__name__,
+            fingerprint=base_fingerprint,
+            spec=spec,
+            spec_sha256=spec_digest(spec),
+            versions=versions(),
+            adapters={plan.name: AdapterFacts(plan.spec.rule.name, plan.parameter_count)},
+        )
+        write_adapter(directory, config, self.adapter_state_dict(plan.name, state_dict))
+        write_manifest(directory, manifest)
+
+    def _check_manifest(self, directory: Path) -> None:
+        manifest = read_manifest(directory)
+        if manifest is None:
+            return
+        base_name = self._adapter_state.facts.base_name
+        differences = compare(manifest, self.base_fingerprint(), base_class=type(self).__name__, base_id=base_name)
+        for message in differences:
+            warnings.warn(message, stacklevel=3)
+
+
+def versions() -> dict[str, str]:
+    """The versions a checkpoint was written with."""
+    found = {}
+    for package in ("peftc", "torch", "transformers"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "unknown"
+    return found
+
+
+def _is_adapters(name: str) -> bool:
+    return name == BANK or name.startswith(f"{BANK}.")
+
+
+def _value(adapter: AdapterParameters, key: ParamKey, state_dict: Mapping[str, torch.Tensor] | None) -> torch.Tensor:
+    given = (state_dict or {}).get(f"{BANK}.{adapter.plan.name}.{adapter.attribute(key)}")
+    return adapter.tensor(key) if given is None else given

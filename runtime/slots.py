@@ -1,0 +1,67 @@
+"""Slots: where graphs read the active adapters' tensors. Switching an adapter is putting other tensors there."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from peftc.passes.plan import ParamKey
+from peftc.passes.structure import copy_role, copy_slot, site_slot, weighted
+from peftc.runtime.bank import AdapterParameters
+
+Binding = tuple[dict[str, Any], str, torch.Tensor]
+"""A dictionary of a slot, the name in it, and the tensor to put there."""
+
+
+class Slots:
+    """Every slot of a model, made on first use; all graphs of the model read the same ones."""
+
+    def __init__(self) -> None:
+        self._modules: dict[str, nn.Module] = {}
+
+    def module(self, path: str) -> nn.Module:
+        """The slot of this attribute path."""
+        if path not in self._modules:
+            self._modules[path] = nn.Module()
+        return self._modules[path]
+
+    def bindings(self, position: int, adapter: AdapterParameters, weight: float) -> list[Binding]:
+        """What to put where so that this adapter, with this activation weight, is active at this position."""
+        name, plan = adapter.plan.name, adapter.plan
+        found: list[Binding] = []
+        for at in plan.sites:
+            slot = self.module(site_slot(position, at.site.name))
+            tensors = [adapter.tensor(ParamKey(name, at.site.name, param.role)) for param in at.bound.params]
+            for param, tensor in zip(at.bound.params, tensors, strict=True):
+                found.append(_binding(slot, param.role, tensor))
+            for scalar, value in scalars(adapter, at.site.name, weight).items():
+                found.append(_binding(slot, scalar, tensors[0].new_tensor(value)))
+        for copy in plan.copies:
+            slot = self.module(copy_slot(position, copy.module))
+            for tensor_name, _, _ in copy.tensors:
+                tensor = adapter.tensor(ParamKey(name, copy.module, tensor_name))
+                found.append(_binding(slot, copy_role(tensor_name), tensor))
+        return found
+
+
+def scalars(adapter: AdapterParameters, site: str, weight: float) -> dict[str, float]:
+    """The scalars of an adapter at a site, the activation weight folded into the one that carries it."""
+    bound = adapter.planned[site].bound
+    values = dict(bound.scalars)
+    _, carrier = weighted(bound.weight)
+    if carrier is not None:
+        values[carrier] = values.get(carrier, 1.0) * weight
+    return values
+
+
+def bind(bindings: list[Binding]) -> None:
+    """Put the tensors there."""
+    for holder, name, tensor in bindings:
+        holder[name] = tensor
+
+
+def _binding(slot: nn.Module, name: str, tensor: torch.Tensor) -> Binding:
+    holder: dict[str, Any] = slot._parameters if isinstance(tensor, nn.Parameter) else slot._buffers
+    other: dict[str, Any] = slot._buffers if isinstance(tensor, nn.Parameter) else slot._parameters
+    other.pop(name, None)
+    return holder, name, tensor

@@ -1,0 +1,155 @@
+"""The adapters of one model: which there are, which are active, whether they are merged."""
+
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import fx, nn
+
+from peftc.grammar.diagnostics import UsageError, did_you_mean, fail
+from peftc.passes.emit import fake_like
+from peftc.passes.plan import AdapterPlan
+from peftc.passes.structure import Structure, structure_of, weighted
+from peftc.runtime.bank import AdapterParameters
+from peftc.runtime.engine import Engine
+from peftc.runtime.slots import Binding, bind
+
+Active = tuple[tuple[str, float], ...]
+"""Adapter names with their activation weights, in order."""
+
+BANK = "adapter_bank"
+
+
+@dataclass
+class Facts:
+    """What a checkpoint says of its base and origin, kept to be saved again."""
+
+    base_name: str | None = None
+    base_revision: str | None = None
+    task_type: str | None = None
+
+
+@dataclass
+class AdapterState:
+    """Owns the active set. Every change goes through `activate`, which checks first and then cannot fail."""
+
+    engine: Engine
+    bank: nn.Module
+    active: Active = ()
+    enabled: bool = True
+    merged: dict[str, torch.Tensor] = field(default_factory=dict)  # full name -> the base's own tensor
+    merged_active: Active = ()
+    requires_grad: Mapping[str, bool] = field(default_factory=dict)  # the user's model's own, given back on unload
+    facts: Facts = field(default_factory=Facts)
+    _prepared: dict[Active, tuple[Structure, list[Binding]]] = field(default_factory=dict)
+
+    def adapter(self, name: str) -> AdapterParameters:
+        """The adapter of that name. Raises UsageError with the nearest names."""
+        found = self.bank._modules.get(name)
+        if not isinstance(found, AdapterParameters):
+            known = tuple(self.bank._modules)
+            help = did_you_mean(name, known) or (f"the adapters are {', '.join(known)}" if known else "there is none")
+            fail(UsageError, "E510", f"there is no adapter {name!r}", help=help)
+        return found
+
+    def names(self) -> tuple[str, ...]:
+        """All adapters, in the order they were added."""
+        return tuple(self.bank._modules)
+
+    def plans(self) -> dict[str, AdapterPlan]:
+        """Every adapter's plan."""
+        return {name: self.adapter(name).plan for name in self.names()}
+
+    def add(self, adapter: AdapterParameters) -> None:
+        """Put an adapter beside the others, inactive. Raises UsageError if the name is taken."""
+        name = adapter.plan.name
+        if name in self.bank._modules:
+            fail(UsageError, "E511", f"there already is an adapter {name!r}", help="choose another name or delete it")
+        self.bank.add_module(name, adapter)
+
+    def remove(self, name: str) -> None:
+        """Take an adapter away; if it was active, the others that were stay active."""
+        self.adapter(name)
+        del self.bank._modules[name]
+        self._prepared.clear()
+        self.activate(tuple(each for each in self.active if each[0] != name))
+
+    def activate(self, active: Active, *, trainable: bool | None = None) -> None:
+        """Make exactly these adapters active. `trainable` sets whether gradients reach them; None leaves that.
+
+        Raises UsageError, before anything changes, for an unknown name, a name twice, a weight its method cannot
+        carry, or two adapters that train a copy of the same tensor.
+        """
+        structure, bindings = self._prepared.get(active) or self._prepare(active)
+        chosen = {name for name, _ in active}
+        self.active = active
+        if trainable is not None:
+            for name in self.names():
+                self.adapter(name).train_only(trainable and name in chosen)
+        if self.enabled and not self.merged:
+            bind(bindings)
+            self.engine.activate(structure, self._slot_value)
+        else:
+            self.engine.activate(self.engine.intern(Structure()), self._slot_value)
+
+    def refresh(self) -> None:
+        """Look at every tensor again: they were moved or replaced."""
+        self._prepared.clear()
+        self.activate(self.active)
+
+    def copy_for(self, model: nn.Module, memo: dict[int, object]) -> "AdapterState":
+        """The state of a deep copy of the model."""
+        copied = AdapterState(
+            engine=self.engine.copy_for(model),
+            bank=model.get_submodule(BANK),
+            enabled=self.enabled,
+            merged=deepcopy(self.merged, memo),
+            merged_active=self.merged_active,
+            requires_grad=self.requires_grad,
+            facts=replace(self.facts),
+        )
+        copied.activate(self.active)
+        return copied
+
+    def _prepare(self, active: Active) -> tuple[Structure, list[Binding]]:
+        adapters = [self.adapter(name) for name, _ in active]
+        _check(active, adapters)
+        structure = self.engine.intern(structure_of([(each.plan, each.dtypes()) for each in adapters]))
+        bindings: list[Binding] = []
+        for position, (adapter, (_, weight)) in enumerate(zip(adapters, active, strict=True)):
+            bindings += self.engine.slots.bindings(position, adapter, weight)
+        self._prepared[active] = (structure, bindings)
+        return structure, bindings
+
+    def _slot_value(self, position: int, site: str, role: str, near: fx.Node) -> torch.Tensor:
+        """A fake tensor like the one in a slot of the active adapters."""
+        name, _ = self.active[position]
+        adapter = self.adapter(name)
+        keys = {key.role: tensor for key, tensor in adapter.items() if key.site == site}
+        if role in keys:
+            return fake_like(keys[role].shape, keys[role].dtype, near)
+        return fake_like((), next(iter(keys.values())).dtype, near)
+
+
+def _check(active: Active, adapters: Sequence[AdapterParameters]) -> None:
+    names = [name for name, _ in active]
+    for name in names:
+        if names.count(name) > 1:
+            fail(UsageError, "E512", f"adapter {name!r} is activated twice", help="give it one weight")
+    copied: dict[str, str] = {}
+    for (name, weight), adapter in zip(active, adapters, strict=True):
+        for at in adapter.plan.sites:
+            if weight != 1.0 and weighted(at.bound.weight)[1] is None:
+                message = f"method {at.bound.rule.name!r} of adapter {name!r} cannot be weighted"
+                fail(UsageError, "E513", message, help="activate it with weight 1")
+        for copy in adapter.plan.copies:
+            if weight != 1.0:
+                message = f"adapter {name!r} trains {copy.module} as a whole, which cannot be weighted"
+                fail(UsageError, "E513", message, help="activate it with weight 1")
+            for tensor, _, _ in copy.tensors:
+                full = f"{copy.module}.{tensor}"
+                if full in copied:
+                    message = f"adapters {copied[full]!r} and {name!r} both train their own {full}"
+                    fail(UsageError, "E514", message, help="activate one of them at a time")
+                copied[full] = name

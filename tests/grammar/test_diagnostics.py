@@ -1,0 +1,112 @@
+"""What bad input is told: each rendered text is a golden file to be read."""
+
+import pytest
+
+from peftc.grammar.diagnostics import SpecError
+from peftc.grammar.elaborate import read_spec
+from peftc.grammar.select import Candidate, Universe, misses
+
+
+def method(body: str) -> str:
+    return f"method m(rank: int = 8, alpha: float = 8) {{\n    on linear\n{body}\n}}\nadapter a = m"
+
+
+PARAMS = '    param A[rank, in] = zeros saved "A"\n    param B[out, rank] = zeros saved "B"\n'
+
+BAD = {
+    "empty": "",
+    "only_a_comment": "# nothing yet\n",
+    "colon_for_equals": "adapter a : lora(rank = 8)",
+    "colon_in_arguments": "adapter a = lora(rank: 8)",
+    "missing_brace": "adapter a = lora {\n    on q_proj\n",
+    "missing_brace_before_statement": "adapter a = lora {\n    on q_proj\n\nactivate a\n",
+    "missing_parenthesis": "adapter a = lora(rank = 8\n",
+    "extra_brace": "adapter a = lora { on q_proj }\n}",
+    "statement_typo": "adaptor a = lora",
+    "clause_typo": "adapter a = lora {\n    onn q_proj\n}",
+    "clause_typo_after_clause": "adapter a = lora {\n    on q_proj\n    skpi layers[0]\n}",
+    "method_instead_of_name": "adapter lora(rank = 8)",
+    "single_quotes": "use './mine.adapter'",
+    "open_string": 'use "./mine.adapter\nadapter a = lora',
+    "bad_escape": 'use "a\\qb"',
+    "semicolon": "adapter a = lora;",
+    "nul": "adapter a = lora\0",
+    "tabs_align": "adapter a = lora {\n\ton\tq_proj\twith\trank := 3\n}",
+    "slashes_for_comment": "// a comment\nadapter a = lora",
+    "single_equals_in_where": "adapter a = lora { on q_proj where in_features = 4 }",
+    "long_line": f"adapter a = lora {{ on {', '.join(f'p{each}' for each in range(80))} wiht rank = 3 }}",
+    "deep": f"adapter a = lora(rank = {'(' * 200}",
+    "huge_number": "adapter a = lora(alpha = 1e999)",
+    "bad_pattern": 'adapter a = lora { on "(q|v" }',
+    "bad_index": "adapter a = lora { on layers[1:3].q }",
+    "doubled_alternative": "adapter a = lora { on {q, v, q} }",
+    "unknown_method": "adapter a = loar(rank = 8)",
+    "structural_method": "adapter a = prefix(length = 16)",
+    "unknown_argument": "adapter a = lora(rnak = 8)",
+    "unknown_override": "adapter a = lora {\n    on q_proj with alhpa = 3\n}",
+    "positional_argument": "adapter a = lora(8)",
+    "wrong_type": 'adapter a = lora(rank = "big")',
+    "not_whole": "adapter a = lora(rank = 2.5)",
+    "argument_twice": "adapter a = lora(rank = 8, rank = 9)",
+    "name_for_value": "adapter a = lora(rslora = True)",
+    "duplicate_adapter": "adapter a = lora\nadapter a = lora",
+    "unsafe_name": 'adapter "../up" = lora',
+    "unknown_active": "adapter support = lora\nactivate suport",
+    "active_twice": "adapter a = lora\nactivate a + 0.5 * a",
+    "two_activates": "adapter a = lora\nactivate a\nactivate a",
+    "two_bases": 'base { model_type = "x" }\nbase { model_type = "y" }\nadapter a = lora',
+    "unknown_kind": "adapter a = lora { on all liner }",
+    "unknown_bias": "adapter a = lora { bias al }",
+    "bias_twice": "adapter a = lora { bias all bias all }",
+    "token_twice": 'adapter a = lora { tokens ["x", "x"] }',
+    "where_unknown": "adapter a = lora { on q where in_feature > 3 }",
+    "where_not_boolean": "adapter a = lora { on q where in_features }",
+    "use_in_text": 'use "./mine.adapter"\nadapter a = lora',
+    "redefined_built_in": 'method lora() { on linear param A[out, in] = zeros saved "A" W\' = A }',
+    "method_swapped_product": method(f"{PARAMS}    W' = W + (alpha / rank) * (A @ B)"),
+    "method_wrong_shape": method(f"{PARAMS}    W' = B"),
+    "method_without_prime": method(PARAMS),
+    "method_unknown_name": method(f"{PARAMS}    W' = W + alhpa * (B @ A)"),
+    "method_number_plus_matrix": method(f"{PARAMS}    W' = W + alpha"),
+    "method_unused_param": method(f"{PARAMS}    W' = W * alpha"),
+    "method_initialiser": method('    param A[out, in] = kaiming saved "A"\n    W\' = W + A'),
+    "method_no_key": method("    param A[out, in] = zeros\n    W' = W + A"),
+    "method_bad_key": method('    param A[out, in] = zeros saved "../A"\n    W\' = W + A'),
+    "method_same_key": method(PARAMS.replace('"B"', '"A"') + "    W' = W + alpha * (B @ A)"),
+    "method_unknown_kind": "method m() {\n    on liner\n    W' = W\n}",
+    "method_untyped": "method m(rank = 8) {\n    on linear\n    W' = W\n}",
+    "method_unknown_function": method(f"{PARAMS}    W' = W + exp(alpha) * (B @ A)"),
+    "method_bias": "method m() {\n    on linear\n    b' = b\n}",
+}
+
+MISSES = {
+    "alternative": "layers[*].self_attn.{q_porj, v_proj}",
+    "segment": "layrs[*].mlp.up_proj",
+    "index": "layers[9].mlp.up_proj",
+    "container": "self_attn",
+    "elsewhere": "mlp.q_proj",
+    "where": "q_proj where in_features > 8",
+    "pattern": '"q_proj"',
+    "kind": "all conv2d",
+    "nothing_near": "zzz",
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_specs(golden, name):
+    with pytest.raises(SpecError) as caught:
+        read_spec(BAD[name] + "\n" if BAD[name].endswith(".adapter") else BAD[name])
+    golden(f"diagnostics/{name}.txt", f"{caught.value}\n")
+
+
+@pytest.mark.parametrize("name", MISSES)
+def test_selectors_that_choose_nothing(golden, name):
+    leaves = ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj")
+    layers = [f"model.layers.{each}" for each in range(4)]
+    modules = ["model", *layers, *(f"{each}.{part}" for each in layers for part in ("self_attn", "mlp", *leaves))]
+    universe = Universe(
+        tuple(Candidate(f"{each}.{leaf}", "linear", 8, 8) for each in layers for leaf in leaves), tuple(modules)
+    )
+    target = read_spec(f"adapter a = lora {{\n    on {MISSES[name]}\n}}").adapters[0].on[0]
+    found = misses(target.selectors[0], target.where, universe)
+    golden(f"diagnostics/select_{name}.txt", "".join(f"{each.render()}\n" for each in found))
