@@ -60,7 +60,7 @@ def is_identity(node: fx.Node) -> bool:
     if node.target is aten.slice.Tensor:
         start, end = (*node.args[2:4], None, None)[:2]
         step = node.args[4] if len(node.args) > 4 else 1
-        return start in (0, None) and (end is None or end == sys.maxsize) and step == 1
+        return bool((start, step, end) == (0, 1, sys.maxsize))
     return False
 
 

@@ -9,7 +9,7 @@ from peftc.grammar import tree
 from peftc.grammar.bind import bind
 from peftc.grammar.diagnostics import Diagnostic, SpecError, did_you_mean, fail
 from peftc.grammar.rule import Value
-from peftc.grammar.select import Universe, holds, matches_inside, miss, select, select_modules
+from peftc.grammar.select import Universe, holds, matches_inside, misses, select, select_modules
 from peftc.grammar.source import Span
 from peftc.grammar.spec import AdapterSpec, Base, Target
 from peftc.passes.plan import AdapterPlan, PlannedCopy, PlannedSite
@@ -108,10 +108,11 @@ def _chosen(spec: AdapterSpec, ground: Ground, trained: Sequence[str]) -> Chosen
     problems: list[Diagnostic] = []
     for target in targets:
         for selector in target.selectors:
-            found = select(selector, target.where, ground.universe)
-            if not found and (spec.strict or len(targets) == len(target.selectors) == 1):
-                problems.append(_quantized_miss(selector, ground) or miss(selector, target.where, ground.universe))
-            for each in found:
+            # A checkpoint may name modules that this model has not; its keys tell whether that matters.
+            if spec.strict:
+                packed = _quantized_miss(selector, ground)
+                problems += [packed] if packed else misses(selector, target.where, ground.universe)
+            for each in select(selector, target.where, ground.universe):
                 chosen[each.name] = ({**dict(spec.values), **dict(target.overrides)}, selector.span or target.span)
     for target in spec.skip:
         hit = _skipped(spec, target, chosen, ground)
@@ -183,8 +184,10 @@ def _trained_modules(spec: AdapterSpec, ground: Ground) -> tuple[str, ...]:
     found: set[str] = set()
     for selector in spec.train:
         names = [name for name in select_modules(selector, ground.universe) if _tensors_of(name, ground)]
-        if not names and spec.strict:
-            raise SpecError(miss(selector, None, ground.universe))
+        if spec.strict and (missed := misses(selector, None, ground.universe, modules=True)):
+            raise SpecError(*missed)
+        if spec.strict and not names:
+            fail(SpecError, "E225", "this module has nothing to train", selector.span)
         found.update(names)
     return tuple(name for name in ground.universe.modules if name in found and not _inside(name, found - {name}))
 

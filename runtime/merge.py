@@ -57,8 +57,8 @@ def put(model: nn.Module, tensors: Merged) -> Merged:
             old = module._parameters[leaf]
             assert old is not None
             before[name] = old
-            is_parameter = isinstance(tensor, nn.Parameter)
-            module._parameters[leaf] = tensor if is_parameter else nn.Parameter(tensor, requires_grad=False)
+            new = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=False)
+            module._parameters[leaf] = new
         else:
             old_buffer = module._buffers[leaf]
             assert old_buffer is not None
