@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from peftc.compiler.lower import specialise
+from peftc.compiler.lower import lower, specialise
 from peftc.compiler.trace import Tracer
 from peftc.grammar.diagnostics import ModelError, UsageError, fail
 from peftc.grammar.elaborate import read_spec
@@ -41,6 +41,10 @@ class Compiler:
     ) -> fx.Graph:
         """The trace with adapters in it. Raises ModelError."""
         return specialise(traced, structure, slot_value, training=training, autocast=autocast)
+
+    def lower(self, graph: fx.Graph) -> fx.Graph:
+        """A copy of a specialised graph, for Python to run as it is."""
+        return lower(graph)
 
     def plan(self, spec: AdapterSpec) -> AdapterPlan:
         """What an adapter puts where. Raises SpecError."""

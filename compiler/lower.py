@@ -5,8 +5,10 @@ from torch import fx
 from peftc.grammar.diagnostics import ModelError, fail
 from peftc.passes import driver
 from peftc.passes.clean import Clean
+from peftc.passes.fuse_low_rank import FuseLowRank
 from peftc.passes.insert_copy import InsertCopy
 from peftc.passes.insert_delta import DropoutError, InsertDelta, SlotValue
+from peftc.passes.native import NativeCalls
 from peftc.passes.structure import Structure
 from peftc.passes.traced import Traced
 
@@ -34,6 +36,13 @@ def specialise(
             help="set dropout = 0 there",
         )
     return graph
+
+
+def lower(graph: fx.Graph) -> fx.Graph:
+    """A copy of a specialised graph, for Python to run as it is: fused, and calling operators the short way."""
+    lowered = copy_graph(graph)
+    driver.run(lowered, [FuseLowRank(), NativeCalls()])
+    return lowered
 
 
 def copy_graph(graph: fx.Graph) -> fx.Graph:

@@ -49,6 +49,13 @@ class Emit:
         node.meta["val"] = value
         return self._mark(node, replace(self.origin, position=position, role=role))
 
+    def constant(self, target: str, value: float) -> fx.Node:
+        """A read of a plain number by its attribute name."""
+        with self.graph.inserting_before(self.before):
+            node = self.graph.create_node("get_attr", target)
+        node.meta["val"] = value
+        return self._mark(node, self.origin)
+
     def _mark(self, node: fx.Node, origin: Origin) -> fx.Node:
         node.meta["peftc"] = origin
         stack = self.like.meta.get("nn_module_stack")

@@ -13,6 +13,7 @@ from peftc.grammar.rule import ParamRule
 from peftc.passes.plan import AdapterPlan, PlannedSite
 from peftc.passes.site import Site
 
+FLOAT = "float__"  # in front of a scalar's name: the same value as a plain number
 WEIGHT = "weight"  # the scalar that carries an adapter's activation weight, where no other can
 
 
@@ -139,6 +140,12 @@ def copy_slot(position: int, module: str) -> str:
 def copy_role(tensor: str) -> str:
     """A copied tensor's name within its slot."""
     return _flat(tensor)
+
+
+def float_of(slot_scalar: str) -> str:
+    """The attribute path of a scalar's slot as a plain number, for operators that take one."""
+    owner, _, name = slot_scalar.rpartition(".")
+    return f"{owner}.{FLOAT}{name}"
 
 
 def _flat(name: str) -> str:

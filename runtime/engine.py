@@ -30,6 +30,10 @@ class Backend(Protocol):
         """The base graph with adapters of this structure in it; the trace is left as it is."""
         ...
 
+    def lower(self, graph: fx.Graph) -> fx.Graph:
+        """A copy of a specialised graph, for Python to run as it is."""
+        ...
+
     def plan(self, spec: AdapterSpec) -> AdapterPlan:
         """What an adapter puts where on this model."""
         ...
@@ -113,7 +117,8 @@ class Engine:
     def _make(self, call: Call, autocast: bool) -> Program:
         traced = self.traced(call)
         graph = self._specialised(traced, call.signature.training, autocast)
-        program = self._current[call.signature, autocast] = Program(traced, graph, self._model, self.slots)
+        program = Program(traced, graph, self.backend.lower, self._model, self.slots)
+        self._current[call.signature, autocast] = program
         return program
 
     def _specialised(self, traced: Traced, training: bool, autocast: bool) -> fx.Graph:

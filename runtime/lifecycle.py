@@ -197,6 +197,8 @@ def _one_adapter(config: Any, name: str | None) -> AdapterSpec:
         found = config
     elif isinstance(config, Mapping) or hasattr(config, "to_dict"):
         fields = config if isinstance(config, Mapping) else config.to_dict()
+        # peft holds lists of names as sets, in no order.
+        fields = {key: sorted(value) if isinstance(value, set) else value for key, value in fields.items()}
         facts = read_config(fields, methods=builtin_methods(), adapter_name=name or "default", where="the PEFT config")
         found = facts.spec
     else:

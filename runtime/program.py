@@ -1,6 +1,6 @@
 """A graph bound to live modules, ready to be called."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -11,20 +11,28 @@ from peftc.runtime import caches, nest
 from peftc.runtime.call import Call
 from peftc.runtime.slots import Slots
 
+Constants = Mapping[str, torch.Tensor | nn.Module]
+
 
 class Program:
     """Runs one graph: a signature of calls, a structure of adapters.
 
     The graph reads weights straight from the model's own leaf modules and adapters from slots, so a replaced parameter
-    (moved, merged, switched) is seen by the next call.
+    (moved, merged, switched) is seen by the next call. It is held in two forms: a GraphModule for torch.compile to
+    trace, and a plain function, lowered further, for Python to run.
     """
 
-    def __init__(self, traced: Traced, graph: fx.Graph, model: nn.Module, slots: Slots):
+    def __init__(
+        self, traced: Traced, graph: fx.Graph, lower: Callable[[fx.Graph], fx.Graph], model: nn.Module, slots: Slots
+    ):
         self.traced = traced
         self.form: nest.Form = traced.outputs  # type: ignore[assignment]
         self.layout: caches.Layout | None = traced.cache  # type: ignore[assignment]
         self.returns_cache = nest.holds_cache(self.form)
-        self.module = _bind(graph, traced.constants, model, slots)
+        self.count = nest.count_tensors(self.form)
+        find = _finder(model, slots)
+        self.function = _function(lower(graph), traced.constants, find)
+        self.module = _module(graph, traced.constants, find)
 
     def fits(self, call: Call) -> bool:
         """Whether the sizes the trace is bound to are those of the call."""
@@ -40,12 +48,12 @@ class Program:
         if call.cache is not None:
             assert self.layout is not None
             tensors = tensors + caches.read(call.cache, self.layout, call.rows, tensors[0].device)
-        leaves = list(self.module.forward(*tensors))
+        run = self.module.forward if torch.compiler.is_compiling() else self.function
+        leaves = list(run(*tensors))
         cache = call.cache
         if self.returns_cache:
             assert self.layout is not None
-            count = nest.count_tensors(self.form)
-            kept, leaves = leaves[count:], leaves[:count]
+            kept, leaves = leaves[self.count :], leaves[: self.count]
             if cache is None:
                 cache = caches.build(self.layout, kept)
             else:
@@ -53,26 +61,34 @@ class Program:
         return nest.rebuild(self.form, leaves, cache)
 
 
-def _bind(
-    graph: fx.Graph, constants: Mapping[str, torch.Tensor | nn.Module], model: nn.Module, slots: Slots
-) -> fx.GraphModule:
-    """Takes the graph over: a GraphModule whose direct children are the live leaf modules it reads.
+Finder = Callable[[str], nn.Module]
 
-    So attribute paths are short, which a call with hundreds of weights notices, and nothing is copied.
-    """
+
+def _finder(model: nn.Module, slots: Slots) -> Finder:
+    def find(owner: str) -> nn.Module:
+        return slots.module(owner) if owner.startswith(("slots.", "copies.")) else model.get_submodule(owner)
+
+    return find
+
+
+def _module(graph: fx.Graph, constants: Constants, find: Finder) -> fx.GraphModule:
+    """Takes the graph over: a GraphModule whose direct children are the live leaf modules it reads."""
     root = nn.Module()
     owners: dict[str, str] = {}
     live: dict[str, nn.Module] = {}
     for node in graph.find_nodes(op="get_attr"):
         target = str(node.target)
         if target in constants:
-            node.target = f"constant_{target.replace('.', '_')}"
-            _set(root, node.target, constants[target])
+            node.target = _constant_name(target)
+            value = constants[target]
+            if isinstance(value, nn.Module):
+                root.add_module(node.target, value)
+            else:
+                root.register_buffer(node.target, value, persistent=False)
             continue
         owner, _, leaf = target.rpartition(".")
         short = owners.setdefault(owner, f"m{len(owners)}")
-        live[short] = slots.module(owner) if owner.startswith(("slots.", "copies.")) else model.get_submodule(owner)
-        root._modules[short] = live[short]
+        root._modules[short] = live[short] = find(owner)
         node.target = f"{short}.{leaf}"
     module = fx.GraphModule(root, graph, class_name="AdaptedGraph")
     # GraphModule made containers of its own with the tensors of this moment; the live modules take their place.
@@ -81,8 +97,50 @@ def _bind(
     return module
 
 
-def _set(root: nn.Module, name: str, value: torch.Tensor | nn.Module) -> None:
-    if isinstance(value, nn.Module):
-        root.add_module(name, value)
-    else:
-        root.register_buffer(name, value, persistent=False)
+def _function(graph: fx.Graph, constants: Constants, find: Finder) -> Callable[..., tuple[torch.Tensor, ...]]:
+    """Takes the graph over: a function of its inputs.
+
+    `nn.Module` looks an attribute up in microseconds, which hundreds of weights a token add up. Here a name stands for
+    the very dictionary the module keeps its parameters in: as live, and a plain look-up.
+    """
+    root = _Names()
+    names: dict[int, str] = {}
+    for node in graph.find_nodes(op="get_attr"):
+        target = str(node.target)
+        if target in constants:
+            node.target = _constant_name(target)
+            setattr(root, node.target, constants[target])
+            continue
+        owner, _, leaf = target.rpartition(".")
+        held = _held(find(owner), leaf)
+        short = names.setdefault(id(held), f"n{len(names)}")
+        if not hasattr(root, short):
+            namespace = _Names()
+            namespace.__dict__ = held
+            setattr(root, short, namespace)
+        node.target = f"{short}.{leaf}"
+    code = graph.python_code("self")
+    scope = dict(code.globals)
+    exec(compile(code.src, "<adapted graph>", "exec"), scope)
+    forward = scope["forward"]
+
+    def run(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return forward(root, *tensors)
+
+    return run
+
+
+class _Names:
+    """Attributes, kept in a dictionary of our choice."""
+
+
+def _held(module: nn.Module, leaf: str) -> dict[str, Any]:
+    """The dictionary in which a module keeps a tensor or number of this name."""
+    for held in (module._parameters, module._buffers):
+        if leaf in held:
+            return held
+    return module.__dict__
+
+
+def _constant_name(target: str) -> str:
+    return f"constant_{target.replace('.', '_')}"

@@ -1,5 +1,6 @@
 """Saving and loading adapters of a model in the PEFT format."""
 
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from peftc.grammar.diagnostics import UsageError, fail
@@ -16,7 +18,7 @@ from peftc.grammar.library import builtin_methods
 from peftc.grammar.spec import Spec
 from peftc.grammar.write import to_tree
 from peftc.passes.plan import ParamKey
-from peftc.runtime.adapter_files import adapter_directory, locate, read_adapter, write_adapter
+from peftc.runtime.adapter_files import adapter_directory, locate, read_adapter, write_adapter, write_files
 from peftc.runtime.bank import AdapterParameters, prepared, trained_keys
 from peftc.runtime.checkpoint import checkpoint_keys, fit
 from peftc.runtime.manifest import (
@@ -30,6 +32,10 @@ from peftc.runtime.manifest import (
 )
 from peftc.runtime.peft_config import read_config, write_config
 from peftc.runtime.state import BANK, AdapterState
+
+# A Trainer resumes a model that is not peft's only from this file, and saves nowhere else under such names.
+TRAINER_STATE = "model.safetensors"
+_TRAINER_CHECKPOINT = re.compile(r"checkpoint-\d+")
 
 
 class Saving(nn.Module):
@@ -51,8 +57,11 @@ class Saving(nn.Module):
 
         As PEFT does, the adapter called `default`, or a lone one, goes into the directory itself and every other into
         a subdirectory of its name. A manifest with the spec and the base's fingerprint lies beside each. Values come
-        from `state_dict` (of this model) if one is given. Raises UsageError for unknown adapters and for
-        `safe_serialization=False`, CheckpointError if a file cannot be written; files appear whole or not at all.
+        from `state_dict` (of this model) if one is given. In a Trainer's checkpoint (a directory called
+        `checkpoint-<step>`) the adapters' part of the state dict is saved too, from which the Trainer resumes.
+
+        Raises UsageError for unknown adapters and for `safe_serialization=False`, CheckpointError if a file cannot be
+        written; files appear whole or not at all.
         """
         if not safe_serialization:
             fail(UsageError, "E540", "adapters are saved as safetensors only", help="leave safe_serialization out")
@@ -68,8 +77,21 @@ class Saving(nn.Module):
         for adapter in adapters:
             name = "default" if len(state.names()) == 1 else adapter.plan.name
             self._save(adapter, adapter_directory(root, name), state_dict, base_fingerprint)
+        if _TRAINER_CHECKPOINT.fullmatch(root.name):
+            given = self.state_dict() if state_dict is None else state_dict
+            own = {key: value.detach().cpu().contiguous() for key, value in given.items() if _is_adapters(key)}
+            write_files(root, {TRAINER_STATE: lambda path: save_file(own, path, metadata={"format": "pt"})})
         if kwargs.get("push_to_hub"):
             fail(UsageError, "E542", "save_pretrained does not upload", help="call push_to_hub")
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As torch's. A state of adapters alone, loaded with `strict=False`, does not miss the base."""
+        result = super().load_state_dict(state_dict, strict=strict, assign=assign)
+        if not strict and all(_is_adapters(key) for key in state_dict):
+            result.missing_keys[:] = [key for key in result.missing_keys if _is_adapters(key)]
+        if assign:
+            self._adapter_state.refresh()
+        return result
 
     def load_adapter(
         self,

@@ -6,11 +6,11 @@ import torch
 from torch import nn
 
 from peftc.passes.plan import ParamKey
-from peftc.passes.structure import copy_role, copy_slot, site_slot, weighted
+from peftc.passes.structure import FLOAT, copy_role, copy_slot, site_slot, weighted
 from peftc.runtime.bank import AdapterParameters
 
-Binding = tuple[dict[str, Any], str, torch.Tensor]
-"""A dictionary of a slot, the name in it, and the tensor to put there."""
+Binding = tuple[dict[str, Any], str, torch.Tensor | float]
+"""A dictionary of a slot, the name in it, and the tensor (for a scalar also the number) to put there."""
 
 
 class Slots:
@@ -36,6 +36,7 @@ class Slots:
                 found.append(_binding(slot, param.role, tensor))
             for scalar, value in scalars(adapter, at.site.name, weight).items():
                 found.append(_binding(slot, scalar, tensors[0].new_tensor(value)))
+                found.append((slot.__dict__, FLOAT + scalar, value))
         for copy in plan.copies:
             slot = self.module(copy_slot(position, copy.module))
             for tensor_name, _, _ in copy.tensors:
