@@ -5,7 +5,9 @@ from torch import fx
 from peftc.grammar.diagnostics import ModelError, fail
 from peftc.passes import driver
 from peftc.passes.clean import Clean
+from peftc.passes.float_mask import FloatMask
 from peftc.passes.fuse_low_rank import FuseLowRank
+from peftc.passes.group_heads import GroupHeads
 from peftc.passes.insert_copy import InsertCopy
 from peftc.passes.insert_delta import DropoutError, InsertDelta, SlotValue
 from peftc.passes.native import NativeCalls
@@ -41,7 +43,7 @@ def specialise(
 def lower(graph: fx.Graph) -> fx.Graph:
     """A copy of a specialised graph, for Python to run as it is: fused, and calling operators the short way."""
     lowered = copy_graph(graph)
-    driver.run(lowered, [FuseLowRank(), NativeCalls()])
+    driver.run(lowered, [GroupHeads(), FloatMask(), FuseLowRank(), NativeCalls()])
     return lowered
 
 
