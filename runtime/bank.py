@@ -54,9 +54,11 @@ class AdapterParameters(nn.Module):
 
     def train_only(self, trainable: bool) -> None:
         """Whether gradients reach the parameters; touches only those that differ."""
-        for parameter in self.parameters():
-            if parameter.requires_grad is not trainable:
-                parameter.requires_grad_(trainable)
+        # Not `self.parameters()`, which walks the module tree: switching comes through here.
+        for holder, role in self._holders.values():
+            parameter = holder._parameters.get(role)
+            if parameter is not None and parameter.requires_grad is not trainable:
+                parameter.requires_grad = trainable
 
 
 def trained_keys(plan: AdapterPlan) -> frozenset[ParamKey]:
