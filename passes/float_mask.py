@@ -28,7 +28,7 @@ class FloatMask:
             mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
             if not isinstance(mask, fx.Node) or mask.meta["val"].dtype != torch.bool:
                 continue
-            dtype = node.args[0].meta["val"].dtype  # type: ignore[union-attr]
+            dtype = node.args[0].meta["val"].dtype
             if (mask, dtype) not in made:
                 emit = Emit(graph, mask.next, Origin(self.name), like=mask)
                 zeros = emit.call(aten.zeros_like.default, mask, dtype=dtype)

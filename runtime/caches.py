@@ -44,7 +44,12 @@ class Layout:
 
 
 def kind_of(cache: Cache) -> tuple[str, bool]:
-    """What of a cache decides which graph fits: decoder or encoder-decoder, and whether its cross layers are filled."""
+    """What of a cache decides which graph fits: decoder or encoder-decoder, and whether its cross layers are filled.
+
+    Raises ModelError for a kind of layer that no graph can take.
+    """
+    for layer in cache.self_attention_cache.layers if isinstance(cache, EncoderDecoderCache) else cache.layers:
+        _check(layer)
     if isinstance(cache, EncoderDecoderCache):
         layers = cache.cross_attention_cache.layers
         return ("encoder-decoder", bool(layers) and bool(cache.is_updated.get(0, False)))
@@ -109,7 +114,7 @@ def _pairs(cache: Cache) -> list[torch.Tensor]:
     return [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
 
 
-def _layer(layer: Any) -> Layer:
+def _check(layer: Any) -> None:
     if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
         fail(
             ModelError,
@@ -117,6 +122,10 @@ def _layer(layer: Any) -> Layer:
             f"a cache layer of kind {type(layer).__name__} is not supported",
             help="use a DynamicCache, or call with use_cache=False",
         )
+
+
+def _layer(layer: Any) -> Layer:
+    _check(layer)
     window = layer.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else None
     keys, values = layer.keys, layer.values
     return Layer(int(keys.shape[1]), int(keys.shape[3]), int(values.shape[3]), window, keys.dtype)
@@ -126,14 +135,14 @@ def _read(cache: Any, layers: tuple[Layer, ...], rows: int, device: torch.device
     tensors: list[torch.Tensor] = []
     for index, expected in enumerate(layers):
         layer = cache.layers[index] if index < len(cache.layers) else None
+        if layer is not None:
+            _check(layer)
         if layer is None or not layer.is_initialized:
             tensors.append(torch.empty(rows, expected.heads, 0, expected.key_size, dtype=expected.dtype, device=device))
             tensors.append(
                 torch.empty(rows, expected.heads, 0, expected.value_size, dtype=expected.dtype, device=device)
             )
             continue
-        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
-            _layer(layer)  # raises
         tensors.append(_padded(layer, layer.keys))
         tensors.append(_padded(layer, layer.values))
     return tensors

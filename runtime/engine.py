@@ -1,7 +1,7 @@
 """Keeps the traces and programs of one model, and finds the one that serves a call."""
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -43,8 +43,12 @@ class Backend(Protocol):
         ...
 
 
-Key = tuple[Signature, bool]
-Programs = dict[Key, Program]
+@dataclass(frozen=True, eq=False)
+class Specialisation:
+    """The programs made for one structure, by signature and whether autocast is on."""
+
+    structure: Structure
+    programs: dict[tuple[Signature, bool], Program] = field(default_factory=dict)
 
 
 class Engine:
@@ -55,25 +59,17 @@ class Engine:
         self.slots = Slots()
         self._model = model
         self._traces: dict[Signature, Traced] = {}
-        self._structures: dict[Structure, Programs] = {}
-        self._structure = Structure()
-        self._slot_value: SlotValue | None = None
-        self._current: Programs = self._structures.setdefault(self._structure, {})
+        self._specialisations: dict[Structure, Specialisation] = {}
+        self._slot_value: SlotValue = _no_slots
+        self.plain = self._current = self.specialisation(Structure())
 
-    def activate(self, structure: Structure, slot_value: SlotValue) -> None:
+    def specialisation(self, structure: Structure) -> Specialisation:
+        """The programs of this structure, the same object for equal structures."""
+        return self._specialisations.setdefault(structure, Specialisation(structure))
+
+    def activate(self, specialisation: Specialisation, slot_value: SlotValue) -> None:
         """Serve calls with adapters of this structure from now on. Makes no graph: calls do."""
-        self._slot_value = slot_value
-        if structure is not self._structure:
-            self._structure = structure
-            self._current = self._structures.setdefault(structure, {})
-
-    def intern(self, structure: Structure) -> Structure:
-        """The equal structure seen first, so that switching compares by identity."""
-        for known in self._structures:
-            if known == structure:
-                return known
-        self._structures[structure] = {}
-        return structure
+        self._current, self._slot_value = specialisation, slot_value
 
     def run(self, entry: str, arguments: Mapping[str, Any]) -> Any:
         """Call the model (or a submodule of it) with named arguments."""
@@ -83,14 +79,14 @@ class Engine:
     def program(self, call: Call) -> Program:
         """The program for a call, made now if this is the first of its signature and structure."""
         autocast = torch.is_autocast_enabled(_device_type(call))
-        program = self._current.get((call.signature, autocast))
+        program = self._current.programs.get((call.signature, autocast))
         if program is None:
             program = self._make(call, autocast)
         if program.fits(call):
             return program
         sizes = tuple(tuple(tensor.shape) for tensor in call.tensors)
         bound = replace(call, signature=replace(call.signature, sizes=sizes))
-        return self._current.get((bound.signature, autocast)) or self._make(bound, autocast)
+        return self._current.programs.get((bound.signature, autocast)) or self._make(bound, autocast)
 
     def traced(self, call: Call) -> Traced:
         """The base graph for a call, traced now if it was not before."""
@@ -105,8 +101,8 @@ class Engine:
     def reset(self) -> None:
         """Forget every trace and program: the model was moved, or its weights have other shapes."""
         self._traces.clear()
-        self._structures.clear()
-        self._structures[self._structure] = self._current = {}
+        for each in self._specialisations.values():
+            each.programs.clear()
 
     def copy_for(self, model: nn.Module) -> "Engine":
         """An engine for a copy of the model; traces are shared, programs are not."""
@@ -118,12 +114,12 @@ class Engine:
         traced = self.traced(call)
         graph = self._specialised(traced, call.signature.training, autocast)
         program = Program(traced, graph, self.backend.lower, self._model, self.slots)
-        self._current[call.signature, autocast] = program
+        self._current.programs[call.signature, autocast] = program
         return program
 
     def _specialised(self, traced: Traced, training: bool, autocast: bool) -> fx.Graph:
-        slot_value = self._slot_value or _no_slots
-        return self.backend.specialise(traced, self._structure, slot_value, training=training, autocast=autocast)
+        structure = self._current.structure
+        return self.backend.specialise(traced, structure, self._slot_value, training=training, autocast=autocast)
 
 
 def _no_slots(position: int, site: str, role: str, near: fx.Node) -> torch.Tensor:

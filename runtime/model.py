@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -53,6 +54,11 @@ class AdaptedModel(Lifecycle, Saving):
             parameter.requires_grad_(False)
         self._adapter_state.engine.reset()
         return result
+
+    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """Warns: a graph keeps its activations. Training goes on without recomputation."""
+        message = "gradient checkpointing is not supported yet: activations are kept, and memory stays as it is"
+        warnings.warn(message, stacklevel=2)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """As `nn.Module.compile`: in place."""

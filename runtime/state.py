@@ -10,9 +10,9 @@ from torch import fx, nn
 from peftc.grammar.diagnostics import UsageError, did_you_mean, fail
 from peftc.passes.emit import fake_like
 from peftc.passes.plan import AdapterPlan
-from peftc.passes.structure import Structure, structure_of, weighted
+from peftc.passes.structure import structure_of, weighted
 from peftc.runtime.bank import AdapterParameters
-from peftc.runtime.engine import Engine
+from peftc.runtime.engine import Engine, Specialisation
 from peftc.runtime.slots import Binding, bind
 
 Active = tuple[tuple[str, float], ...]
@@ -42,7 +42,7 @@ class AdapterState:
     merged_active: Active = ()
     requires_grad: Mapping[str, bool] = field(default_factory=dict)  # the user's model's own, given back on unload
     facts: Facts = field(default_factory=Facts)
-    _prepared: dict[Active, tuple[Structure, list[Binding]]] = field(default_factory=dict)
+    _prepared: dict[Active, tuple[Specialisation, list[Binding]]] = field(default_factory=dict)
 
     def adapter(self, name: str) -> AdapterParameters:
         """The adapter of that name. Raises UsageError with the nearest names."""
@@ -81,7 +81,7 @@ class AdapterState:
         Raises UsageError, before anything changes, for an unknown name, a name twice, a weight its method cannot
         carry, or two adapters that train a copy of the same tensor.
         """
-        structure, bindings = self._prepared.get(active) or self._prepare(active)
+        specialisation, bindings = self._prepared.get(active) or self._prepare(active)
         chosen = {name for name, _ in active}
         self.active = active
         if trainable is not None:
@@ -89,9 +89,9 @@ class AdapterState:
                 self.adapter(name).train_only(trainable and name in chosen)
         if self.enabled and not self.merged:
             bind(bindings)
-            self.engine.activate(structure, self._slot_value)
+            self.engine.activate(specialisation, self._slot_value)
         else:
-            self.engine.activate(self.engine.intern(Structure()), self._slot_value)
+            self.engine.activate(self.engine.plain, self._slot_value)
 
     def refresh(self) -> None:
         """Look at every tensor again: they were moved or replaced."""
@@ -112,15 +112,15 @@ class AdapterState:
         copied.activate(self.active)
         return copied
 
-    def _prepare(self, active: Active) -> tuple[Structure, list[Binding]]:
+    def _prepare(self, active: Active) -> tuple[Specialisation, list[Binding]]:
         adapters = [self.adapter(name) for name, _ in active]
         _check(active, adapters)
-        structure = self.engine.intern(structure_of([(each.plan, each.dtypes()) for each in adapters]))
+        specialisation = self.engine.specialisation(structure_of([(each.plan, each.dtypes()) for each in adapters]))
         bindings: list[Binding] = []
         for position, (adapter, (_, weight)) in enumerate(zip(adapters, active, strict=True)):
             bindings += self.engine.slots.bindings(position, adapter, weight)
-        self._prepared[active] = (structure, bindings)
-        return structure, bindings
+        self._prepared[active] = (specialisation, bindings)
+        return specialisation, bindings
 
     def _slot_value(self, position: int, site: str, role: str, near: fx.Node) -> torch.Tensor:
         """A fake tensor like the one in a slot of the active adapters."""
