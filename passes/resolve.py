@@ -8,8 +8,9 @@ from torch import nn
 from peftc.grammar import tree
 from peftc.grammar.bind import bind
 from peftc.grammar.diagnostics import Diagnostic, SpecError, did_you_mean, fail
+from peftc.grammar.miss import misses
 from peftc.grammar.rule import Value
-from peftc.grammar.select import Universe, holds, matches_inside, misses, select, select_modules
+from peftc.grammar.select import Universe, holds, matches_inside, select, select_modules
 from peftc.grammar.source import Span
 from peftc.grammar.spec import AdapterSpec, Base, Target
 from peftc.passes.plan import AdapterPlan, PlannedCopy, PlannedSite

@@ -4,7 +4,8 @@ import pytest
 
 from peftc.grammar.diagnostics import SpecError
 from peftc.grammar.elaborate import read_spec
-from peftc.grammar.select import Candidate, Universe, misses
+from peftc.grammar.miss import misses
+from peftc.grammar.select import Candidate, Universe
 
 
 def method(body: str) -> str:

@@ -6,8 +6,9 @@ from hypothesis import strategies as st
 
 from peftc.grammar import tree
 from peftc.grammar.diagnostics import SpecError
+from peftc.grammar.miss import miss, misses
 from peftc.grammar.parse import parse
-from peftc.grammar.select import Candidate, Universe, matches_inside, miss, misses, select, select_modules
+from peftc.grammar.select import Candidate, Universe, matches_inside, select, select_modules
 from peftc.grammar.source import Source
 
 LEAVES = ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj", "mlp.down_proj")

@@ -1,0 +1,20 @@
+"""DOT text drawn by graphviz."""
+
+import shutil
+import subprocess
+
+from peftc.grammar.diagnostics import ModelError, fail
+
+HELP = "install graphviz (apt install graphviz, brew install graphviz, graphviz.org/download) or write DOT text"
+
+
+def to_svg(dot_text: str) -> bytes:
+    """The drawing. Raises ModelError where graphviz is missing or fails."""
+    program = shutil.which("dot")
+    if program is None:
+        fail(ModelError, "E430", "drawing needs graphviz: its program 'dot' is not on the PATH", help=HELP)
+    drawn = subprocess.run([program, "-Tsvg"], input=dot_text.encode(), capture_output=True, check=False)
+    if drawn.returncode != 0:
+        said = drawn.stderr.decode(errors="replace").strip() or f"exit code {drawn.returncode}"
+        fail(ModelError, "E431", f"graphviz could not draw the graph: {said}", help="write DOT text instead")
+    return drawn.stdout
