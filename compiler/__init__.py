@@ -1,26 +1,78 @@
-"""The driver: load a model, trace it, resolve a spec against it, run the passes, hand over to the runtime."""
+"""The driver: load a model, trace it, resolve a spec against it, run the passes, hand over to the runtime.
 
-from peftc.compiler.driver import apply, load
-from peftc.grammar.diagnostics import (
-    AdapterError,
-    CheckpointError,
-    Diagnostic,
-    ModelError,
-    SpecError,
-    UsageError,
-)
-from peftc.grammar.elaborate import read_spec
-from peftc.runtime.model import AdaptedModel
+The names below are found when they are first used: `peftc fmt` would otherwise wait seconds for torch and transformers,
+which it never needs. This is the only place where anything is imported late.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from peftc.compiler.builds import Build, build
+    from peftc.compiler.checking import check
+    from peftc.compiler.checkpoints import decompile, inspect
+    from peftc.compiler.drawing import draw
+    from peftc.compiler.driver import AdaptedModel, apply, load
+    from peftc.compiler.fitting import check_fit
+    from peftc.compiler.models import FoundModel, find_model
+    from peftc.grammar.diagnostics import (
+        AdapterError,
+        CheckpointError,
+        Diagnostic,
+        ModelError,
+        SpecError,
+        UsageError,
+    )
+    from peftc.grammar.elaborate import read_spec
 
 __all__ = [
     "AdaptedModel",
     "AdapterError",
+    "Build",
     "CheckpointError",
     "Diagnostic",
+    "FoundModel",
     "ModelError",
     "SpecError",
     "UsageError",
     "apply",
+    "build",
+    "check",
+    "check_fit",
+    "decompile",
+    "draw",
+    "find_model",
+    "inspect",
     "load",
     "read_spec",
 ]
+
+_HOMES = {
+    "peftc.compiler.builds": ("Build", "build"),
+    "peftc.compiler.checking": ("check",),
+    "peftc.compiler.fitting": ("check_fit",),
+    "peftc.compiler.checkpoints": ("decompile", "inspect"),
+    "peftc.compiler.drawing": ("draw",),
+    "peftc.compiler.driver": ("AdaptedModel", "apply", "load"),
+    "peftc.compiler.models": ("FoundModel", "find_model"),
+    "peftc.grammar.diagnostics": (
+        "AdapterError",
+        "CheckpointError",
+        "Diagnostic",
+        "ModelError",
+        "SpecError",
+        "UsageError",
+    ),
+    "peftc.grammar.elaborate": ("read_spec",),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(home), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))

@@ -17,10 +17,11 @@ from peftc.passes.plan import AdapterPlan
 from peftc.passes.resolve import Ground, check_base, resolve, survey
 from peftc.passes.structure import Structure
 from peftc.passes.traced import Traced
+from peftc.runtime import model as runtime
 from peftc.runtime.bank import AdapterParameters, initial, trained_keys
 from peftc.runtime.call import Call, read_call
 from peftc.runtime.engine import Engine
-from peftc.runtime.model import STATE, AdaptedModel, adapted_class, base_view
+from peftc.runtime.model import STATE, adapted_class, base_view
 from peftc.runtime.share import share
 from peftc.runtime.state import BANK, AdapterState, Facts
 
@@ -28,7 +29,7 @@ from peftc.runtime.state import BANK, AdapterState, Facts
 class Compiler:
     """Traces, specialises and plans for one adapted model; see `runtime.engine.Backend`."""
 
-    def __init__(self, model: AdaptedModel):
+    def __init__(self, model: runtime.AdaptedModel):
         self._model = model
         self._ground: tuple[object, Ground] | None = None
 
@@ -60,8 +61,26 @@ class Compiler:
 
     def for_model(self, model: nn.Module) -> "Compiler":
         """The same for a copy of the model."""
-        assert isinstance(model, AdaptedModel)
+        assert isinstance(model, runtime.AdaptedModel)
         return Compiler(model)
+
+
+class AdaptedModel(runtime.AdaptedModel):
+    """A model with adapters in its graph, made by `apply` and `load`; see `peftc.runtime.model.AdaptedModel`."""
+
+    @classmethod
+    def from_pretrained(
+        cls, model: nn.Module, peft_model_id: str | PathLike[str] = "", **options: Any
+    ) -> "AdaptedModel":
+        """As `PeftModel.from_pretrained`: the base model, then the checkpoint. The same as `load`, options and all."""
+        if not isinstance(model, nn.Module) or not peft_model_id:
+            fail(
+                UsageError,
+                "E544",
+                "from_pretrained of an adapted model takes the base model first",
+                help="load the base with its own class, then call compiler.load(base, checkpoint)",
+            )
+        return load(model, peft_model_id, **options)
 
 
 def apply(
@@ -153,8 +172,7 @@ def load(
 def adapt(model: nn.Module) -> AdaptedModel:
     """An adapted model that has no adapter yet."""
     plain = share(model, requires_grad=False)
-    kind = adapted_class(type(model))
-    adapted = object.__new__(kind)
+    adapted: AdaptedModel = object.__new__(adapted_class(type(model), AdaptedModel))
     adapted.__dict__.update(plain.__dict__)
     bank = nn.Module()
     adapted.add_module(BANK, bank)
@@ -167,7 +185,7 @@ def adapt(model: nn.Module) -> AdaptedModel:
     return adapted
 
 
-def prepare(adapted: AdaptedModel, example_inputs: Sequence[Any] | Mapping[str, Any]) -> Call:
+def prepare(adapted: runtime.AdaptedModel, example_inputs: Sequence[Any] | Mapping[str, Any]) -> Call:
     """Trace and specialise the graph for calls like this one, now. Returns the call. Raises ModelError."""
     named: Callable[..., dict[str, Any]] = adapted._named
     if isinstance(example_inputs, Mapping):
@@ -182,7 +200,7 @@ def prepare(adapted: AdaptedModel, example_inputs: Sequence[Any] | Mapping[str, 
 
 
 def _checked(model: nn.Module) -> nn.Module:
-    if isinstance(model, AdaptedModel):
+    if isinstance(model, runtime.AdaptedModel):
         fail(UsageError, "E543", "the model is adapted already", help="use its add_adapter or load_adapter")
     if not isinstance(model, nn.Module):
         fail(ModelError, "E405", f"a {type(model).__name__} is not a model", help="pass a torch.nn.Module")

@@ -50,13 +50,15 @@ def is_check(node: fx.Node) -> bool:
 
 
 def is_identity(node: fx.Node) -> bool:
-    """A cast or slice whose result is its input."""
+    """A cast, a slice or a detachment whose result is its input."""
     if node.target in CASTS:
         copies = node.kwargs.get("copy", False) or any(each is True for each in node.args[2:])
         if copies:
             return False
         before, after = node.args[0].meta["val"], node.meta["val"]  # type: ignore[union-attr]
         return bool(before.dtype == after.dtype and before.device == after.device and before.layout == after.layout)
+    if node.target is aten.detach_.default:  # of a constant that the trace has just lifted: it has no history
+        return node.args[0].target is aten.lift_fresh_copy.default  # type: ignore[union-attr]
     if node.target is aten.slice.Tensor:
         start, end = (*node.args[2:4], None, None)[:2]
         step = node.args[4] if len(node.args) > 4 else 1

@@ -4,7 +4,7 @@ import copy
 import inspect
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -17,6 +17,7 @@ from peftc.runtime.share import placement, share
 from peftc.runtime.state import BANK, AdapterState
 
 STATE = "_adapter_state"
+Root = TypeVar("Root", bound="AdaptedModel")
 
 
 class AdaptedModel(Lifecycle, Saving):
@@ -129,8 +130,8 @@ class EntryPoint:
         return getattr(self._module, name)
 
 
-def adapted_class(base: type[nn.Module], root: type[AdaptedModel] = AdaptedModel) -> type[AdaptedModel]:
-    """The class of adapted models of a class: named like it, with its forward signature."""
+def adapted_class(base: type[nn.Module], root: type[Root]) -> type[Root]:
+    """The class of adapted models of a class: named like it, with its forward signature, deriving from `root` too."""
     signature = inspect.signature(base.forward)
     parameters = list(signature.parameters.values())[1:]
     positional = tuple(

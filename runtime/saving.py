@@ -85,7 +85,11 @@ class Saving(nn.Module):
             fail(UsageError, "E542", "save_pretrained does not upload", help="call push_to_hub")
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As torch's. A state of adapters alone, loaded with `strict=False`, does not miss the base."""
+        """As torch's. A state of adapters alone, loaded with `strict=False`, does not miss the base.
+
+        Base values that differ from the user's do not overwrite them: this model gets tensors of its own for these.
+        """
+        _unshare(self, state_dict)
         result = super().load_state_dict(state_dict, strict=strict, assign=assign)
         if not strict and all(_is_adapters(key) for key in state_dict):
             result.missing_keys[:] = [key for key in result.missing_keys if _is_adapters(key)]
@@ -203,6 +207,22 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[package] = "unknown"
     return found
+
+
+def _unshare(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
+    """Give the model tensors of its own where a state dict is about to change what it shares; ties stay ties."""
+    base = [(name, each) for name, each in model.named_parameters(remove_duplicate=False) if not _is_adapters(name)]
+    own = {
+        id(each): nn.Parameter(each.detach().clone(), requires_grad=each.requires_grad)
+        for name, each in base
+        if isinstance(given := state_dict.get(name), torch.Tensor)
+        and given.shape == each.shape
+        and not torch.equal(given.to(each), each)
+    }
+    for name, each in base:
+        if id(each) in own:
+            owner, _, leaf = name.rpartition(".")
+            model.get_submodule(owner)._parameters[leaf] = own[id(each)]
 
 
 def _is_adapters(name: str) -> bool:

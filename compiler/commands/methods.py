@@ -1,0 +1,77 @@
+"""peftc methods"""
+
+import re
+from typing import Annotated, Any
+
+import typer
+
+from peftc.compiler import console, report
+from peftc.compiler.commands import arguments
+from peftc.grammar import expression
+from peftc.grammar.diagnostics import SpecError, did_you_mean, fail
+from peftc.grammar.elaborate import read_methods
+from peftc.grammar.library import builtin_methods
+from peftc.grammar.rule import MethodRule
+
+_ARXIV = re.compile(r"arXiv:\s?(\d{4}\.\d{4,5})")
+
+
+def methods(
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="Tell all about this method.", show_default=False)
+    ] = None,
+    use: arguments.Use = None,
+    json: arguments.Json = False,
+) -> None:
+    """List the methods, or tell what one is: its formula, hyperparameters, parameters and definition."""
+    known = {**builtin_methods(), **(read_methods(use) if use is not None else {})}
+    if name is None:
+        if json:
+            console.write_json({"methods": [_facts(each) for each in known.values()]})
+        else:
+            console.show(report.methods_table(known.values()))
+        return
+    if name not in known:
+        help = did_you_mean(name, known) or f"known methods: {', '.join(known)}"
+        fail(SpecError, "E140", f"there is no method '{name}'", help=help)
+    if json:
+        console.write_json(_facts(known[name]))
+        return
+    console.show(report.method_report(known[name]))
+    console.write(f"{_definition(known[name])}\n")
+
+
+def _facts(rule: MethodRule) -> dict[str, Any]:
+    return {
+        "name": rule.name,
+        "doc": rule.doc,
+        "papers": [f"https://arxiv.org/abs/{each}" for each in _ARXIV.findall(rule.doc)],
+        "kinds": list(rule.kinds),
+        "formula": expression.text(rule.weight),
+        "lets": {name: expression.text(value) for name, value in rule.lets},
+        "hyperparameters": [
+            {
+                "name": each.name,
+                "type": each.type,
+                "default": expression.text(each.default),
+                "choices": list(each.choices),
+            }
+            for each in rule.hyperparameters
+        ],
+        "parameters": [
+            {
+                "name": each.role,
+                "shape": [expression.text(size) for size in each.shape],
+                "init": {kind or "any": expression.text(value) for kind, value in each.init},
+                "saved": {kind or "any": value for kind, value in each.saved},
+            }
+            for each in rule.params
+        ],
+        "peft_type": rule.peft_type or None,
+        "default_targets": {model_type: list(targets) for model_type, targets in rule.defaults},
+        "definition": _definition(rule),
+    }
+
+
+def _definition(rule: MethodRule) -> str:
+    return rule.span.text if rule.span else ""

@@ -1,0 +1,137 @@
+"""Pictures of a model's graph before and after its adapters."""
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from os import PathLike
+from typing import Any, Literal
+
+import torch
+from torch import fx, nn
+
+from peftc.compiler import diagram
+from peftc.compiler.driver import apply, prepare
+from peftc.compiler.example_inputs import example_inputs
+from peftc.compiler.lower import specialise
+from peftc.compiler.models import FoundModel, find_model, seeded
+from peftc.grammar import tree
+from peftc.grammar.diagnostics import ModelError, SpecError, UsageError, fail
+from peftc.grammar.miss import misses
+from peftc.grammar.parse import parse
+from peftc.grammar.select import matches_inside
+from peftc.grammar.source import Source
+from peftc.grammar.spec import Spec
+from peftc.passes.resolve import survey
+from peftc.passes.structure import Structure
+from peftc.runtime.model import AdaptedModel
+
+Which = Literal["before", "after", "diff"]
+Format = Literal["dot", "svg", "json"]
+Inputs = Sequence[Any] | Mapping[str, Any]
+
+
+def draw(
+    spec: Spec | str | PathLike[str],
+    model: nn.Module | FoundModel | str | PathLike[str],
+    *,
+    which: Which = "after",
+    focus: str | None = None,
+    unfold: bool = False,
+    format: Format = "dot",
+    inputs: Inputs | None = None,
+) -> bytes:
+    """A diagram of the graph: what `peftc graph` prints.
+
+    Args:
+        spec: A path to an `.adapter` file, the text itself, or a Spec.
+        model: A module, or what `find_model` takes.
+        which: The graph before the adapters, after, or after with what is new or gone marked.
+        focus: A selector; only what it names and its surroundings are drawn.
+        unfold: Draw every layer of a run of alike ones.
+        format: Graphviz text, a rendered picture, or JSON for other tools.
+        inputs: To trace with; a transformers model needs none.
+
+    Raises:
+        SpecError: the spec or the focus is wrong, in itself or for this model.
+        ModelError: the model cannot be found or traced.
+        UsageError: an svg is asked for and graphviz is not installed.
+    """
+    if format == "svg" and not can_render():
+        fail(UsageError, "E552", "graphviz is not installed", help="install it (its command is dot), or ask for dot")
+    found = as_found(model)
+    with seeded(found.seed or 0):
+        adapted = apply(found.model, spec)
+    shown = None if focus is None else within(focus, found.model)
+    before, after = graphs(adapted, needed_inputs(found, inputs))
+    names = active_names(adapted)
+    if which == "diff":
+        picture = diagram.diff(before, after, unfold=unfold, focus=shown, names=names)
+    else:
+        picture = diagram.build(before if which == "before" else after, unfold=unfold, focus=shown, names=names)
+    if format == "json":
+        return diagram.to_json(picture).encode()
+    text = diagram.to_dot(picture)
+    return diagram.to_svg(text) if format == "svg" else text.encode()
+
+
+def graphs(adapted: AdaptedModel, inputs: Inputs) -> tuple[fx.Graph, fx.Graph]:
+    """The graph for calls like this one, without adapters and with the active ones. Raises ModelError."""
+    call = prepare(adapted, inputs)
+    engine = adapted._adapter_state.engine
+    traced = engine.traced(call)
+    before = specialise(traced, Structure(), _no_slot, training=call.signature.training, autocast=False)
+    return before, engine.graph(call)
+
+
+def active_names(adapted: AdaptedModel) -> tuple[str, ...]:
+    """The active adapters, by their position in the graph."""
+    return tuple(name for name, _ in adapted._adapter_state.active)
+
+
+def as_found(model: nn.Module | FoundModel | str | PathLike[str]) -> FoundModel:
+    """The model meant, with where it is from. Raises ModelError."""
+    if isinstance(model, FoundModel):
+        return model
+    if isinstance(model, nn.Module):
+        return FoundModel(model, type(model).__name__, "object")
+    return find_model(model)
+
+
+def needed_inputs(found: FoundModel, inputs: Inputs | None) -> Inputs:
+    """Inputs to trace with: those given, the factory's, or made from the config. Raises ModelError for none."""
+    for each in (inputs, found.example_inputs, example_inputs(found.model)):
+        if each is not None:
+            return each
+    fail(
+        ModelError,
+        "E440",
+        f"there are no example inputs to trace {type(found.model).__name__} with",
+        help="let the factory return (module, example_inputs)",
+        where=found.name,
+    )
+
+
+def within(focus: str, model: nn.Module) -> Callable[[str], bool]:
+    """Whether a module is one that a selector chooses, or inside one. Raises SpecError for one that chooses nothing."""
+    try:
+        # A selector has no file of its own; on a line of its own in one, its messages show it alone.
+        clause = parse(Source("--focus", f"adapter focus = focus {{ on\n{focus}\n}}")).statements[0]
+    except SpecError as error:
+        raise SpecError(*(replace(each, span=None, where="--focus") for each in error.diagnostics)) from None
+    assert isinstance(clause, tree.Adapter)
+    assert isinstance(clause.clauses[0], tree.OnClause)
+    selectors = clause.clauses[0].selectors
+    universe = survey(model).universe
+    missed = [each for selector in selectors for each in misses(selector, None, universe, modules=True)]
+    if missed:
+        raise SpecError(*(replace(each, span=None, where="--focus") for each in missed))
+    return lambda module: any(matches_inside(each, module, universe) for each in selectors)
+
+
+def can_render() -> bool:
+    """Whether graphviz is installed."""
+    return shutil.which("dot") is not None
+
+
+def _no_slot(position: int, site: str, role: str, near: fx.Node) -> torch.Tensor:
+    raise AssertionError("a graph without adapters has no slots")

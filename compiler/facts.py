@@ -1,0 +1,100 @@
+"""What commands report, as plain data: `report` makes tables of it, `--json` prints it. Needs no torch."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from peftc.grammar.diagnostics import Diagnostic
+
+Values = Mapping[str, int | float | bool | str | None]
+
+
+@dataclass(frozen=True)
+class RuleFacts:
+    """One clause of an adapter and what it reaches.
+
+    `sites` are in model order, `values` all hyperparameters there, `brief` the ones worth showing.
+    """
+
+    rule: str
+    sites: tuple[str, ...]
+    values: Values
+    brief: str
+    parameters: int
+
+
+@dataclass(frozen=True)
+class AdapterFacts:
+    """One adapter on a model. `weight` is its activation weight, None while it is not active; `bytes` on disk."""
+
+    name: str
+    method: str
+    rules: tuple[RuleFacts, ...]
+    parameters: int
+    bytes: int
+    weight: float | None = None
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """The model a spec was compiled onto; `origin` is weights, hub, random, factory or object."""
+
+    name: str
+    architecture: str
+    origin: str
+    seed: int | None
+    parameters: int
+
+
+@dataclass(frozen=True)
+class BuildFacts:
+    """What `peftc compile` did. `share` is the adapters' part of all parameters."""
+
+    model: ModelFacts
+    adapters: tuple[AdapterFacts, ...]
+    parameters: int
+    share: float
+    bytes: int
+    output: str | None = None
+    files: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """As a JSON object."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class ModuleFacts:
+    """Adapted modules of a checkpoint that are alike, in the file's order."""
+
+    modules: tuple[str, ...]
+    values: Values
+    tensors: tuple[str, ...]
+    dtypes: tuple[str, ...]
+    parameters: int
+
+
+@dataclass(frozen=True)
+class CheckpointFacts:
+    """What is in a PEFT checkpoint. `manifest` is the peftc manifest beside it, if there is one."""
+
+    directory: str
+    peft_type: str
+    method: str | None
+    values: Values
+    brief: str
+    base: str | None
+    revision: str | None
+    task_type: str | None
+    modules: tuple[ModuleFacts, ...]
+    parameters: int
+    bytes: int
+    manifest: Mapping[str, Any] | None = None
+    warnings: tuple[str, ...] = ()
+    problems: tuple[Diagnostic, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """As a JSON object; `problems` are left to the caller."""
+        return {name: value for name, value in asdict(self).items() if name != "problems"}

@@ -1,0 +1,33 @@
+"""check against a model: does a spec fit, without tracing anything."""
+
+from collections.abc import Iterator
+
+from torch import nn
+
+from peftc.compiler.facts import AdapterFacts
+from peftc.compiler.summary import adapter_facts
+from peftc.grammar.diagnostics import Diagnostic, SpecError
+from peftc.grammar.spec import Base, Spec
+from peftc.passes.resolve import Ground, check_base, resolve, survey
+
+
+def check_fit(spec: Spec, model: nn.Module) -> tuple[tuple[AdapterFacts, ...], tuple[Diagnostic, ...]]:
+    """What every adapter of a spec would put where on a model, and every diagnostic of those that do not fit."""
+    ground = survey(model)
+    problems = list(_base_problems(spec.base, ground))
+    weights = dict(spec.active)
+    facts = []
+    for each in spec.adapters:
+        try:
+            facts.append(adapter_facts(resolve(each, ground), ground, {}, weights.get(each.name)))
+        except SpecError as error:
+            problems += error.diagnostics
+    return tuple(facts), tuple(problems)
+
+
+def _base_problems(base: Base | None, ground: Ground) -> Iterator[Diagnostic]:
+    for entry in base.entries if base else ():
+        try:
+            check_base(Base((entry,)), ground)
+        except SpecError as error:
+            yield from error.diagnostics

@@ -1,0 +1,103 @@
+"""A plan told by the clauses of its spec."""
+
+from collections.abc import Mapping
+
+import torch
+
+from peftc.compiler.facts import AdapterFacts, RuleFacts
+from peftc.grammar import tree
+from peftc.grammar.bind import complete
+from peftc.grammar.layout import lay_out
+from peftc.grammar.rule import MethodRule, Value
+from peftc.grammar.select import select
+from peftc.grammar.spec import AdapterSpec, Spec, Target
+from peftc.grammar.write import to_tree
+from peftc.passes.plan import AdapterPlan
+from peftc.passes.resolve import Ground
+
+
+def adapter_facts(
+    plan: AdapterPlan, ground: Ground, tensors: Mapping[str, torch.Tensor], weight: float | None
+) -> AdapterFacts:
+    """What an adapter does where, clause by clause."""
+    return AdapterFacts(
+        name=plan.name,
+        method=plan.spec.rule.name,
+        rules=(*_site_rules(plan, ground), *_copy_rules(plan)),
+        parameters=plan.parameter_count,
+        bytes=sum(each.numel() * each.element_size() for each in tensors.values()),
+        weight=weight,
+    )
+
+
+def _site_rules(plan: AdapterPlan, ground: Ground) -> list[RuleFacts]:
+    clauses = _clauses(plan.spec)
+    on = list(zip(clauses[tree.OnClause], plan.spec.on, strict=True))
+    refine = list(zip(clauses[tree.RefineClause], plan.spec.refine, strict=True))
+    chosen_by = {name: text for text, target in on for name in _chosen(target, ground)}
+    refined_by = {name: text for text, target in refine for name in _chosen(target, ground)}
+    groups: dict[tuple[str, tuple[tuple[str, Value], ...]], list[tuple[str, int]]] = {}
+    for at in plan.sites:
+        name = at.site.name
+        text = chosen_by.get(name, f"the default of {plan.spec.rule.name}")
+        if name in refined_by:
+            text += f"; {refined_by[name]}"
+        groups.setdefault((text, at.bound.values), []).append((name, at.parameter_count))
+    return [
+        RuleFacts(
+            rule=text,
+            sites=tuple(name for name, _ in sites),
+            values=dict(values),
+            brief=brief(plan.spec.rule, dict(values)),
+            parameters=sum(count for _, count in sites),
+        )
+        for (text, values), sites in groups.items()
+    ]
+
+
+def _copy_rules(plan: AdapterPlan) -> list[RuleFacts]:
+    groups: dict[str, list[tuple[str, int]]] = {}
+    clauses = _clauses(plan.spec)
+    for copy in plan.copies:
+        text = f"bias {plan.spec.bias}" if copy.is_bias else "; ".join(clauses[tree.TrainClause])
+        groups.setdefault(text, []).append((copy.module, copy.parameter_count))
+    return [
+        RuleFacts(text, tuple(name for name, _ in modules), {}, "", sum(count for _, count in modules))
+        for text, modules in groups.items()
+    ]
+
+
+def brief(rule: MethodRule, values: Mapping[str, Value]) -> str:
+    """The sizes among the hyperparameters, and what is not the method's default: `rank = 8, alpha = 16`."""
+    defaults = dict(complete(rule, ()))
+    sizes = {each.name for each in rule.hyperparameters if each.type == "int"}
+    shown = {name: value for name, value in values.items() if name in sizes or value != defaults[name]}
+    return ", ".join(f"{name} = {_short(value)}" for name, value in shown.items())
+
+
+def _short(value: Value) -> str:
+    match value:
+        case None:
+            return "none"
+        case bool():
+            return str(value).lower()
+        case float():
+            return f"{value:g}"
+        case _:
+            return str(value)
+
+
+def _clauses(spec: AdapterSpec) -> dict[type[tree.Node], list[str]]:
+    """The canonical text of every clause, by kind and in order."""
+    found: dict[type[tree.Node], list[str]] = {
+        kind: [] for kind in (tree.OnClause, tree.RefineClause, tree.SkipClause, tree.TrainClause)
+    }
+    adapter = to_tree(Spec((spec,))).statements[-1]
+    for unit in lay_out(adapter):
+        if unit.node is not None and type(unit.node) in found:
+            found[type(unit.node)].append(" ".join(" ".join(unit.lines).split()))
+    return found
+
+
+def _chosen(target: Target, ground: Ground) -> list[str]:
+    return [each.name for selector in target.selectors for each in select(selector, target.where, ground.universe)]
