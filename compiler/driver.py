@@ -203,7 +203,9 @@ def _checked(model: nn.Module) -> nn.Module:
     if isinstance(model, runtime.AdaptedModel):
         fail(UsageError, "E543", "the model is adapted already", help="use its add_adapter or load_adapter")
     if not isinstance(model, nn.Module):
-        fail(ModelError, "E405", f"a {type(model).__name__} is not a model", help="pass a torch.nn.Module")
+        fail(
+            ModelError, "E405", f"a value of type {type(model).__name__} is not a model", help="pass a torch.nn.Module"
+        )
     if hasattr(model, "peft_config") and hasattr(model, "base_model") and type(model).__module__.startswith("peft."):
         fail(ModelError, "E406", "the model is wrapped by peft", help="pass the model peft wraps: model.unload()")
     return model

@@ -185,10 +185,11 @@ def _export(model: nn.Module, forward: _FlatForward, inputs: list[_Input], kind:
 
 def _refuse(kind: str, error: Exception) -> NoReturn:
     lines = str(error).strip().splitlines() or ["no message"]
+    help = "its forward depends on data, or on something torch.export does not support; the cause is chained"
+    if isinstance(error, ValueError | TypeError):
+        help = "its own forward may refuse such a call: try it on the model without adapters; the cause is chained"
     diagnostic = Diagnostic(
-        "E402",
-        f"{kind} cannot be traced for this call: {type(error).__name__}: {lines[0]}",
-        help="its forward depends on data, or on something torch.export does not support; the cause is chained below",
+        "E402", f"{kind} cannot be traced for this call: {type(error).__name__}: {lines[0]}", help=help
     )
     raise ModelError(diagnostic) from error
 

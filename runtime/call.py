@@ -10,6 +10,7 @@ from transformers.cache_utils import Cache
 from peftc.grammar.diagnostics import UsageError, fail
 from peftc.runtime import caches, nest
 
+COUNTS = ("num_items_in_batch",)
 FLAGS = ("use_cache", "output_attentions", "output_hidden_states", "return_dict", "_attn_implementation")
 
 
@@ -56,6 +57,8 @@ def read_call(entry: str, training: bool, config: object, arguments: Mapping[str
         value = arguments[name]
         if value is None:
             continue
+        if name in COUNTS and isinstance(value, int):
+            value = torch.tensor(value)  # another number each step must not mean another graph
         if isinstance(value, Cache):
             if cache is not None:
                 fail(UsageError, "E502", "a call can take one cache", where=name)

@@ -219,7 +219,7 @@ def _text_or_path(config: Any) -> str | PathLike[str]:
     fail(
         UsageError,
         "E519",
-        f"a {type(config).__name__} does not describe an adapter",
+        f"a value of type {type(config).__name__} does not describe an adapter",
         help="pass a spec (a path, its text, a Spec) or a PEFT config",
     )
 

@@ -43,7 +43,7 @@ def flatten(value: Any, leaves: list[torch.Tensor], where: str) -> Form:
         names = [each.name for each in dataclasses.fields(value)]
         items = [(name, flatten(getattr(value, name), leaves, f"{where}.{name}")) for name in names]
         return (FIELDS, type(value), tuple(items))
-    fail(UsageError, "E501", f"{where} is a {type(value).__name__}, which cannot enter or leave a traced graph")
+    fail(UsageError, "E501", f"{where} is of type {type(value).__name__}, which cannot enter or leave a traced graph")
 
 
 def rebuild(form: Form, leaves: list[torch.Tensor], cache: Any = None) -> Any:

@@ -2,7 +2,8 @@
 
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from os import PathLike
 from pathlib import Path
@@ -12,12 +13,13 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from peftc.grammar.diagnostics import UsageError, fail
+from peftc.grammar import layout
+from peftc.grammar.diagnostics import CheckpointError, SpecError, UsageError, fail
 from peftc.grammar.format import format_file
 from peftc.grammar.library import builtin_methods
-from peftc.grammar.spec import Spec
+from peftc.grammar.spec import AdapterSpec, Spec
 from peftc.grammar.write import to_tree
-from peftc.passes.plan import ParamKey
+from peftc.passes.plan import AdapterPlan, ParamKey
 from peftc.runtime.adapter_files import adapter_directory, locate, read_adapter, write_adapter, write_files
 from peftc.runtime.bank import AdapterParameters, prepared, trained_keys
 from peftc.runtime.checkpoint import checkpoint_keys, fit
@@ -134,8 +136,8 @@ class Saving(nn.Module):
         facts = read_config(config, methods=builtin_methods(), adapter_name=adapter_name, where=str(directory))
         for message in facts.warnings:
             warnings.warn(message, stacklevel=2)
-        plan = state.engine.backend.plan(facts.spec)
-        base = {name: tensor for name, tensor in self.state_dict(keep_vars=True).items() if not _is_adapters(name)}
+        plan = self._planned(facts.spec, directory)
+        base = dict(self._base_tensors())
         shapes = {name: tuple(tensor.shape) for name, tensor in base.items()}
         fitted = fit(plan, tensors, where=str(directory), base_shapes=shapes, base_tensors=base.get)
         self._check_manifest(directory)
@@ -148,9 +150,29 @@ class Saving(nn.Module):
 
     def base_fingerprint(self) -> str:
         """A digest of the base's names, shapes and sampled contents, without what is merged."""
-        state = self._adapter_state
-        base = ((name, tensor) for name, tensor in self.state_dict(keep_vars=True).items() if not _is_adapters(name))
-        return fingerprint((name, state.merged.get(name, tensor)) for name, tensor in base)
+        return fingerprint(self._base_tensors())
+
+    def _base_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        merged = self._adapter_state.merged
+        for name, tensor in self.state_dict(keep_vars=True).items():
+            if not _is_adapters(name):
+                yield name, merged.get(name, tensor)
+
+    def requires_grad_(self, requires_grad: bool = True) -> "Saving":
+        """As torch's, for every parameter. A base that is to be trained gets storage of its own first."""
+        if requires_grad:
+            _unshare(self, None)
+        super().requires_grad_(requires_grad)
+        return self
+
+    def get_adapter_state_dict(
+        self, adapter_name: str | None = None, state_dict: Mapping[str, torch.Tensor] | None = None
+    ) -> dict[str, torch.Tensor]:
+        """As transformers': the tensors of an adapter, by default the active one, under the keys PEFT saves."""
+        active = self._adapter_state.active
+        if adapter_name is None and len(active) != 1:
+            fail(UsageError, "E545", f"{len(active)} adapters are active", help="say which with adapter_name")
+        return self.adapter_state_dict(adapter_name or active[0][0], state_dict)
 
     def adapter_state_dict(
         self, adapter_name: str, state_dict: Mapping[str, torch.Tensor] | None = None
@@ -188,6 +210,20 @@ class Saving(nn.Module):
         write_adapter(directory, config, self.adapter_state_dict(plan.name, state_dict))
         write_manifest(directory, manifest)
 
+    def _planned(self, spec: AdapterSpec, directory: Path) -> AdapterPlan:
+        """The plan of a checkpoint's adapter; what is wrong is wrong with the checkpoint, not with a spec."""
+        try:
+            return self._adapter_state.engine.backend.plan(spec)
+        except SpecError as error:
+            named = sorted({layout.selector(each) for target in spec.on for each in target.selectors})
+            help = f"it was made for modules called {', '.join(named[:8])}; this is a {type(self).__name__}"
+            raise CheckpointError(
+                *(
+                    replace(each, span=None, where=str(directory), help=each.help or (help if named else ""))
+                    for each in error.diagnostics
+                )
+            ) from error
+
     def _check_manifest(self, directory: Path) -> None:
         manifest = read_manifest(directory)
         if manifest is None:
@@ -209,15 +245,18 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _unshare(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
-    """Give the model tensors of its own where a state dict is about to change what it shares; ties stay ties."""
+def _unshare(model: nn.Module, state_dict: Mapping[str, Any] | None) -> None:
+    """Give the model tensors of its own where a state dict (None: training) will change what it shares; ties stay."""
     base = [(name, each) for name, each in model.named_parameters(remove_duplicate=False) if not _is_adapters(name)]
     own = {
         id(each): nn.Parameter(each.detach().clone(), requires_grad=each.requires_grad)
         for name, each in base
-        if isinstance(given := state_dict.get(name), torch.Tensor)
-        and given.shape == each.shape
-        and not torch.equal(given.to(each), each)
+        if state_dict is None
+        or (
+            isinstance(given := state_dict.get(name), torch.Tensor)
+            and given.shape == each.shape
+            and not torch.equal(given.to(each), each)
+        )
     }
     for name, each in base:
         if id(each) in own:
