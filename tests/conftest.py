@@ -1,11 +1,17 @@
-"""One option and one fixture for texts that a person should read before they change."""
+"""One option and one fixture for texts that a person should read before they change; threads for parallel runs."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 GOLDEN = Path(__file__).parent / "golden"
+
+# pytest-xdist runs a process for each core, and torch would start a thread for each core in every one of them. This is
+# read before torch is.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

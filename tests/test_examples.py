@@ -1,0 +1,53 @@
+"""The programs under examples/ run and say what they promise."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(*words: str, cwd: Path) -> str:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, str(ROOT / "examples" / words[0]), *words[1:]]
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_quickstart(tmp_path):
+    printed = run("quickstart.py", "--steps", "40", "--output", "run", cwd=tmp_path)
+    losses = [float(each) for each in re.findall(r"loss (\d+\.\d+)", printed)]
+    assert len(losses) >= 10
+    assert losses[-1] < losses[0] - 1
+    assert {each.name for each in (tmp_path / "run" / "adapter").iterdir()} >= {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
+    assert (tmp_path / "run" / "merged" / "model.safetensors").exists()
+    assert "reloaded == trained" in printed
+    assert "merged == unmerged" in printed
+
+
+def test_plain_module(tmp_path):
+    printed = run("plain_module.py", cwd=tmp_path)
+    base, adapted, disabled = (
+        [float(each) for each in re.findall(r"(?:rings|halves) (\d\.\d\d)", line)]
+        for line in printed.splitlines()
+        if line.startswith(("base", "adapted", "disabled"))
+    )
+    assert base[0] > 0.95
+    assert base[1] < 0.7
+    assert adapted[1] > 0.95
+    assert disabled[0] == base[0]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("program", ["quickstart.py", "plain_module.py"])
+def test_usage_is_in_the_docstring(program):
+    text = (ROOT / "examples" / program).read_text(encoding="utf-8")
+    assert f"python examples/{program}" in text
