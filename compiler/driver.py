@@ -43,9 +43,9 @@ class Compiler:
         """The trace with adapters in it. Raises ModelError."""
         return specialise(traced, structure, slot_value, training=training, autocast=autocast)
 
-    def lower(self, graph: fx.Graph) -> fx.Graph:
+    def lower(self, graph: fx.Graph, *, autocast: bool) -> fx.Graph:
         """A copy of a specialised graph, for Python to run as it is."""
-        return lower(graph)
+        return lower(graph, autocast=autocast)
 
     def plan(self, spec: AdapterSpec) -> AdapterPlan:
         """What an adapter puts where. Raises SpecError."""

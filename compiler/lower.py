@@ -40,10 +40,14 @@ def specialise(
     return graph
 
 
-def lower(graph: fx.Graph) -> fx.Graph:
-    """A copy of a specialised graph, for Python to run as it is: fused, and calling operators the short way."""
+def lower(graph: fx.Graph, *, autocast: bool) -> fx.Graph:
+    """A copy of a specialised graph, for Python to run as it is: fused, and calling operators the short way.
+
+    Under autocast nothing is fused: it does not cast what an in-place operator is given.
+    """
     lowered = copy_graph(graph)
-    driver.run(lowered, [GroupHeads(), FloatMask(), FuseLowRank(), NativeCalls()])
+    fuse: list[driver.Pass] = [] if autocast else [FuseLowRank()]
+    driver.run(lowered, [GroupHeads(), FloatMask(), *fuse, NativeCalls()])
     return lowered
 
 

@@ -3,8 +3,9 @@
 import inspect
 import logging
 import operator
+import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -56,8 +57,8 @@ class Tracer:
         twin = self._twin(call)
         inputs = self._inputs(twin, call, layout)
         forward = _FlatForward(twin.model, call, layout)
-        with _quiet():
-            module = _export(twin.model, forward, inputs, type(self._source).__name__)
+        with _apart(call):
+            module, guards = _export(twin.model, forward, inputs, type(self._source).__name__)
         graph = _flat_graph(module, inputs)
         driver.run(graph, [SplitOwners(self._aliases)])
         return Traced(
@@ -67,6 +68,7 @@ class Tracer:
             constants=_constants(module, graph, self._aliases),
             outputs=forward.form,
             cache=layout or forward.layout,
+            guards=guards,
         )
 
     def _inputs(self, twin: Twin, call: Call, layout: caches.Layout | None) -> list[_Input]:
@@ -106,7 +108,12 @@ class Tracer:
         ]
         forward = _FlatForward(twin.model, call, None)
         try:
-            with _quiet(), twin.mode, torch.no_grad(), patch_attributes([(torch.compiler, "is_compiling", _always)]):
+            with (
+                _apart(call),
+                twin.mode,
+                torch.no_grad(),
+                patch_attributes([(torch.compiler, "is_compiling", _always)]),
+            ):
                 output = forward.run(tensors, None)
         except AdapterError:
             raise
@@ -158,7 +165,9 @@ def _values(output: Any) -> list[Any]:
     return list(output) if isinstance(output, tuple | list) else [output]
 
 
-def _export(model: nn.Module, forward: _FlatForward, inputs: list[_Input], kind: str) -> fx.GraphModule:
+def _export(
+    model: nn.Module, forward: _FlatForward, inputs: list[_Input], kind: str
+) -> tuple[fx.GraphModule, tuple[str, ...]]:
     sample = {each.name: each.value for each in inputs}
     dynamic = {each.name: dict.fromkeys(each.dynamic, torch.export.Dim.AUTO) for each in inputs}
 
@@ -174,13 +183,26 @@ def _export(model: nn.Module, forward: _FlatForward, inputs: list[_Input], kind:
         else:
             with torch.no_grad():
                 program = torch.export.export(model, (), sample, dynamic_shapes=dynamic, strict=False)
-        return program.module()
+        # What transformers' models ask of sizes is about masks and lengths that the sampler chose to differ; a plain
+        # module may have taken another way for these sizes than it would for others.
+        asked = () if isinstance(model, PreTrainedModel) else program._guards_code
+        return program.module(), tuple(_guards(asked, list(sample)))
     except AdapterError:
         raise
     except Exception as error:  # whatever the model's own code meets under the exporter
         _refuse(kind, error)
     finally:
         model.__dict__.pop("forward", None)
+
+
+def _guards(code: Sequence[str], names: list[str]) -> Iterator[str]:
+    """The exporter's guards on sizes, as `Traced.guards` has them."""
+    for guard in code:
+        text = re.sub(
+            r"L\['(\w+)'\]\.size\(\)\[(\d+)\]", lambda found: f"sizes[{names.index(found[1])}][{found[2]}]", guard
+        )
+        if "L[" not in text:
+            yield text
 
 
 def _refuse(kind: str, error: Exception) -> NoReturn:
@@ -252,14 +274,18 @@ def _sample_cache(layout: caches.Layout, device: torch.device) -> Iterator[tuple
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the exporter's advice, which is not for our user, off the user's screen."""
+def _apart(call: Call) -> Iterator[None]:
+    """Trace whatever the caller's mode: the graph serves calls inside and outside of autocast and inference mode.
+
+    Keeps the exporter's advice, which is not for our user, off the user's screen.
+    """
+    device = call.tensors[0].device.type if call.tensors else "cpu"
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     exporter = logging.getLogger("torch.export")
     before, exporter.disabled = exporter.disabled, True
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.inference_mode(False), torch.autocast(device, enabled=False):
             warnings.simplefilter("ignore")
             yield
     finally:

@@ -30,7 +30,7 @@ class Backend(Protocol):
         """The base graph with adapters of this structure in it; the trace is left as it is."""
         ...
 
-    def lower(self, graph: fx.Graph) -> fx.Graph:
+    def lower(self, graph: fx.Graph, *, autocast: bool) -> fx.Graph:
         """A copy of a specialised graph, for Python to run as it is."""
         ...
 
@@ -113,7 +113,8 @@ class Engine:
     def _make(self, call: Call, autocast: bool) -> Program:
         traced = self.traced(call)
         graph = self._specialised(traced, call.signature.training, autocast)
-        program = Program(traced, graph, self.backend.lower, self._model, self.slots)
+        lowered = self.backend.lower(graph, autocast=autocast)
+        program = Program(traced, graph, lowered, self._model, self.slots)
         self._current.programs[call.signature, autocast] = program
         return program
 

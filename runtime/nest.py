@@ -28,7 +28,7 @@ def flatten(value: Any, leaves: list[torch.Tensor], where: str) -> Form:
         leaves.append(value)
         return (TENSOR, value.dtype, value.dim())
     if isinstance(value, _CONSTANTS):
-        return (CONSTANT, value)
+        return (CONSTANT, value, type(value))  # 1 == True == 1.0, and a model may care
     if isinstance(value, Cache):
         return (CACHE,)
     if isinstance(value, ModelOutput):

@@ -1,5 +1,6 @@
 """A graph bound to live modules, ready to be called."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -19,19 +20,18 @@ class Program:
 
     The graph reads weights straight from the model's own leaf modules and adapters from slots, so a replaced parameter
     (moved, merged, switched) is seen by the next call. It is held in two forms: a GraphModule for torch.compile to
-    trace, and a plain function, lowered further, for Python to run.
+    trace, and a plain function, lowered further, for Python to run. Both graphs are taken over.
     """
 
-    def __init__(
-        self, traced: Traced, graph: fx.Graph, lower: Callable[[fx.Graph], fx.Graph], model: nn.Module, slots: Slots
-    ):
+    def __init__(self, traced: Traced, graph: fx.Graph, lowered: fx.Graph, model: nn.Module, slots: Slots):
         self.traced = traced
         self.form: nest.Form = traced.outputs  # type: ignore[assignment]
         self.layout: caches.Layout | None = traced.cache  # type: ignore[assignment]
         self.returns_cache = nest.holds_cache(self.form)
         self.count = nest.count_tensors(self.form)
         find = _finder(model, slots)
-        self.function = _function(lower(graph), traced.constants, find)
+        self._guard = _guard(traced.guards)
+        self.function = _function(lowered, traced.constants, find)
         self.module = _module(graph, traced.constants, find)
 
     def fits(self, call: Call) -> bool:
@@ -40,7 +40,7 @@ class Program:
             for axis, size in enumerate(sizes):
                 if size is not None and tensor.shape[axis] != size:
                     return False
-        return True
+        return self._guard is None or self._guard([tensor.shape for tensor in call.tensors])
 
     def __call__(self, call: Call) -> Any:
         """Run the call, and put the output together as the model would have."""
@@ -59,6 +59,16 @@ class Program:
             else:
                 caches.store(cache, self.layout, kept)
         return nest.rebuild(self.form, leaves, cache)
+
+
+Guard = Callable[[list[torch.Size]], bool]
+
+
+def _guard(guards: tuple[str, ...]) -> Guard | None:
+    """One function for all guards."""
+    if not guards:
+        return None
+    return eval(f"lambda sizes: {' and '.join(f'({each})' for each in guards)}", {"math": math, "torch": torch})
 
 
 Finder = Callable[[str], nn.Module]
