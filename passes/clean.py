@@ -53,7 +53,7 @@ def is_identity(node: fx.Node) -> bool:
     """A cast, a slice or a detachment whose result is its input."""
     if node.target in CASTS:
         copies = node.kwargs.get("copy", False) or any(each is True for each in node.args[2:])
-        if copies:
+        if copies or any(isinstance(each, torch.memory_format) for each in (*node.args, *node.kwargs.values())):
             return False
         before, after = node.args[0].meta["val"], node.meta["val"]  # type: ignore[union-attr]
         return bool(before.dtype == after.dtype and before.device == after.device and before.layout == after.layout)

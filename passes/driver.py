@@ -17,6 +17,17 @@ class Change:
     removed: int = 0
 
 
+@dataclass(frozen=True)
+class Miss:
+    """Why a pass leaves something as it is, and at which node; falsy."""
+
+    reason: str
+    node: fx.Node
+
+    def __bool__(self) -> bool:
+        return False
+
+
 class Pass(Protocol):
     """A rewrite. Frozen data; the first line of its docstring is its law."""
 

@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from peftc.passes.driver import Change
+from peftc.passes.driver import Change, Miss
 from peftc.passes.emit import Emit, Origin
 from peftc.passes.structure import float_of
 
@@ -23,17 +23,6 @@ class _Term:
     scaled: fx.Node
     down: fx.Node
     scale: fx.Node
-
-
-@dataclass(frozen=True)
-class Miss:
-    """Why an addition is not such a term; falsy."""
-
-    reason: str
-    node: fx.Node
-
-    def __bool__(self) -> bool:
-        return False
 
 
 @dataclass(frozen=True)
@@ -113,7 +102,7 @@ class _Rows:
             if node.target is aten.linear.default:
                 self.known[node] = emit.call(aten.linear.default, self.of(_node(node.args[0])), *node.args[1:])
             else:
-                self.known[node] = emit.call(aten.reshape.default, node, [-1, node.meta["val"].shape[-1]])
+                self.known[node] = emit.call(aten.reshape.default, node, [-1, int(node.meta["val"].shape[-1])])
         return self.known[node]
 
     def shaped(self, emit: Emit, rows: fx.Node, term: _Term) -> fx.Node:

@@ -9,7 +9,7 @@ from torch import fx
 
 from peftc.grammar import algebra
 from peftc.passes.apply import Activation, Apply, Dense, OneHot, compose, deltas, renamed
-from peftc.passes.driver import Change
+from peftc.passes.driver import Change, Miss
 from peftc.passes.emit import Emit, Origin
 from peftc.passes.materialise import to_logical, to_stored, unstack
 from peftc.passes.owners import module_path
@@ -28,17 +28,6 @@ class Binding:
 
     use: fx.Node
     x: Activation
-
-
-@dataclass(frozen=True)
-class Miss:
-    """Why a use of a weight is not one of those; falsy."""
-
-    reason: str
-    node: fx.Node
-
-    def __bool__(self) -> bool:
-        return False
 
 
 @dataclass(frozen=True)

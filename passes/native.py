@@ -67,10 +67,16 @@ class NativeCalls:
         made = 0
         for op, native in NATIVE.items():
             for node in graph.find_nodes(op="call_function", target=op):
-                node.target = native
-                made += 1
+                if _is_expressible(node):
+                    node.target = native
+                    made += 1
         return Change(made=made)
 
     def legal(self, node: fx.Node) -> bool:
         """No operator that has a short way is called the long way."""
-        return node.target not in NATIVE
+        return node.target not in NATIVE or not _is_expressible(node)
+
+
+def _is_expressible(node: fx.Node) -> bool:
+    """The bindings of `to` take a memory format by name only, and traces give it by place."""
+    return not any(isinstance(each, torch.memory_format) for each in node.args)

@@ -56,7 +56,8 @@ def is_quantized(module: nn.Module) -> bool:
 
 def _sites(model: nn.Module, aliases: dict[str, tuple[str, ...]], output: frozenset[int]) -> Iterator[Site]:
     for path, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, nn.Linear | Conv1D | nn.Embedding):
+        # A model that is a linear itself has no name to be called by, only its weight has.
+        if path and isinstance(module, nn.Linear | Conv1D | nn.Embedding):
             yield _module_site(path, module, aliases, id(module) in output)
             continue
         for leaf, parameter in module.named_parameters(recurse=False, remove_duplicate=False):

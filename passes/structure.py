@@ -3,6 +3,7 @@
 Adapters of equal structure differ only in tensors and scalar values, which live in slots: one graph serves them all.
 """
 
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -149,4 +150,7 @@ def float_of(slot_scalar: str) -> str:
 
 
 def _flat(name: str) -> str:
-    return name.replace(".", "__")
+    flat = name.replace(".", "__")
+    # `a.b` and `a__b` would be one slot: a name whose own underscores can be taken for a dot says which it is.
+    ambiguous = any(each in name for each in ("__", "_.", "._"))
+    return f"{flat}__{zlib.crc32(name.encode()):08x}" if ambiguous else flat

@@ -13,8 +13,9 @@ class Traced:
 
     `graph` takes one placeholder per name in `inputs` and returns a flat tuple of tensors; weights are `get_attr`
     nodes of their own names, one node per module that uses them. Tensors the trace made itself are in `constants`.
-    `shapes` gives, per input, the sizes the trace is bound to, with None where any size will do. `outputs` and `cache`
-    belong to whoever traced: how to rebuild the model's output from the flat tuple.
+    `shapes` gives, per input, the sizes the trace is bound to, with None where any size will do. `guards` are Python
+    expressions over `sizes[input][axis]`: what the model's own code asked of its sizes while it was traced, all of it
+    true. `outputs` and `cache` belong to whoever traced: how to rebuild the model's output from the flat tuple.
     """
 
     graph: fx.Graph
@@ -23,3 +24,4 @@ class Traced:
     constants: Mapping[str, torch.Tensor | nn.Module]
     outputs: object
     cache: object
+    guards: tuple[str, ...] = ()

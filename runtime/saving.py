@@ -62,11 +62,13 @@ class Saving(nn.Module):
         from `state_dict` (of this model) if one is given. In a Trainer's checkpoint (a directory called
         `checkpoint-<step>`) the adapters' part of the state dict is saved too, from which the Trainer resumes.
 
-        Raises UsageError for unknown adapters and for `safe_serialization=False`, CheckpointError if a file cannot be
-        written; files appear whole or not at all.
+        Raises UsageError for unknown adapters, `safe_serialization=False` and `push_to_hub`, CheckpointError if a file
+        cannot be written; files appear whole or not at all.
         """
         if not safe_serialization:
             fail(UsageError, "E540", "adapters are saved as safetensors only", help="leave safe_serialization out")
+        if kwargs.get("push_to_hub"):
+            fail(UsageError, "E542", "save_pretrained does not upload", help="call push_to_hub")
         if not is_main_process:
             return
         state = self._adapter_state
@@ -83,8 +85,6 @@ class Saving(nn.Module):
             given = self.state_dict() if state_dict is None else state_dict
             own = {key: value.detach().cpu().contiguous() for key, value in given.items() if _is_adapters(key)}
             write_files(root, {TRAINER_STATE: lambda path: save_file(own, path, metadata={"format": "pt"})})
-        if kwargs.get("push_to_hub"):
-            fail(UsageError, "E542", "save_pretrained does not upload", help="call push_to_hub")
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As torch's. A state of adapters alone, loaded with `strict=False`, does not miss the base.

@@ -20,9 +20,10 @@ from collections.abc import Callable
 import peft
 import torch
 import transformers
-from peftc import compiler
 from rich.console import Console
 from rich.table import Table
+
+from peftc import compiler
 
 RANK = 8
 SPEC = f"adapter a = lora(rank = {RANK}, alpha = {2 * RANK}) {{ on all linear }}"

@@ -76,7 +76,12 @@ def test_names_of_nested_tensors():
 
 @pytest.mark.parametrize(
     ("arguments", "rows"),
-    [({"a": torch.ones(4), "b": MASK}, 2), ({"a": torch.ones(4)}, 1), ({"flag": True}, 1), ({"a": torch.ones(5, 1)}, 5)],
+    [
+        ({"a": torch.ones(4), "b": MASK}, 2),
+        ({"a": torch.ones(4)}, 1),
+        ({"flag": True}, 1),
+        ({"a": torch.ones(5, 1)}, 5),
+    ],
 )
 def test_rows(arguments, rows):
     assert read_call("", False, None, arguments).rows == rows
@@ -97,5 +102,5 @@ def test_two_caches_are_refused():
 
 
 def test_an_argument_that_cannot_be_traced_is_named():
-    with pytest.raises(UsageError, match="E501.*images is a object"):
+    with pytest.raises(UsageError, match=r"E501.*images is of type object"):
         read_call("", False, None, {"images": object()})

@@ -128,4 +128,4 @@ def test_refusals_say_where(value, place, kind):
         nest.flatten(value, [], "x")
     (found,) = caught.value.diagnostics
     assert found.code == "E501"
-    assert found.message == f"{place} is a {kind}, which cannot enter or leave a traced graph"
+    assert found.message == f"{place} is of type {kind}, which cannot enter or leave a traced graph"

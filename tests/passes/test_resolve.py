@@ -1,0 +1,202 @@
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from peftc.grammar.diagnostics import SpecError
+from peftc.grammar.elaborate import read_spec
+from peftc.passes.plan import PlannedCopy
+from peftc.passes.resolve import check_base, resolve, survey
+
+
+@pytest.fixture(scope="module")
+def ground():
+    """GPT-2 with a classifier: Conv1D, LayerNorm, a buffer or two, a head without a bias."""
+    config = transformers.GPT2Config(vocab_size=16, n_embd=8, n_layer=2, n_head=2, n_positions=8, num_labels=3)
+    return survey(transformers.GPT2ForSequenceClassification(config))
+
+
+def plan(ground, clauses, arguments="rank = 2"):
+    return resolve(read_spec(f"adapter a = lora({arguments}) {{ {clauses} }}").adapters[0], ground)
+
+
+def names(found):
+    return [each.site.name.removeprefix("transformer.") for each in found.sites]
+
+
+def refused(ground, clauses, arguments="rank = 2"):
+    with pytest.raises(SpecError) as caught:
+        plan(ground, clauses, arguments)
+    return caught.value.diagnostics
+
+
+def test_sites_come_in_model_order(ground):
+    assert names(plan(ground, "on mlp.c_fc  on h[1].attn.c_attn")) == [
+        "h.0.mlp.c_fc",
+        "h.1.attn.c_attn",
+        "h.1.mlp.c_fc",
+    ]
+
+
+def test_parameters_have_the_sites_sizes(ground):
+    (at,) = plan(ground, "on h[0].attn.c_attn").sites
+    assert {param.role: param.shape for param in at.bound.params} == {"A": (2, 8), "B": (24, 2)}
+    assert at.parameter_count == 2 * 8 + 24 * 2
+
+
+def test_the_last_on_wins_then_refine(ground):
+    found = plan(ground, "on c_attn  on h[1].attn.c_attn with rank = 5  refine c_attn with alpha = 3")
+    values = {each.site.name: dict(each.bound.values) for each in found.sites}
+    assert {name: (each["rank"], each["alpha"]) for name, each in values.items()} == {
+        "transformer.h.0.attn.c_attn": (2, 3),
+        "transformer.h.1.attn.c_attn": (5, 3),
+    }
+
+
+def test_refine_that_tunes_nothing(ground):
+    (found,) = refused(ground, "on c_attn  refine c_fc with alpha = 3")
+    assert found.code == "E223"
+
+
+def test_skip_reaches_everything_inside(ground):
+    assert names(plan(ground, "on c_attn, c_fc  skip h[0]")) == ["h.1.attn.c_attn", "h.1.mlp.c_fc"]
+
+
+def test_skip_that_takes_nothing_away(ground):
+    (found,) = refused(ground, "on c_attn  skip h[1].mlp")
+    assert found.code == "E223"
+    assert found.span.text.startswith("skip")
+
+
+def test_defaults_of_the_architecture(ground):
+    assert names(plan(ground, "")) == ["h.0.attn.c_attn", "h.1.attn.c_attn"]
+
+
+def test_no_default_for_a_plain_module(lab):
+    (found,) = refused(survey(lab.model("Two")), "")
+    assert (found.code, found.message) == ("E221", "method 'lora' has no default targets for a plain module")
+    assert "on all linear" in found.help
+
+
+def test_all_linear_leaves_the_head_out(ground):
+    assert "score" not in names(plan(ground, "on all linear"))
+    assert names(plan(ground, "on score")) == ["score"]
+
+
+def test_a_trained_module_is_not_adapted_too(ground):
+    found = plan(ground, "on c_attn, c_fc  train h[0].attn")
+    assert names(found) == ["h.0.mlp.c_fc", "h.1.attn.c_attn", "h.1.mlp.c_fc"]
+    (copy,) = found.copies
+    assert copy.module == "transformer.h.0.attn"
+    assert {name for name, _, _ in copy.tensors} == {"c_attn.weight", "c_attn.bias", "c_proj.weight", "c_proj.bias"}
+    assert all(trained for _, _, trained in copy.tensors)
+
+
+def test_only_the_outermost_trained_module_is_copied(ground):
+    found = plan(ground, "train h[0].attn, h[0].attn.c_proj")
+    assert [each.module for each in found.copies] == ["transformer.h.0.attn"]
+
+
+def test_train_alone_needs_no_sites(ground):
+    found = plan(ground, "train score")
+    assert found.sites == ()
+    assert found.copies == (PlannedCopy("score", (("weight", (3, 8), True),)),)
+    assert found.parameter_count == 24
+
+
+def test_saved_buffers_are_copied_and_not_trained():
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    (copy,) = plan(survey(model), 'on "0"  train "1"').copies
+    assert {name: trained for name, _, trained in copy.tensors} == {
+        "weight": True,
+        "bias": True,
+        "running_mean": False,
+        "running_var": False,
+        "num_batches_tracked": False,
+    }
+    assert copy.parameter_count == 8
+
+
+def test_a_module_with_nothing_to_train():
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU())
+    (found,) = refused(survey(model), 'on "0"  train "1"')
+    assert found.code == "E225"
+
+
+@pytest.mark.parametrize(
+    ("bias", "modules"),
+    [("none", []), ("adapter", ["transformer.h.0.attn.c_attn", "transformer.h.1.attn.c_attn"]), ("all", None)],
+)
+def test_biases(bias, modules, ground):
+    found = plan(ground, f"on c_attn  bias {bias}")
+    if modules is None:
+        modules = sorted(name.removesuffix(".bias") for name in ground.tensors if name.endswith(".bias"))
+        assert len(modules) == 13
+    assert sorted(each.module for each in found.copies) == modules
+    assert all(each.is_bias and [name for name, _, _ in each.tensors] == ["bias"] for each in found.copies)
+
+
+def test_every_wrong_selector_is_told_at_once(ground):
+    found = refused(ground, "on c_atn  on c_fcc")
+    assert [each.code for each in found] == ["E201", "E201"]
+    assert [each.span.text for each in found] == ["c_atn", "c_fcc"]
+
+
+def test_a_wrong_value_is_told_once_and_not_for_every_layer(ground):
+    found = refused(ground, "on c_attn", "rank = 0")
+    assert len(found) == 1
+
+
+def test_tokens_are_not_supported_yet(ground):
+    (found,) = refused(ground, 'on c_attn  tokens ["<a>"]')
+    assert found.code == "E244"
+
+
+def test_quantized_modules_are_refused_by_name():
+    packed = type("Linear4bit", (nn.Module,), {"__module__": "bitsandbytes.nn.modules"})
+    model = nn.ModuleDict({"q_proj": packed(), "v_proj": nn.Linear(2, 2)})
+    (found,) = refused(survey(model), "on q_proj")
+    assert found.code == "E224"
+    assert found.span.text == "q_proj"
+    assert names(plan(survey(model), "on v_proj")) == ["v_proj"]
+
+
+def test_a_survey_changes_nothing(lab):
+    model = lab.model("Lookup")
+    before = {name: (each, each.clone()) for name, each in model.state_dict(keep_vars=True).items()}
+    found = survey(model)
+    assert found.class_names[0] == "Lookup"
+    assert found.model_type == ""
+    for name, (tensor, value) in before.items():
+        assert model.state_dict(keep_vars=True)[name] is tensor
+        assert torch.equal(tensor, value)
+
+
+BASES = [
+    ('architecture = "GPT2LMHeadModel"', "E241"),
+    ("n_layr = 2", "E242"),
+    ("n_layer = 3", "E243"),
+    ("quantize = nf4()", "E240"),
+]
+
+
+@pytest.mark.parametrize(("entry", "code"), BASES)
+def test_base_contract_broken(entry, code, ground):
+    spec = read_spec(f"base {{ {entry} }} adapter a = lora() {{ on c_attn }}")
+    with pytest.raises(SpecError) as caught:
+        check_base(spec.base, ground)
+    (found,) = caught.value.diagnostics
+    assert found.code == code
+    assert found.span is not None
+
+
+@pytest.mark.parametrize(
+    "entry",
+    ['architecture = "GPT2ForSequenceClassification"', 'architecture = "GPT2PreTrainedModel"', "n_layer = 2"],
+)
+def test_base_contract_kept(entry, ground):
+    check_base(read_spec(f"base {{ {entry} }} adapter a = lora() {{ on c_attn }}").base, ground)
+
+
+def test_no_base_no_contract(ground):
+    check_base(None, ground)
