@@ -9,7 +9,7 @@ from peftc.grammar import tree
 from peftc.grammar.bind import bind
 from peftc.grammar.diagnostics import Diagnostic, SpecError, did_you_mean, fail
 from peftc.grammar.miss import misses
-from peftc.grammar.rule import Value
+from peftc.grammar.rule import BoundRule, Value
 from peftc.grammar.select import Universe, holds, matches_inside, select, select_modules
 from peftc.grammar.source import Span
 from peftc.grammar.spec import AdapterSpec, Base, Target
@@ -86,9 +86,10 @@ def resolve(spec: AdapterSpec, ground: Ground) -> AdapterPlan:
     sites = {site.name: site for site in ground.sites}
     planned: list[PlannedSite] = []
     problems: list[Diagnostic] = []
+    alike: Alike = {}
     for name, (values, span) in chosen.items():
         try:
-            planned.append(_at(spec, sites[name], values, span))
+            planned.append(_at(spec, sites[name], values, span, alike))
         except SpecError as error:
             problems += error.diagnostics
     if problems:
@@ -165,8 +166,14 @@ def _default_targets(spec: AdapterSpec, ground: Ground) -> tuple[Target, ...]:
     return (Target(present or selectors),)
 
 
-def _at(spec: AdapterSpec, site: Site, values: dict[str, Value], span: Span | None) -> PlannedSite:
-    bound = bind(
+Alike = dict[tuple[object, ...], BoundRule]
+
+
+def _at(spec: AdapterSpec, site: Site, values: dict[str, Value], span: Span | None, alike: Alike) -> PlannedSite:
+    key = (tuple(values.items()), site.out_features, site.in_features, site.kind, site.count)
+    if key in alike:  # layers repeat, and a server loads adapters all day
+        return PlannedSite(site, alike[key])
+    bound = alike[key] = bind(
         spec.rule,
         tuple(values.items()),
         out_features=site.out_features,

@@ -6,6 +6,7 @@ Adapters of equal structure differ only in tensors and scalar values, which live
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -89,6 +90,7 @@ def structure_of(active: Sequence[tuple[AdapterPlan, Dtypes]]) -> Structure:
     return Structure(adapted, tuple(copies))
 
 
+@lru_cache(maxsize=256)
 def weighted(matrix: algebra.Matrix) -> tuple[algebra.Matrix, str | None]:
     """`W + D` in a form with a scalar that scales `D`, and that scalar's name.
 
@@ -106,14 +108,21 @@ def weighted(matrix: algebra.Matrix) -> tuple[algebra.Matrix, str | None]:
 
 def _term(position: int, planned: PlannedSite, dtypes: Dtypes) -> Term:
     matrix, _ = weighted(planned.bound.weight)
-    used = {each.role for each in algebra.walk(matrix) if isinstance(each, algebra.Param)}
+    used, scalars = _names(matrix)
     roles = tuple(
         Role(param.role, dtypes[planned.site.name, param.role], stacked_axis(param))
         for param in planned.bound.rule.params
         if param.role in used
     )
-    scalars = tuple(dict.fromkeys(each.scalar for each in algebra.walk(matrix) if isinstance(each, algebra.Scaled)))
     return Term(position, matrix, roles, scalars)
+
+
+@lru_cache(maxsize=256)
+def _names(matrix: algebra.Matrix) -> tuple[frozenset[str], tuple[str, ...]]:
+    """The roles an expression reads, and its scalars in order."""
+    nodes = tuple(algebra.walk(matrix))
+    scalars = dict.fromkeys(each.scalar for each in nodes if isinstance(each, algebra.Scaled))
+    return frozenset(each.role for each in nodes if isinstance(each, algebra.Param)), tuple(scalars)
 
 
 def stacked_axis(param: ParamRule) -> int:
