@@ -43,8 +43,8 @@ class Compiler:
         """The trace with adapters in it. Raises ModelError."""
         return specialise(traced, structure, slot_value, training=training, autocast=autocast)
 
-    def lower(self, graph: fx.Graph, *, autocast: bool) -> fx.Graph:
-        """A copy of a specialised graph, for Python to run as it is."""
+    def lower(self, graph: fx.Graph, *, autocast: bool) -> tuple[fx.Graph, fx.Graph]:
+        """Copies of a specialised graph: for torch.compile to trace, and for Python to run as it is."""
         return lower(graph, autocast=autocast)
 
     def plan(self, spec: AdapterSpec) -> AdapterPlan:

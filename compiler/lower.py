@@ -40,15 +40,18 @@ def specialise(
     return graph
 
 
-def lower(graph: fx.Graph, *, autocast: bool) -> fx.Graph:
-    """A copy of a specialised graph, for Python to run as it is: fused, and calling operators the short way.
+def lower(graph: fx.Graph, *, autocast: bool) -> tuple[fx.Graph, fx.Graph]:
+    """Two copies of a specialised graph: for torch.compile to trace, and for Python to run as it is.
 
-    Under autocast nothing is fused: it does not cast what an in-place operator is given.
+    The second is fused and calls operators the short way, both of which a compiler does by itself. Under autocast
+    nothing is fused: it does not cast what an in-place operator is given.
     """
-    lowered = copy_graph(graph)
+    traceable = copy_graph(graph)
+    driver.run(traceable, [GroupHeads(), FloatMask()])
+    plain = copy_graph(traceable)
     fuse: list[driver.Pass] = [] if autocast else [FuseLowRank()]
-    driver.run(lowered, [GroupHeads(), FloatMask(), *fuse, NativeCalls()])
-    return lowered
+    driver.run(plain, [*fuse, NativeCalls()])
+    return traceable, plain
 
 
 def copy_graph(graph: fx.Graph) -> fx.Graph:

@@ -30,8 +30,8 @@ class Backend(Protocol):
         """The base graph with adapters of this structure in it; the trace is left as it is."""
         ...
 
-    def lower(self, graph: fx.Graph, *, autocast: bool) -> fx.Graph:
-        """A copy of a specialised graph, for Python to run as it is."""
+    def lower(self, graph: fx.Graph, *, autocast: bool) -> tuple[fx.Graph, fx.Graph]:
+        """Copies of a specialised graph: for torch.compile to trace, and for Python to run as it is."""
         ...
 
     def plan(self, spec: AdapterSpec) -> AdapterPlan:
@@ -113,8 +113,8 @@ class Engine:
     def _make(self, call: Call, autocast: bool) -> Program:
         traced = self.traced(call)
         graph = self._specialised(traced, call.signature.training, autocast)
-        lowered = self.backend.lower(graph, autocast=autocast)
-        program = Program(traced, graph, lowered, self._model, self.slots)
+        traceable, plain = self.backend.lower(graph, autocast=autocast)
+        program = Program(traced, traceable, plain, self._model, self.slots)
         self._current.programs[call.signature, autocast] = program
         return program
 

@@ -23,7 +23,7 @@ class Program:
     trace, and a plain function, lowered further, for Python to run. Both graphs are taken over.
     """
 
-    def __init__(self, traced: Traced, graph: fx.Graph, lowered: fx.Graph, model: nn.Module, slots: Slots):
+    def __init__(self, traced: Traced, traceable: fx.Graph, plain: fx.Graph, model: nn.Module, slots: Slots):
         self.traced = traced
         self.form: nest.Form = traced.outputs  # type: ignore[assignment]
         self.layout: caches.Layout | None = traced.cache  # type: ignore[assignment]
@@ -31,8 +31,8 @@ class Program:
         self.count = nest.count_tensors(self.form)
         find = _finder(model, slots)
         self._guard = _guard(traced.guards)
-        self.function = _function(lowered, traced.constants, find)
-        self.module = _module(graph, traced.constants, find)
+        self.function = _function(plain, traced.constants, find)
+        self.module = _module(traceable, traced.constants, find)
 
     def fits(self, call: Call) -> bool:
         """Whether the sizes the trace is bound to are those of the call."""

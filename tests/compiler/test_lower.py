@@ -91,11 +91,17 @@ def test_lower_leaves_the_graph_alone(plain):
     _, engine, call = plain
     graph = engine.graph(call)
     before = str(graph)
-    lowered = lower(graph, autocast=False)
+    traceable, lowered = lower(graph, autocast=False)
     assert str(graph) == before
     assert not any(node.target in NATIVE for node in lowered.nodes)
-    assert "fuse-low-rank" not in makers(graph)
+    assert "fuse-low-rank" not in makers(graph) | makers(traceable)
     assert lowered.find_nodes(op="call_function", target=torch.Tensor.addmm_)
+
+
+def test_nothing_is_fused_under_autocast(plain):
+    _, engine, call = plain
+    _, lowered = lower(engine.graph(call), autocast=True)
+    assert "fuse-low-rank" not in makers(lowered)
 
 
 def test_a_copied_graph_is_the_same_and_its_own(plain):
