@@ -251,7 +251,7 @@ def test_methods_of_a_file(place):
     assert peftc("methods", "scale", "--use", "mine.adapter", "--json").json["formula"] == "W + s @ t"
     missing = peftc("methods", "lorra")
     assert (missing.code, missing.out) == (1, "")
-    assert "did you mean 'lora'?" in missing.err
+    assert "did you mean 'lora'" in missing.err
 
 
 # --- the group ---
