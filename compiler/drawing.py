@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 
 from peftc.compiler import diagram
-from peftc.compiler.driver import apply, prepare
+from peftc.compiler.driver import apply, call_like
 from peftc.compiler.example_inputs import example_inputs
 from peftc.compiler.lower import specialise
 from peftc.compiler.models import FoundModel, find_model, seeded
@@ -76,7 +76,7 @@ def draw(
 
 def graphs(adapted: AdaptedModel, inputs: Inputs) -> tuple[fx.Graph, fx.Graph]:
     """The graph for calls like this one, without adapters and with the active ones. Raises ModelError."""
-    call = prepare(adapted, inputs)
+    call = call_like(adapted, inputs)
     engine = adapted._adapter_state.engine
     traced = engine.traced(call)
     before = specialise(traced, Structure(), _no_slot, training=call.signature.training, autocast=False)

@@ -19,7 +19,7 @@ from peftc.passes.structure import Structure
 from peftc.passes.traced import Traced
 from peftc.runtime import model as runtime
 from peftc.runtime.bank import AdapterParameters, initial, trained_keys
-from peftc.runtime.call import Call, read_call
+from peftc.runtime.call import Call
 from peftc.runtime.engine import Engine
 from peftc.runtime.model import STATE, adapted_class, base_view
 from peftc.runtime.share import share
@@ -187,6 +187,13 @@ def adapt(model: nn.Module) -> AdaptedModel:
 
 def prepare(adapted: runtime.AdaptedModel, example_inputs: Sequence[Any] | Mapping[str, Any]) -> Call:
     """Trace and specialise the graph for calls like this one, now. Returns the call. Raises ModelError."""
+    call = call_like(adapted, example_inputs)
+    adapted._adapter_state.engine.program(call)
+    return call
+
+
+def call_like(adapted: runtime.AdaptedModel, example_inputs: Sequence[Any] | Mapping[str, Any]) -> Call:
+    """The call that example inputs, positional or named, stand for. Traces nothing."""
     named: Callable[..., dict[str, Any]] = adapted._named
     if isinstance(example_inputs, Mapping):
         arguments = named((), example_inputs)
@@ -194,9 +201,7 @@ def prepare(adapted: runtime.AdaptedModel, example_inputs: Sequence[Any] | Mappi
         arguments = named((example_inputs,), {})
     else:
         arguments = named(tuple(example_inputs), {})
-    call = read_call("", adapted.training, getattr(adapted, "config", None), arguments)
-    adapted._adapter_state.engine.program(call)
-    return call
+    return adapted._adapter_state.engine.call("", arguments)
 
 
 def _checked(model: nn.Module) -> nn.Module:

@@ -26,7 +26,7 @@ from peftc.passes.owners import SplitOwners
 from peftc.passes.sites import tied_names
 from peftc.passes.traced import Traced
 from peftc.runtime import caches, nest
-from peftc.runtime.call import Call, tensor_names
+from peftc.runtime.call import Call
 
 # The exporter drops an input called `labels`; under another name the loss is traced like everything else.
 TRACED_NAMES = {"labels": "target_labels", "future_values": "target_future_values"}
@@ -72,7 +72,7 @@ class Tracer:
         )
 
     def _inputs(self, twin: Twin, call: Call, layout: caches.Layout | None) -> list[_Input]:
-        names = [path for name, form in call.signature.arguments for path in tensor_names(form, name)]
+        names = call.signature.tensor_names
         samples = self._samples(call, names, PAST if layout else 0)
         inputs = [
             _Input(_traced_name(name), twin.fake(_blank(tensor, sample.shape)), sample.dynamic)
@@ -101,7 +101,7 @@ class Tracer:
         """What the model's cache looks like: run a twin once without one and look at what it returns."""
         assert call.signature.cache is not None
         twin = self._twin(call)
-        names = [path for name, form in call.signature.arguments for path in tensor_names(form, name)]
+        names = call.signature.tensor_names
         tensors = [
             twin.fake(_blank(tensor, sample.shape))
             for tensor, sample in zip(call.tensors, self._samples(call, names, 0), strict=True)
@@ -138,7 +138,7 @@ class _FlatForward:
 
     def __call__(self, tensors: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
         values = list(tensors.values())
-        count = sum(len(tensor_names(form, name)) for name, form in self._arguments)
+        count = sum(nest.count_tensors(form) for _, form in self._arguments)
         cache = caches.build(self._layout, values[count:], trimmed=False) if self._layout else None
         output = self.run(values[:count], cache)
         leaves: list[torch.Tensor] = []

@@ -25,8 +25,8 @@ class FloatMask:
         """Rewrite in place."""
         made: dict[tuple[fx.Node, torch.dtype], fx.Node] = {}
         for node in graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default):
-            mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
-            if not isinstance(mask, fx.Node) or mask.meta["val"].dtype != torch.bool:
+            mask = _boolean_mask(node)
+            if mask is None:
                 continue
             dtype = node.args[0].meta["val"].dtype
             if (mask, dtype) not in made:
@@ -39,10 +39,12 @@ class FloatMask:
 
     def legal(self, node: fx.Node) -> bool:
         """No attention takes a boolean mask."""
-        if node.target is not aten.scaled_dot_product_attention.default:
-            return True
-        mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
-        return not isinstance(mask, fx.Node) or mask.meta["val"].dtype != torch.bool
+        return node.target is not aten.scaled_dot_product_attention.default or _boolean_mask(node) is None
+
+
+def _boolean_mask(attention: fx.Node) -> fx.Node | None:
+    mask = attention.args[3] if len(attention.args) > 3 else attention.kwargs.get("attn_mask")
+    return mask if isinstance(mask, fx.Node) and mask.meta["val"].dtype == torch.bool else None
 
 
 def _replace(node: fx.Node, mask: fx.Node, number: fx.Node) -> None:

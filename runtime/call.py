@@ -30,6 +30,11 @@ class Signature:
     flags: tuple[object, ...]
     sizes: tuple[tuple[int, ...], ...] = ()
 
+    @property
+    def tensor_names(self) -> list[str]:
+        """The paths of the call's tensors, in order."""
+        return [path for name, form in self.arguments for path in tensor_names(form, name)]
+
 
 @dataclass(frozen=True)
 class Call:

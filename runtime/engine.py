@@ -73,8 +73,12 @@ class Engine:
 
     def run(self, entry: str, arguments: Mapping[str, Any]) -> Any:
         """Call the model (or a submodule of it) with named arguments."""
-        call = read_call(entry, self._model.training, getattr(self._model, "config", None), arguments)
+        call = self.call(entry, arguments)
         return self.program(call)(call)
+
+    def call(self, entry: str, arguments: Mapping[str, Any]) -> Call:
+        """A call of the model as it stands (training or not, with its config), taken apart. Raises UsageError."""
+        return read_call(entry, self._model.training, getattr(self._model, "config", None), arguments)
 
     def program(self, call: Call) -> Program:
         """The program for a call, made now if this is the first of its signature and structure."""

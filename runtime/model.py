@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from peftc.grammar.diagnostics import UsageError, fail
-from peftc.runtime.call import read_call
 from peftc.runtime.lifecycle import Lifecycle
 from peftc.runtime.saving import Saving
 from peftc.runtime.share import placement, share
@@ -72,9 +71,8 @@ class AdaptedModel(Lifecycle, Saving):
     def _initialize_hook(self) -> None: ...
 
     def _infer_parameters(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
-        arguments = self._named(args, kwargs or {})
-        call = read_call("", self.training, getattr(self, "config", None), arguments)
-        self._adapter_state.engine.program(call)
+        engine = self._adapter_state.engine
+        engine.program(engine.call("", self._named(args, kwargs or {})))
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "AdaptedModel":
         before = placement(self)
