@@ -12,7 +12,9 @@ if TYPE_CHECKING:
     from peftc.compiler.checking import check
     from peftc.compiler.checkpoints import decompile, inspect
     from peftc.compiler.drawing import draw
+    from peftc.compiler.drifting import drift
     from peftc.compiler.driver import AdaptedModel, apply, load
+    from peftc.compiler.explaining import explain
     from peftc.compiler.fitting import check_fit
     from peftc.compiler.models import FoundModel, find_model
     from peftc.grammar.diagnostics import (
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
         UsageError,
     )
     from peftc.grammar.elaborate import read_spec
+    from peftc.runtime.rank_callback import RankAllocation
 
 __all__ = [
     "AdaptedModel",
@@ -33,6 +36,7 @@ __all__ = [
     "Diagnostic",
     "FoundModel",
     "ModelError",
+    "RankAllocation",
     "SpecError",
     "UsageError",
     "apply",
@@ -41,6 +45,8 @@ __all__ = [
     "check_fit",
     "decompile",
     "draw",
+    "drift",
+    "explain",
     "find_model",
     "inspect",
     "load",
@@ -50,9 +56,11 @@ __all__ = [
 _HOMES = {
     "peftc.compiler.builds": ("Build", "build"),
     "peftc.compiler.checking": ("check",),
+    "peftc.compiler.explaining": ("explain",),
     "peftc.compiler.fitting": ("check_fit",),
     "peftc.compiler.checkpoints": ("decompile", "inspect"),
     "peftc.compiler.drawing": ("draw",),
+    "peftc.compiler.drifting": ("drift",),
     "peftc.compiler.driver": ("AdaptedModel", "apply", "load"),
     "peftc.compiler.models": ("FoundModel", "find_model"),
     "peftc.grammar.diagnostics": (
@@ -64,6 +72,7 @@ _HOMES = {
         "UsageError",
     ),
     "peftc.grammar.elaborate": ("read_spec",),
+    "peftc.runtime.rank_callback": ("RankAllocation",),
 }
 
 

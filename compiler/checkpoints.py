@@ -13,16 +13,12 @@ from peftc.compiler.output import is_build
 from peftc.compiler.summary import brief
 from peftc.grammar import tree
 from peftc.grammar.diagnostics import CheckpointError, Diagnostic, fail
-from peftc.grammar.elaborate import read_methods
-from peftc.grammar.format import format_file
-from peftc.grammar.library import builtin_methods
 from peftc.grammar.rule import MethodRule, Value
-from peftc.grammar.spec import Spec
-from peftc.grammar.write import to_tree
 from peftc.runtime.adapter_files import CONFIG, DEFAULT, locate, read_adapter, read_json
 from peftc.runtime.checkpoint import PREFIX
 from peftc.runtime.manifest import Manifest, read_manifest
 from peftc.runtime.peft_config import ConfigFacts, read_config
+from peftc.runtime.spec_config import known_methods, spec_text
 
 # What PEFT puts between a module's name and a tensor that it saved whole.
 _WRAPPERS = re.compile(r"\.(base_layer|modules_to_save|original_module)(?=\.|$)")
@@ -100,7 +96,7 @@ def decompile(
     directory = _locate(path_or_id, revision, local_files_only)
     config = read_json(directory / CONFIG)
     facts = _facts(config, directory, name or _saved_name(read_manifest(directory)), use)
-    return format_file(to_tree(Spec((facts.spec,), ((facts.spec.name, 1.0),))))
+    return spec_text(facts.spec)
 
 
 def _locate(path_or_id: str | PathLike[str], revision: str | None, local_files_only: bool) -> Path:
@@ -114,7 +110,7 @@ def _locate(path_or_id: str | PathLike[str], revision: str | None, local_files_o
 
 
 def _facts(config: Mapping[str, object], directory: Path, name: str, use: str | PathLike[str] | None) -> ConfigFacts:
-    methods = {**builtin_methods(), **(read_methods(use) if use is not None else {})}
+    methods = known_methods(config, directory, use)
     return read_config(config, methods=methods, adapter_name=name, where=str(directory / CONFIG))
 
 

@@ -60,7 +60,8 @@ def draw(
         fail(UsageError, "E552", "graphviz is not installed", help="install it (its command is dot), or ask for dot")
     found = as_found(model)
     with seeded(found.seed or 0):
-        adapted = apply(found.model, spec)
+        # Any numbers do for a picture: what starts from data starts from the example, if there is one.
+        adapted = apply(found.model, spec, calibration=(needed_inputs(found, inputs) for _ in range(1)))
     shown = None if focus is None else within(focus, found.model)
     before, after = graphs(adapted, needed_inputs(found, inputs))
     names = active_names(adapted)

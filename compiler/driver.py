@@ -12,16 +12,21 @@ from peftc.compiler.trace import Tracer
 from peftc.grammar.diagnostics import ModelError, UsageError, fail
 from peftc.grammar.elaborate import read_spec
 from peftc.grammar.spec import AdapterSpec, Spec
+from peftc.passes.cost import Choice
 from peftc.passes.insert_delta import SlotValue
 from peftc.passes.plan import AdapterPlan
 from peftc.passes.resolve import Ground, check_base, resolve, survey
 from peftc.passes.structure import Structure
 from peftc.passes.traced import Traced
 from peftc.runtime import model as runtime
-from peftc.runtime.bank import AdapterParameters, initial, trained_keys
+from peftc.runtime.bank import AdapterParameters, trained_keys
+from peftc.runtime.base import base_tensors
+from peftc.runtime.calibration import Batches, measured
 from peftc.runtime.call import Call
 from peftc.runtime.engine import Engine
+from peftc.runtime.initial import initial
 from peftc.runtime.model import STATE, adapted_class, base_view
+from peftc.runtime.program import Lowered
 from peftc.runtime.share import share
 from peftc.runtime.state import BANK, AdapterState, Facts
 
@@ -38,14 +43,21 @@ class Compiler:
         return Tracer(base_view(self._model)).trace(call)
 
     def specialise(
-        self, traced: Traced, structure: Structure, slot_value: SlotValue, *, training: bool, autocast: bool
+        self,
+        traced: Traced,
+        structure: Structure,
+        slot_value: SlotValue,
+        *,
+        training: bool,
+        autocast: bool,
+        choice: Choice,
     ) -> fx.Graph:
         """The trace with adapters in it. Raises ModelError."""
-        return specialise(traced, structure, slot_value, training=training, autocast=autocast)
+        return specialise(traced, structure, slot_value, training=training, autocast=autocast, choice=choice)
 
-    def lower(self, graph: fx.Graph, *, autocast: bool) -> tuple[fx.Graph, fx.Graph]:
+    def lower(self, graph: fx.Graph, *, autocast: bool, choice: Choice) -> Lowered:
         """Copies of a specialised graph: for torch.compile to trace, and for Python to run as it is."""
-        return lower(graph, autocast=autocast)
+        return lower(graph, autocast=autocast, choice=choice)
 
     def plan(self, spec: AdapterSpec) -> AdapterPlan:
         """What an adapter puts where. Raises SpecError."""
@@ -88,6 +100,7 @@ def apply(
     spec: Spec | str | PathLike[str],
     *,
     example_inputs: Sequence[Any] | Mapping[str, Any] | None = None,
+    calibration: Batches | None = None,
 ) -> AdaptedModel:
     """Put the adapters of a spec into a model.
 
@@ -97,6 +110,9 @@ def apply(
         spec: A path to an `.adapter` file, the text itself, or a Spec.
         example_inputs: Positional (a sequence) or named (a mapping) arguments to trace the first graph with at once.
             Without them every graph is traced when a call first needs it.
+        calibration: For a method that starts from data: batches, each the named (a mapping) or positional (a sequence
+            or one tensor) arguments of a call. The base runs on each once; places that an `attention_mask` leaves out
+            do not count.
 
     Returns:
         An object of the model's class with the spec's adapters, freshly initialised. The adapters that the spec
@@ -105,6 +121,7 @@ def apply(
     Raises:
         SpecError: the spec is wrong, in itself or for this model.
         ModelError: the model cannot be copied or traced.
+        UsageError: a method needs a calibration, and it is missing or reaches not every site.
     """
     meant = spec if isinstance(spec, Spec) else read_spec(spec)
     ground = survey(_checked(model))
@@ -112,8 +129,10 @@ def apply(
     plans = [resolve(each, ground) for each in meant.adapters]
     adapted = adapt(model)
     state: AdapterState = adapted._adapter_state
+    base = dict(base_tensors(adapted, {}))
+    moments = measured(adapted.unload, plans, calibration)
     for plan in plans:
-        state.add(AdapterParameters(plan, initial(plan, adapted), trained_keys(plan)))
+        state.add(AdapterParameters(plan, initial(plan, base.get, calibration=moments), trained_keys(plan)))
     state.activate(meant.active, trainable=True)
     if example_inputs is not None:
         prepare(adapted, example_inputs)
@@ -133,6 +152,7 @@ def load(
     local_files_only: bool = False,
     allow_pickle: bool = False,
     autocast_adapter_dtype: bool = True,
+    use: str | PathLike[str] | None = None,
 ) -> AdaptedModel:
     """Put an adapter from a PEFT checkpoint, ours or peft's, into a model.
 
@@ -148,6 +168,7 @@ def load(
         local_files_only: Never ask the Hub.
         allow_pickle: Read an adapter_model.bin, which may come from anywhere, with torch's weights-only unpickler.
         autocast_adapter_dtype: Hold float16 and bfloat16 adapters in float32, as PEFT does.
+        use: An `.adapter` file with methods of your own. What peftc saved needs none: the definition is in it.
 
     Raises:
         CheckpointError: the checkpoint is damaged, unsupported, or does not fit the model.
@@ -165,6 +186,7 @@ def load(
         local_files_only=local_files_only,
         allow_pickle=allow_pickle,
         autocast_adapter_dtype=autocast_adapter_dtype,
+        use=use,
     )
     return adapted
 

@@ -98,3 +98,70 @@ class CheckpointFacts:
     def to_json(self) -> dict[str, Any]:
         """As a JSON object; `problems` are left to the caller."""
         return {name: value for name, value in asdict(self).items() if name != "problems"}
+
+
+@dataclass(frozen=True)
+class CostFacts:
+    """What a call of a site costs: floating-point operations, bytes read and written, operators, estimated seconds."""
+
+    flops: int
+    bytes: int
+    calls: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class CallFacts:
+    """A call with so many tokens: the lowering it gets, and the cost of every one it could."""
+
+    tokens: int
+    lowering: str
+    costs: Mapping[str, CostFacts]
+
+
+@dataclass(frozen=True)
+class TermFacts:
+    """One adapter's part at a site: the adapted weight, the adapted bias if it is, the shapes of its tensors."""
+
+    adapter: str
+    weight: str
+    bias: str | None
+    shapes: Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class GroupFacts:
+    """Sites that are alike in everything that a cost depends on, in model order."""
+
+    sites: tuple[str, ...]
+    kind: str
+    out_features: int
+    in_features: int
+    count: int
+    dtype: str
+    terms: tuple[TermFacts, ...]
+    calls: tuple[CallFacts, ...]
+
+
+@dataclass(frozen=True)
+class TogetherFacts:
+    """Adapters that are active together, in this order, and the sites they reach."""
+
+    adapters: tuple[str, ...]
+    groups: tuple[GroupFacts, ...]
+
+
+@dataclass(frozen=True)
+class ExplainFacts:
+    """What `peftc explain` tells."""
+
+    model: str
+    architecture: str
+    training: bool
+    tokens: tuple[int, ...]
+    together: tuple[TogetherFacts, ...]
+    warnings: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """As a JSON object."""
+        return asdict(self)

@@ -4,19 +4,31 @@ from torch import fx
 
 from peftc.grammar.diagnostics import ModelError, fail
 from peftc.passes import driver
+from peftc.passes.apply import DropoutError
 from peftc.passes.clean import Clean
+from peftc.passes.cost import Choice
 from peftc.passes.float_mask import FloatMask
 from peftc.passes.fuse_low_rank import FuseLowRank
 from peftc.passes.group_heads import GroupHeads
+from peftc.passes.hoist import Hoist
 from peftc.passes.insert_copy import InsertCopy
-from peftc.passes.insert_delta import DropoutError, InsertDelta, SlotValue
+from peftc.passes.insert_delta import InsertDelta, SlotValue, UnfitError
 from peftc.passes.native import NativeCalls
 from peftc.passes.structure import Structure
 from peftc.passes.traced import Traced
+from peftc.runtime.program import Lowered
+
+PUSHED = Choice()
 
 
 def specialise(
-    traced: Traced, structure: Structure, slot_value: SlotValue, *, training: bool, autocast: bool
+    traced: Traced,
+    structure: Structure,
+    slot_value: SlotValue,
+    *,
+    training: bool,
+    autocast: bool,
+    choice: Choice = PUSHED,
 ) -> fx.Graph:
     """A copy of the trace with adapters of this structure in it.
 
@@ -25,11 +37,14 @@ def specialise(
     graph = copy_graph(traced.graph)
     pipeline: list[driver.Pass] = [Clean(keep_casts=autocast)]
     if structure.sites:
-        pipeline.append(InsertDelta(structure, slot_value, training))
+        pipeline.append(InsertDelta(structure, slot_value, training, choice.dense | choice.kept))
     if structure.copies:
         pipeline.append(InsertCopy(structure))
     try:
         driver.run(graph, pipeline)
+    except UnfitError as error:
+        help = "choose other sites, or a method that leaves the bias alone"
+        fail(ModelError, "E421", f"the adapter cannot be put in at {error.site.name}: {error.reason}", help=help)
     except DropoutError as error:
         fail(
             ModelError,
@@ -40,18 +55,22 @@ def specialise(
     return graph
 
 
-def lower(graph: fx.Graph, *, autocast: bool) -> tuple[fx.Graph, fx.Graph]:
+def lower(graph: fx.Graph, *, autocast: bool, choice: Choice = PUSHED) -> Lowered:
     """Two copies of a specialised graph: for torch.compile to trace, and for Python to run as it is.
 
-    The second is fused and calls operators the short way, both of which a compiler does by itself. Under autocast
-    nothing is fused: it does not cast what an in-place operator is given.
+    The second is fused and calls operators the short way, both of which a compiler does by itself; what no activation
+    goes into is taken out of it where nothing trains. Under autocast nothing is fused or kept: it does not cast what an
+    in-place operator is given, and its type may change from call to call.
     """
     traceable = copy_graph(graph)
     driver.run(traceable, [GroupHeads(), FloatMask()])
     plain = copy_graph(traceable)
-    fuse: list[driver.Pass] = [] if autocast else [FuseLowRank()]
-    driver.run(plain, [*fuse, NativeCalls()])
-    return traceable, plain
+    prologue = fx.Graph()
+    steps: list[driver.Pass] = [] if autocast else [FuseLowRank()]
+    if choice.frozen and not autocast:
+        steps.append(Hoist(choice.dense, prologue))
+    driver.run(plain, [*steps, NativeCalls()])
+    return Lowered(traceable, plain, prologue if len(prologue.nodes) > 1 else None)
 
 
 def copy_graph(graph: fx.Graph) -> fx.Graph:

@@ -7,10 +7,12 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from peftc.compiler.facts import AdapterFacts, BuildFacts, CheckpointFacts
+from peftc.compiler.facts import AdapterFacts, BuildFacts, CheckpointFacts, ExplainFacts, GroupFacts
 from peftc.compiler.names import collapse
 from peftc.grammar import expression
 from peftc.grammar.rule import MethodRule
+from peftc.runtime.drift import MergeDrift, TensorDrift
+from peftc.runtime.peft_fields import OWN_TYPE
 
 
 def adapters_report(adapters: Iterable[AdapterFacts]) -> RenderableType:
@@ -54,7 +56,9 @@ def checkpoint_report(facts: CheckpointFacts) -> RenderableType:
     head = Table.grid(padding=(0, 2))
     head.add_row("checkpoint", facts.directory)
     method = facts.method or "not supported"
-    head.add_row("method", f"{method} (PEFT type {facts.peft_type or 'unknown'})")
+    own = facts.peft_type == OWN_TYPE
+    known_as = "defined in the file" if own else f"PEFT type {facts.peft_type or 'unknown'}"
+    head.add_row("method", f"{method} ({known_as})")
     if facts.brief:
         head.add_row("values", facts.brief)
     head.add_row("base", (facts.base or "unknown") + (f" at {facts.revision}" if facts.revision else ""))
@@ -81,6 +85,84 @@ def checkpoint_report(facts: CheckpointFacts) -> RenderableType:
     return Group(head, _table(("modules", "values", "tensors", "type"), rows, right=("#", "parameters")))
 
 
+def drift_report(drift: MergeDrift) -> RenderableType:
+    """What `peftc drift` says."""
+    totals = Table.grid(padding=(0, 2))
+    totals.add_row("merged", " + ".join(drift.adapters))
+    totals.add_row("weights", f"at most {drift.largest:.3g} from the exact value, {drift.relative:.3g} of the largest")
+    outputs = drift.outputs
+    if outputs is None:
+        totals.add_row("outputs", "not compared: nothing is known that the model could be called with")
+    else:
+        average = f"{outputs.mean:.3g} on average"
+        totals.add_row(
+            "outputs", f"at most {outputs.largest:.3g} apart, {outputs.relative:.3g} of the largest; {average}"
+        )
+    if outputs is not None and outputs.divergence is not None and outputs.agreement is not None:
+        totals.add_row("distributions", f"{outputs.divergence:.3g} nats apart")
+        totals.add_row("greedy choice", f"the same at {100 * outputs.agreement:.4g} % of places")
+    groups: dict[tuple[str, str], list[TensorDrift]] = {}
+    for each in drift.tensors:
+        alike = ".".join("*" if part.isdigit() else part for part in each.name.split("."))
+        groups.setdefault((alike, each.dtype), []).append(each)
+    rows = [
+        (
+            "\n".join(collapse(tuple(each.name for each in group))),
+            dtype,
+            str(len(group)),
+            f"{max(each.largest for each in group):.3g}",
+            f"{max(each.relative for each in group):.3g}",
+        )
+        for (_, dtype), group in groups.items()
+    ]
+    return Group(_table(("tensors", "type"), rows, right=("#", "largest", "relative")), totals)
+
+
+def explain_report(facts: ExplainFacts) -> RenderableType:
+    """What `peftc explain` says: for groups of alike sites the expression, and what each lowering costs."""
+    parts: list[RenderableType] = []
+    for each in facts.together:
+        parts.append(Text(" + ".join(each.adapters), style="bold"))
+        for group in each.groups:
+            parts.append(_group(group))
+            parts.append(_costs(group))
+    return Group(*parts)
+
+
+def _group(group: GroupFacts) -> RenderableType:
+    sizes = (*((group.count,) if group.count > 1 else ()), group.out_features, group.in_features)
+    head = Table.grid(padding=(0, 2))
+    head.add_row("sites", Text("\n".join(collapse(group.sites)), overflow="fold"))
+    number = f"{len(group.sites)} {group.kind}, " if len(group.sites) > 1 else f"{group.kind}, "
+    head.add_row("W", f"{number}{_product(sizes)}, {group.dtype}")
+    for term in group.terms:
+        name = f" of {term.adapter}" if len(group.terms) > 1 else ""
+        head.add_row(f"W'{name}", Text(term.weight))
+        if term.bias is not None:
+            head.add_row(f"b'{name}", Text(term.bias))
+        head.add_row("", Text(", ".join(f"{role} {_product(shape)}" for role, shape in term.shapes.items())))
+    return Group(Text(""), head)
+
+
+def _product(sizes: Sequence[int]) -> str:
+    return " x ".join(map(str, sizes)) or "number"
+
+
+def _costs(group: GroupFacts) -> RenderableType:
+    rows = []
+    for call in group.calls:
+        for name, cost in call.costs.items():
+            first = name == next(iter(call.costs))
+            mark = "*" if name == call.lowering else ""
+            figures = (_short(cost.flops), _short(cost.bytes), str(cost.calls), f"{cost.seconds * 1e6:,.0f}")
+            rows.append((f"{call.tokens:,}" if first else "", mark, name, *figures))
+    table = _table((), (), right=("tokens", "", "lowering", "flops", "bytes", "calls", "us"))
+    table.columns[2].justify = "left"
+    for row in rows:
+        table.add_row(*map(Text, row))
+    return table
+
+
 def methods_table(methods: Iterable[MethodRule]) -> Table:
     """Every method on a line."""
     rows = [(each.name, ", ".join(each.kinds), first_sentence(each.doc)) for each in methods]
@@ -90,9 +172,10 @@ def methods_table(methods: Iterable[MethodRule]) -> Table:
 def method_report(rule: MethodRule) -> RenderableType:
     """One method: what it is, its hyperparameters, its parameters, its formula."""
     head = Table.grid(padding=(0, 2))
-    formula = f"W' = {expression.text(rule.weight)}"
+    primes = (("W'", rule.weight), ("b'", rule.bias))
+    formulas = [f"{name} = {expression.text(value)}" for name, value in primes if value is not None]
     lets = [f"{name} = {expression.text(value)}" for name, value in rule.lets]
-    head.add_row("formula", "\n".join([formula, *lets]))
+    head.add_row("formula", "\n".join([*formulas, *lets]))
     head.add_row("kinds", ", ".join(rule.kinds))
     if rule.peft_type:
         head.add_row("PEFT type", rule.peft_type)
@@ -106,7 +189,7 @@ def method_report(rule: MethodRule) -> RenderableType:
         saved = dict(param.saved)
         for kind, init in param.init:
             name = f"{param.role} (on {kind})" if kind else param.role
-            parameters.append((name, shape, expression.text(init), saved[kind]))
+            parameters.append((name, shape, expression.text(init), saved.get(kind, "")))
     tables = [
         _table(("hyperparameter", "type", "default"), values),
         _table(("parameter", "shape", "starts as", "saved as"), parameters),
@@ -116,9 +199,9 @@ def method_report(rule: MethodRule) -> RenderableType:
 
 
 def first_sentence(doc: str) -> str:
-    """The doc up to its first full stop or colon."""
+    """The doc up to its first full stop, colon or parenthesis."""
     text = " ".join(doc.split())
-    ends = [end for end in (text.find(". "), text.find(": ")) if end > 0]
+    ends = [end for end in (text.find(". "), text.find(": "), text.find(" (")) if end > 0]
     return text[: min(ends)] if ends else text.removesuffix(".")
 
 
@@ -137,6 +220,16 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequ
     for row in rows:
         table.add_row(*map(Text, row))
     return table
+
+
+def _short(count: int) -> str:
+    """A count with a prefix of the metric system: 8.4 M."""
+    figure = float(count)
+    for prefix in ("", " k", " M", " G", " T"):
+        if figure < 999.5 or prefix == " T":
+            break
+        figure /= 1000
+    return f"{count}" if not prefix else f"{figure:.3g}{prefix}"
 
 
 def _size(count: int) -> str:

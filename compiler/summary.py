@@ -6,11 +6,11 @@ import torch
 
 from peftc.compiler.facts import AdapterFacts, RuleFacts
 from peftc.grammar import tree
-from peftc.grammar.bind import complete
 from peftc.grammar.layout import lay_out
 from peftc.grammar.rule import MethodRule, Value
 from peftc.grammar.select import select
 from peftc.grammar.spec import AdapterSpec, Spec, Target
+from peftc.grammar.values import complete
 from peftc.grammar.write import to_tree
 from peftc.passes.plan import AdapterPlan
 from peftc.passes.resolve import Ground

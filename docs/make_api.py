@@ -21,6 +21,8 @@ from peftc.grammar.source import Source, Span
 from peftc.grammar.spec import AdapterSpec, Base, Spec, Target
 from peftc.passes.plan import AdapterPlan, PlannedCopy, PlannedSite
 from peftc.passes.site import Site
+from peftc.runtime.allocating import Allocating
+from peftc.runtime.drift import MergeDrift, OutputDrift, TensorDrift
 from peftc.runtime.lifecycle import Lifecycle
 from peftc.runtime.model import AdaptedModel
 from peftc.runtime.saving import Saving
@@ -29,7 +31,19 @@ PAGE = Path(__file__).parent / "api.md"
 WIDTH = 100  # of a signature on one line
 
 ERRORS = (AdapterError, SpecError, CheckpointError, ModelError, UsageError, Diagnostic, Span, Source)
-DATA = (Spec, AdapterSpec, Target, Base, AdapterPlan, PlannedSite, PlannedCopy, Site)
+DATA = (
+    Spec,
+    AdapterSpec,
+    Target,
+    Base,
+    AdapterPlan,
+    PlannedSite,
+    PlannedCopy,
+    Site,
+    MergeDrift,
+    TensorDrift,
+    OutputDrift,
+)
 SECTIONS = ("Args", "Returns", "Raises")
 
 
@@ -47,12 +61,12 @@ def page() -> str:
         "## `AdaptedModel`",
         docstring(AdaptedModel),
         "Methods of the model's own class are there too: `generate`, `to`, `train`, `state_dict` and the rest.",
-        *(part for owner in (Lifecycle, Saving, AdaptedModel) for part in methods(owner)),
+        *(part for owner in (Lifecycle, Saving, Allocating, AdaptedModel) for part in methods(owner)),
         "## Errors",
         "All are exported by `peftc.compiler`, except `Span` and `Source`, which a diagnostic points with.",
         *(part for each in ERRORS for part in class_parts(each)),
         "## Specs and plans",
-        "Frozen data: what `read_spec` and `AdaptedModel.adapter_plan` return.",
+        "Frozen data: what `read_spec`, `AdaptedModel.adapter_plan` and `AdaptedModel.merge_drift` return.",
         *(part for each in DATA for part in class_parts(each)),
     ]
     return "\n\n".join(parts) + "\n"

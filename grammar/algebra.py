@@ -1,6 +1,7 @@
 """The closed form of an adapted weight: what a method's body means once its hyperparameters have values.
 
-A matrix is an immutable tree over `W`, the site's parameters and named scalars. The tree is the *structure* of an
+A matrix is an immutable tree over `W`, `b`, the site's parameters and named scalars. (It may have one to four axes; the
+values of `W'` and of most parts of it are matrices.) The tree is the *structure* of an
 adapter: two adapters whose trees are equal differ only in tensors and scalar values, so a graph made for one serves
 the other. `W` is `[out, in]` (for a stack of experts `[experts, out, in]`), whatever module stores it.
 """
@@ -15,8 +16,21 @@ class Weight:
 
 
 @dataclass(frozen=True)
+class Weights:
+    """`Ws`, the base weights of all sites of the category, `[members, rows, in]`; zero below those with fewer rows."""
+
+    members: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class Bias:
+    """The base bias `b`, of a site that has one."""
+
+
+@dataclass(frozen=True)
 class Param:
-    """A trainable parameter of the method, by role (`A`)."""
+    """A parameter or constant of the method, by role (`A`)."""
 
     role: str
 
@@ -47,7 +61,7 @@ class Product:
 
 @dataclass(frozen=True)
 class Hadamard:
-    """`left * right`, elementwise."""
+    """`left * right`, elementwise; sizes of 1 stretch, as in a sum."""
 
     left: "Matrix"
     right: "Matrix"
@@ -68,7 +82,22 @@ class Dropped:
     p: float
 
 
-Matrix = Weight | Param | Scaled | Sum | Product | Hadamard | Transposed | Dropped
+Option = int | float | str | tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Function:
+    """A function of `peftc.grammar.functions` with its options' values; or `divide`, `reciprocal`, `shift`.
+
+    These three are what `A / B`, `1 / A` and `A + number` stand for.
+    """
+
+    name: str
+    operands: tuple["Matrix", ...]
+    options: tuple[Option, ...] = ()
+
+
+Matrix = Weight | Weights | Bias | Param | Scaled | Sum | Product | Hadamard | Transposed | Dropped | Function
 
 
 def children(matrix: Matrix) -> tuple[Matrix, ...]:
@@ -78,6 +107,8 @@ def children(matrix: Matrix) -> tuple[Matrix, ...]:
             return (left, right)
         case Scaled(_, operand) | Transposed(operand) | Dropped(operand, _):
             return (operand,)
+        case Function(_, operands):
+            return operands
         case _:
             return ()
 
@@ -96,8 +127,26 @@ def rebuild(matrix: Matrix, change: Callable[[Matrix], Matrix]) -> Matrix:
             return replace(matrix, left=change(left), right=change(right))
         case Scaled(_, operand) | Transposed(operand) | Dropped(operand, _):
             return replace(matrix, operand=change(operand))
+        case Function(_, operands) if operands:
+            return replace(matrix, operands=tuple(map(change, operands)))
         case _:
             return matrix
+
+
+def without_bias(matrix: Matrix) -> Matrix | None:
+    """The matrix where `b` is zero; None where nothing is left of it."""
+    parts = [without_bias(each) for each in children(matrix)]
+    match matrix:
+        case Bias():
+            return None
+        case Sum():
+            left, right = parts
+            return Sum(left, right) if left and right else left or right
+        case _ if None in parts:
+            return None
+        case _:
+            remaining = iter(parts)
+            return rebuild(matrix, lambda _: next(remaining))  # type: ignore[arg-type, return-value]
 
 
 def text(matrix: Matrix) -> str:
@@ -105,6 +154,10 @@ def text(matrix: Matrix) -> str:
     match matrix:
         case Weight():
             return "W"
+        case Weights():
+            return "Ws"
+        case Bias():
+            return "b"
         case Param(role):
             return role
         case Scaled(scalar, operand):
@@ -119,7 +172,27 @@ def text(matrix: Matrix) -> str:
             return f"{_factor(operand)}.T"
         case Dropped(operand, p):
             return f"drop({text(operand)}, {p:g})"
+        case Function("divide", (left, right)):
+            return f"{_factor(left)} / {_factor(right)}"
+        case Function("reciprocal", (operand,)):
+            return f"1 / {_factor(operand)}"
+        case Function("shift", (operand,), (number,)):
+            return f"{text(operand)} + {number:g}"
+        case Function(name, operands, options):
+            return f"{name}({', '.join([*map(text, operands), *map(_option, options)])})"
+
+
+def _option(option: Option) -> str:
+    match option:
+        case tuple():
+            return f"[{', '.join(map(str, option))}]"
+        case str():
+            return f'"{option}"'
+        case _:
+            return f"{option:g}"
 
 
 def _factor(matrix: Matrix) -> str:
-    return f"({text(matrix)})" if isinstance(matrix, Sum | Product | Hadamard | Scaled) else text(matrix)
+    compound = isinstance(matrix, Sum | Product | Hadamard | Scaled)
+    compound |= isinstance(matrix, Function) and matrix.name in ("divide", "reciprocal", "shift")
+    return f"({text(matrix)})" if compound else text(matrix)

@@ -1,160 +1,182 @@
-"""Values for a rule: a spec's arguments evaluated, and a rule's closed form at one site."""
+"""A rule at a place: its closed form, and the tensors it is over."""
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 
 from peftc.grammar import algebra, expression, tree
-from peftc.grammar.check import INITIALISERS, match_arguments
-from peftc.grammar.diagnostics import SpecError, did_you_mean, fail
-from peftc.grammar.infer import Scalar, type_of
-from peftc.grammar.rule import BoundParam, BoundRule, Init, MethodRule, ParamRule, Value
-from peftc.grammar.scalar import evaluate
+from peftc.grammar.allocate import bound_allocation, check_schedule
+from peftc.grammar.closed import ClosedForms, Place
+from peftc.grammar.diagnostics import SpecError, fail
+from peftc.grammar.functions import MisfitError
+from peftc.grammar.initialisers import INITIALISERS, initialiser, match_arguments
+from peftc.grammar.measure import sizes_of
+from peftc.grammar.peft_item import names_in
+from peftc.grammar.rule import BoundParam, BoundRule, Derived, Init, MethodRule, ParamRule, Value
 from peftc.grammar.source import Span
 from peftc.grammar.spec import Values
 
+__all__ = ["Place", "bind", "stacked_axis"]
+
 MAX_ELEMENTS = 2**31
+WITHOUT_BIAS = ("embedding", "parameter")
+OWN_BIAS = ("multihead_attention",)  # kinds that cannot be given a bias they were made without
+
+Shapes = Mapping[str, tuple[int, ...]]
 
 
-def complete(rule: MethodRule, arguments: tuple[tree.Argument, ...]) -> Values:
-    """A value for every hyperparameter, in the rule's order: the given one or the default. Raises SpecError (E14x)."""
-    given = dict(partial(rule, arguments))
-    return tuple(
-        (each.name, given[each.name] if each.name in given else _convert(each, _literal(each.default), each.default))
-        for each in rule.hyperparameters
-    )
+def bind(rule: MethodRule, values: Values, place: Place, *, span: Span | None = None, strict: bool = True) -> BoundRule:
+    """The rule's closed form at a place, with values for its hyperparameters.
 
-
-def partial(rule: MethodRule, arguments: tuple[tree.Argument, ...]) -> Values:
-    """The values of the arguments given, as a `with` clause needs them. Raises SpecError (E14x)."""
-    known = {each.name: each for each in rule.hyperparameters}
-    values: dict[str, Value] = {}
-    for argument in arguments:
-        if argument.name is None:
-            example = next(iter(known), "")
-            help = f"as in {example} = {expression.text(argument.value)}" if example else f"'{rule.name}' takes none"
-            fail(SpecError, "E141", f"the arguments of '{rule.name}' are given by name", argument.span, help=help)
-        if argument.name not in known:
-            listed = f"'{rule.name}' takes {', '.join(known)}" if known else f"'{rule.name}' takes none"
-            help = did_you_mean(argument.name, known) or listed
-            fail(SpecError, "E141", f"'{rule.name}' has no hyperparameter '{argument.name}'", argument.span, help=help)
-        if argument.name in values:
-            fail(SpecError, "E143", f"'{argument.name}' is given twice", argument.span)
-        hyperparameter = known[argument.name]
-        values[argument.name] = _convert(hyperparameter, _literal(argument.value), argument.value)
-    return tuple(values.items())
-
-
-def _literal(expr: tree.Expr) -> Value:
-    if isinstance(expr, tree.Null):
-        return None
-    if isinstance(expr, tree.Name):
-        help = "a value is a number, true, false, none or a text in double quotes"
-        fail(SpecError, "E142", f"'{expr.id}' is not a value", expr.span, help=help)
-    found = type_of(expr, {})
-    if not isinstance(found, Scalar):
-        fail(SpecError, "E142", "this is not a value", expr.span)
-    return evaluate(expr, {})
-
-
-def _convert(hyperparameter: tree.Hyperparameter, value: Value, place: tree.Expr) -> Value:
-    wanted, name = hyperparameter.type, hyperparameter.name
-    match value, wanted:
-        case None, _ if isinstance(hyperparameter.default, tree.Null):
-            return None
-        case bool(), "bool":
-            return value
-        case bool(), _:
-            pass
-        case int() | float(), "float":
-            return float(value)
-        case int(), "int":
-            return value
-        case float(), "int" if value.is_integer():
-            return int(value)
-        case str(), "text":
-            if not hyperparameter.choices or value in hyperparameter.choices:
-                return value
-            listed = ", ".join(map(expression.quoted, hyperparameter.choices))
-            help = did_you_mean(value, hyperparameter.choices) or f"it is one of {listed}"
-            fail(SpecError, "E142", f"{expression.quoted(value)} is not a choice for '{name}'", place.span, help=help)
-        case _:
-            pass
-    written = expression.text(expression.literal(value))
-    fail(SpecError, "E142", f"'{name}' is {Scalar(wanted)}, and {written} is not", place.span)
-
-
-def bind(
-    rule: MethodRule,
-    values: Values,
-    *,
-    out_features: int,
-    in_features: int,
-    kind: str,
-    count: int = 1,
-    span: Span | None = None,
-    strict: bool = True,
-    site: str = "",
-) -> BoundRule:
-    """The rule's closed form for a `[out, in]` weight of a kind (for a stack of experts: of each of `count`).
-
-    The tree depends on the hyperparameters' *values* only through conditionals and dropout: every scalar factor is a
-    name, so adapters that differ in a factor have equal trees. `strict` refuses a rank above the weight's own;
-    `site` is what messages call it. Raises SpecError (E21x).
+    The tree depends on the hyperparameters' *values* only through conditionals, dropout and the options of functions:
+    every scalar factor is a name, so adapters that differ in a factor have equal trees. `strict` refuses a rank above
+    the weight's own. Raises SpecError (E21x).
     """
-    if kind not in rule.kinds:
-        message = f"'{rule.name}' does not fit {_at(site)} of kind '{kind}'; it fits {', '.join(rule.kinds)}"
+    if place.kind not in rule.kinds:
+        message = f"'{rule.name}' does not fit {place} of kind '{place.kind}'; it fits {', '.join(rule.kinds)}"
         fail(SpecError, "E214", message, span)
     for name, value in values:
         if isinstance(value, float) and not math.isfinite(value):
             fail(SpecError, "E213", f"{name} = {value} is not a finite number", span)
-    scope: dict[str, Value] = {**dict(values), "in": in_features, "out": out_features}
-    binder = _Binder(rule, scope, span, kind)
+    scope: dict[str, Value] = {
+        **dict(values),
+        "in": place.in_features,
+        "out": place.out_features,
+        "max_in": max(place.in_features, place.largest[0]),
+        "max_out": max(place.out_features, place.largest[1]),
+        "sites": place.sites,
+        "total": max(place.out_features * place.in_features, place.total),
+        "total_in": max(place.in_features, place.sums[0]),
+        "total_out": max(place.out_features, place.sums[1]),
+        "site": place.index,
+        "before_in": place.before[0],
+        "before_out": place.before[1],
+        "has_bias": place.has_bias,
+        "category": place.category,
+        "members": place.members,
+        "tallest": max(place.out_features, place.tallest),
+        "kind": place.kind,
+        "channels": place.in_features // place.kernel,
+        "kernel": place.kernel,
+    }
+    binder = _Binder(rule, scope, span, place)
+    binder.check_requirements()
     if strict:
-        _check_rank(rule, scope, span, site)
-    params = tuple(binder.param(each, count, site) for each in rule.params)
-    weight = binder.matrix(rule.weight)
-    return BoundRule(rule, values, weight, tuple(binder.scalars.items()), params)
+        _check_rank(rule, scope, span, place)
+    bound = binder.rule_at()
+    if strict and bound.allocation is not None:
+        role, axis = bound.allocation.axes[0]
+        count = next(each.shape[axis] for each in bound.params if each.role == role)
+        check_schedule(bound.allocation, count, f"'{role}' of {place}", span)
+    return bound
 
 
-def _check_rank(rule: MethodRule, scope: Mapping[str, Value], span: Span | None, site: str) -> None:
+def _check_rank(rule: MethodRule, scope: Mapping[str, Value], span: Span | None, place: Place) -> None:
     hyperparameters = {each.name for each in rule.hyperparameters}
     rows, columns = scope["out"], scope["in"]
     assert isinstance(rows, int)
     assert isinstance(columns, int)
     for param in rule.params:
+        if param.shared or not param.trained:
+            continue
         names = [each.id for each in param.shape if isinstance(each, tree.Name)]
         if not {"in", "out"} & set(names):
             continue
         for name in names:
             size = scope.get(name)
             if name in hyperparameters and isinstance(size, int) and size > min(rows, columns):
-                message = f"{name} = {size} is more than {_at(site)} of size {rows} x {columns} can use"
+                message = f"{name} = {size} is more than {place} of size {rows} x {columns} can use"
                 help = f"at most {min(rows, columns)} is of use here"
                 fail(SpecError, "E211", message, span, help=help)
 
 
-def _at(site: str) -> str:
-    return f"'{site}'" if site else "a weight"
+class _Binder(ClosedForms):
+    def check_requirements(self) -> None:
+        """Raise E216 where the site is not what the method requires."""
+        for test in self.rule.requires:
+            if not self.scalar(test):
+                names = [name for name in sorted(names_in(test)) if name in self.scope]
+                given = " and ".join(f"{name} = {self.scope[name]}" for name in names)
+                message = f"'{self.rule.name}' does not fit {self.place}: it needs {expression.text(test)}"
+                fail(SpecError, "E216", message, self.span or test.span, help=f"there {given}")
 
+    def rule_at(self) -> BoundRule:
+        """The closed forms, and the tensors they are over."""
+        shapes = self.shapes = {each.role: self._shape(each) for each in self.present.values()}
+        base = (self.place.out_features, self.place.in_features)
+        weight = algebra.Weight() if self.rule.weight is None else self._known_bias(self.rule.weight, self.rule.weight)
+        self._measured(weight, base, shapes)
+        bias = None if self.rule.bias is None else self.over_bias(self.matrix(self.rule.bias), self.rule.bias)
+        changed = bias not in (None, algebra.Bias())
+        if bias is not None and changed and (self.place.has_bias or algebra.without_bias(bias) is not None):
+            if self.place.kind in WITHOUT_BIAS or (self.place.kind in OWN_BIAS and not self.place.has_bias):
+                message = f"'{self.rule.name}' adapts a bias, and {self.place} of kind '{self.place.kind}' has none"
+                fail(SpecError, "E217", message, self.span)
+            self._measured(bias, base[:1], shapes)
+        scalars = self._scalars_of(weight, *(() if bias is None else (bias,)))
+        params = tuple(self.param(each, shapes) for each in self.present.values())
+        self._keys_differ(params)
+        nodes = [*algebra.walk(weight), *(() if bias is None else algebra.walk(bias))]
+        read = {each.role for each in nodes if isinstance(each, algebra.Param)}
+        drafts = tuple(each for each in params if not (each.trained or each.saved or each.role in read))
+        params = tuple(each for each in params if each not in drafts)
+        values = tuple((each.name, self.scope[each.name]) for each in self.rule.hyperparameters)
+        unchanged = bias is None or bias == algebra.Bias()
+        budgeted = self.rule.allocation
+        if budgeted is not None and not {role for role, _ in budgeted.axes} <= set(self.present):
+            budgeted = None
+        allocation = None if budgeted is None else bound_allocation(budgeted, self.scalar)
+        return BoundRule(self.rule, values, weight, scalars, params, None if unchanged else bias, drafts, allocation)
 
-@dataclass
-class _Binder:
-    rule: MethodRule
-    scope: dict[str, Value]
-    span: Span | None
-    kind: str
-    anonymous: int = 0
-    scalars: dict[str, float] = field(default_factory=dict)
-    matrices: dict[str, algebra.Matrix] = field(default_factory=dict)
+    def _scalars_of(self, *matrices: algebra.Matrix) -> tuple[tuple[str, float], ...]:
+        nodes = [node for each in matrices for node in algebra.walk(each)]
+        names = dict.fromkeys(node.scalar for node in nodes if isinstance(node, algebra.Scaled))
+        return tuple((name, self.scalars[name]) for name in names)
 
-    def __post_init__(self) -> None:
-        self.lets = dict(self.rule.lets)
-        self.taken = {*self.lets, *self.scope, *(each.role for each in self.rule.params)}
+    def _keys_differ(self, params: tuple[BoundParam, ...]) -> None:
+        owners: dict[str, str] = {}
+        for each in params:
+            if each.saved and each.saved in owners:
+                message = f"'{owners[each.saved]}' and '{each.role}' would both be saved as '{each.saved}' there"
+                fail(SpecError, "E217", message, self.span)
+            owners[each.saved] = each.role
+
+    def _measured(self, matrix: algebra.Matrix, wanted: tuple[int, ...], shapes: Shapes) -> None:
+        place = self.place
+        try:
+            found = sizes_of(matrix, shapes, (place.out_features, place.in_features))
+            if found != wanted:
+                raise MisfitError(f"the result is {list(found)}, and has to be {list(wanted)}")
+        except MisfitError as misfit:
+            size = f"{place.out_features} x {place.in_features}"
+            message = f"'{self.rule.name}' does not fit {place} of size {size}: {misfit}"
+            fail(SpecError, "E216", message, self.span)
 
     # --- parameters ---
 
-    def param(self, param: ParamRule, count: int, site: str) -> BoundParam:
+    def param(self, param: ParamRule, shapes: Shapes) -> BoundParam:
+        """The tensor at the site."""
+        init, shape = dict(param.init), shapes[param.role]
+        found = self._init(init.get(self.place.kind, init[""]), shape, shapes)
+        seed = None if param.seed is None else self.scalar(param.seed)
+        group = None if param.group is None else self.scalar(param.group)
+        assert seed is None or isinstance(seed, int)
+        assert group is None or isinstance(group, int | str)
+        keep = param.saved_when is None or bool(self.scalar(param.saved_when))
+        again = param.seed is not None or (not param.trained and isinstance(found, Derived))
+        return BoundParam(
+            param.role,
+            self._stored(param, shape),
+            found,
+            _numbered(param.saved_for(self.place.kind), group) if keep or again else "",
+            trained=param.trained,
+            shared=param.shared,
+            optional=again,
+            seed=seed,
+            written=keep,
+            group=group,
+        )
+
+    def _shape(self, param: ParamRule) -> tuple[int, ...]:
         shape: list[int] = []
         for expr in param.shape:
             size = self.scalar(expr)
@@ -164,29 +186,29 @@ class _Binder:
                 message = f"{written} = {size} leaves the parameter '{param.role}' empty; it must be at least 1"
                 fail(SpecError, "E210", message, self.span or expr.span)
             shape.append(size)
-        if count > 1:
-            self._stack(param, shape, count)
-        if math.prod(shape) > MAX_ELEMENTS:
+        if math.prod(self._stored(param, tuple(shape))) > MAX_ELEMENTS:
             sizes = " x ".join(map(str, shape))
-            message = f"the parameter '{param.role}' of {_at(site)} would be {sizes}, more than 2^31 numbers"
+            message = f"the parameter '{param.role}' of {self.place} would be {sizes}, more than 2^31 numbers"
             fail(SpecError, "E210", message, self.span or param.shape[0].span)
-        init = dict(param.init)
-        found = self._init(init.get(self.kind, init[""]))
-        return BoundParam(param.role, (shape[0], shape[1]), found, param.saved_for(self.kind))
+        return tuple(shape)
 
-    def _stack(self, param: ParamRule, shape: list[int], count: int) -> None:
-        """All experts' parameters lie in one matrix, side by side along the size that is the method's own."""
-        sides = (tree.Name("in"), tree.Name("out"))
-        own = [index for index, each in enumerate(param.shape) if each not in sides]
-        if len(own) != 1:
-            written = ", ".join(expression.text(each) for each in param.shape)
-            message = f"'{self.rule.name}' does not fit a stack of experts: '{param.role}' is [{written}]"
-            help = "there a parameter has one size that is 'in' or 'out', and one of the method's own"
-            fail(SpecError, "E215", message, self.span, help=help)
-        shape[own[0]] *= count
+    def _stored(self, param: ParamRule, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """At a stack of experts: all experts' tensors in one, side by side along an axis or in front."""
+        count, axis = self.place.count, stacked_axis(param)
+        if count == 1 or param.shared:
+            return shape
+        if axis is None:
+            return (count, *shape)
+        return (*shape[:axis], shape[axis] * count, *shape[axis + 1 :])
 
-    def _init(self, expr: tree.Expr) -> Init:
-        name = expr.id if isinstance(expr, tree.Name) else expr.function if isinstance(expr, tree.Call) else ""
+    def _init(self, expr: tree.Expr, shape: tuple[int, ...], shapes: Shapes) -> Init | Derived:
+        while isinstance(expr, tree.Conditional):
+            expr = expr.then if self.scalar(expr.test) else expr.otherwise
+        name = initialiser(expr)
+        if not name:
+            matrix = self._known_bias(expr, expr)
+            self._measured(matrix, shape, shapes)
+            return Derived(matrix, self._scalars_of(matrix))
         given = match_arguments(expr)
         arguments: list[tuple[str, float]] = []
         for argument, default in INITIALISERS[name]:
@@ -195,121 +217,15 @@ class _Binder:
             arguments.append((argument, float(value)))
         return Init(name, tuple(arguments))
 
-    # --- scalars ---
 
-    def scalar(self, expr: tree.Expr) -> Value:
-        """The value; lets are evaluated when first asked for."""
-        for name in _names(expr):
-            if name not in self.scope and name in self.lets:
-                self.scope[name] = self.scalar(self.lets[name])
-        return evaluate(expr, self.scope, self.span)
-
-    def _factor(self, expr: tree.Expr | None, value: float) -> str:
-        """The name of a scalar factor: its `let`, or the next free of c0, c1, ..."""
-        name = expr.id if isinstance(expr, tree.Name) and expr.id in self.lets else ""
-        while not name:
-            candidate = f"c{self.anonymous}"
-            self.anonymous += 1
-            if candidate not in self.taken:
-                name = candidate
-        self.scalars[name] = value
-        return name
-
-    def _scaled(self, expr: tree.Expr, operand: algebra.Matrix, inverse: bool = False) -> algebra.Matrix:
-        value = self.scalar(expr)
-        assert isinstance(value, int | float)
-        if not inverse:
-            return algebra.Scaled(self._factor(expr, float(value)), operand)
-        if value == 0:
-            fail(SpecError, "E213", f"'{expression.text(expr)}' is zero, and divides", self.span or expr.span)
-        return algebra.Scaled(self._factor(None, 1 / value), operand)
-
-    # --- matrices ---
-
-    def is_matrix(self, expr: tree.Expr) -> bool:
-        """Whether the checked expression is a matrix; what it is built from decides."""
-        match expr:
-            case tree.Name(name):
-                if name in self.lets:
-                    return self.is_matrix(self.lets[name])
-                return name == "W" or any(each.role == name for each in self.rule.params)
-            case tree.Transpose():
-                return True
-            case tree.Call(function, _):
-                return function == "drop"
-            case tree.Unary(_, operand):
-                return self.is_matrix(operand)
-            case tree.Conditional(then, _, _):
-                return self.is_matrix(then)
-            case tree.Binary(_, left, right):
-                return self.is_matrix(left) or self.is_matrix(right)
-            case _:
-                return False
-
-    def matrix(self, expr: tree.Expr) -> algebra.Matrix:
-        """The closed form of a matrix expression."""
-        match expr:
-            case tree.Name("W"):
-                return algebra.Weight()
-            case tree.Name(name) if name in self.lets:
-                if name not in self.matrices:
-                    self.matrices[name] = self.matrix(self.lets[name])
-                return self.matrices[name]
-            case tree.Name(name):
-                return algebra.Param(name)
-            case tree.Transpose(operand):
-                return algebra.Transposed(self.matrix(operand))
-            case tree.Conditional(then, test, otherwise):
-                return self.matrix(then) if self.scalar(test) else self.matrix(otherwise)
-            case tree.Unary(_, operand):
-                return self._minus(self.matrix(operand))
-            case tree.Call(_, (operand, p)):
-                return self._dropped(self.matrix(operand.value), p.value)
-            case tree.Binary("+", left, right):
-                return algebra.Sum(self.matrix(left), self.matrix(right))
-            case tree.Binary("-", left, right):
-                return algebra.Sum(self.matrix(left), self._minus(self.matrix(right)))
-            case tree.Binary("@", left, right):
-                return algebra.Product(self.matrix(left), self.matrix(right))
-            case tree.Binary("/", left, right):
-                return self._scaled(right, self.matrix(left), inverse=True)
-            case tree.Binary("*", left, right):
-                if not self.is_matrix(left):
-                    return self._scaled(left, self.matrix(right))
-                if not self.is_matrix(right):
-                    return self._scaled(right, self.matrix(left))
-                return algebra.Hadamard(self.matrix(left), self.matrix(right))
-            case _:
-                raise AssertionError(f"not a matrix: {expr}")
-
-    def _minus(self, operand: algebra.Matrix) -> algebra.Matrix:
-        return algebra.Scaled(self._factor(None, -1.0), operand)
-
-    def _dropped(self, operand: algebra.Matrix, p: tree.Expr) -> algebra.Matrix:
-        value = self.scalar(p)
-        assert isinstance(value, int | float)
-        if not 0 <= value < 1:
-            message = f"{expression.text(p)} = {value:g} is no dropout; it must be at least 0 and less than 1"
-            fail(SpecError, "E212", message, self.span or p.span)
-        if value == 0:
-            return operand
-        if self.kind == "parameter":
-            message = f"{expression.text(p)} = {value:g}: a raw parameter has no input of its own to drop from"
-            fail(SpecError, "E212", message, self.span or p.span, help="use no dropout there")
-        return algebra.Dropped(operand, float(value))
+def _numbered(key: str, group: int | str | None) -> str:
+    return key if group is None else f"{key}.{group}"
 
 
-def _names(expr: tree.Expr) -> tuple[str, ...]:
-    match expr:
-        case tree.Name(name):
-            return (name,)
-        case tree.Call(_, arguments):
-            return tuple(name for each in arguments for name in _names(each.value))
-        case tree.Unary(_, operand):
-            return _names(operand)
-        case tree.Binary(_, left, right):
-            return _names(left) + _names(right)
-        case tree.Conditional(then, test, otherwise):
-            return _names(then) + _names(test) + _names(otherwise)
-        case _:
-            return ()
+def stacked_axis(param: ParamRule) -> int | None:
+    """The axis along which a stack of experts puts its tensors side by side; None: in front, on an axis of their own.
+
+    PEFT knows matrices with one side of the weight and one size of the method's own, and multiplies that one.
+    """
+    own = [axis for axis, each in enumerate(param.shape) if each not in (tree.Name("in"), tree.Name("out"))]
+    return own[0] if len(param.shape) == 2 and len(own) == 1 else None

@@ -90,11 +90,13 @@ class Builder(ExpressionBuilder):
 
     def _choice(self, node: LarkTree) -> tuple[tuple[tree.Selector, ...], tree.Expr | None, tuple[tree.Argument, ...]]:
         selectors, where, overrides = node.children
-        arguments = tuple(
+        return self._selector_list(selectors), self._where(where), self._overrides(overrides)
+
+    def _overrides(self, node: Any) -> tuple[tree.Argument, ...]:
+        return tuple(
             tree.Argument(str(each.children[0]), self._expr(each.children[1]), span=self._span(each))
-            for each in (trees_of(overrides) if overrides is not None else ())
+            for each in (trees_of(node) if node is not None else ())
         )
-        return self._selector_list(selectors), self._where(where), arguments
 
     def _where(self, node: Any) -> tree.Expr | None:
         return None if node is None else self._expr(node.children[0])
@@ -200,9 +202,17 @@ class Builder(ExpressionBuilder):
         makers: dict[str, Callable[[LarkTree], tree.MethodItem]] = {
             "kinds": lambda each: tree.KindsItem(tuple(map(str, each.children)), span=self._span(each)),
             "default": self._default,
+            "default_as": lambda each: tree.DefaultAsItem(str(each.children[0]), span=self._span(each)),
             "param": self._param,
+            "const": self._const,
+            "require": lambda each: tree.RequireItem(self._expr(each.children[0]), span=self._span(each)),
             "let": lambda each: tree.LetItem(*self._named(each), span=self._span(each)),
             "prime": self._prime,
+            "allocate": self._allocate,
+            "copies": lambda each: tree.CopiesItem(self._string(token_of(each, 0)), span=self._span(each)),
+            "unread": lambda each: tree.UnreadItem(
+                tuple(self._string(key) for key in tokens_of(each)), span=self._span(each)
+            ),
             "peft": self._peft,
         }
         hyperparameters = tuple(self._hyperparameter(each) for each in parts if each.data == "hyperparameter")
@@ -225,8 +235,9 @@ class Builder(ExpressionBuilder):
         )
 
     def _default(self, node: LarkTree) -> tree.DefaultItem:
-        targets, architectures = (tuple(self._target(each) for each in trees_of(part)) for part in node.children)
-        return tree.DefaultItem(targets, architectures, span=self._span(node))
+        *lists, overrides = node.children
+        targets, architectures = (tuple(self._target(each) for each in trees_of(part)) for part in lists)
+        return tree.DefaultItem(targets, architectures, self._overrides(overrides), span=self._span(node))
 
     def _target(self, node: LarkTree) -> str:
         return ".".join(self._string(each) if each.type == "STRING" else str(each) for each in tokens_of(node))
@@ -243,30 +254,63 @@ class Builder(ExpressionBuilder):
             if each.data == "variant"
         )
         rest = [each for each in node.children if not (isinstance(each, Tree) and each.data == "variant")]
-        name, *shape, init, saved = [each for each in rest if each is not None]
+        shared, name, sizes, init, saved, kernel, group, condition = rest
         return tree.ParamItem(
             str(name),
-            tuple(self._expr(each) for each in shape),
+            tuple(self._expr(each) for each in cast(LarkTree, sizes).children if each is not None),
             self._expr(init),
             self._string(cast(Token, saved)),
             variants,
+            shared=shared is not None,
+            kernel=kernel is not None,
+            group=None if group is None else self._expr(group),
+            condition=None if condition is None else self._expr(condition),
+            span=self._span(node),
+        )
+
+    def _const(self, node: LarkTree) -> tree.ConstItem:
+        shared, name, sizes, init, saved, *rest = node.children
+        condition, group = rest.pop(), rest.pop()
+        seeded = rest[0] if rest and isinstance(rest[0], Tree) else None
+        key = when = None
+        if saved is not None:
+            key, when = cast(LarkTree, saved).children
+        return tree.ConstItem(
+            str(name),
+            tuple(self._expr(each) for each in cast(LarkTree, sizes).children if each is not None),
+            self._expr(init),
+            None if key is None else self._string(cast(Token, key)),
+            None if when is None else self._expr(when),
+            None if seeded is None else self._expr(seeded.children[0]),
+            once=bool(rest) and seeded is None,
+            shared=shared is not None,
+            group=None if group is None else self._expr(group),
+            condition=None if condition is None else self._expr(condition),
             span=self._span(node),
         )
 
     def _prime(self, node: LarkTree) -> tree.PrimeItem:
         target = token_of(node, 0)
-        if target != "W'":
+        if target not in ("W'", "b'"):
             fail(
                 SpecError,
                 "E144",
                 f"{target} cannot be defined",
                 self._of(target),
-                help="a method says what W' is, the adapted weight",
+                help="a method says what W' is, the adapted weight, and may say what b' is, the adapted bias",
             )
-        return tree.PrimeItem("W", self._expr(node.children[1]), span=self._span(node))
+        return tree.PrimeItem("W" if target == "W'" else "b", self._expr(node.children[1]), span=self._span(node))
+
+    def _allocate(self, node: LarkTree) -> tree.AllocateItem:
+        vector, *partners = map(str, tokens_of(node))
+        settings = (tree.Argument(*self._named(each), span=self._span(each)) for each in trees_of(node))
+        return tree.AllocateItem(vector, tuple(partners), tuple(settings), span=self._span(node))
 
     def _peft(self, node: LarkTree) -> tree.PeftItem:
-        fields = tuple(tree.PeftField(*self._named(each), span=self._span(each)) for each in trees_of(node))
+        fields = tuple(
+            tree.PeftField(*self._named(each), str(each.children[2] or ""), span=self._span(each))
+            for each in trees_of(node)
+        )
         return tree.PeftItem(str(node.children[0]), fields, span=self._span(node))
 
     def _named(self, node: LarkTree) -> tuple[str, tree.Expr]:

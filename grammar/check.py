@@ -1,76 +1,54 @@
 """A method definition, checked: from tree to rule. Everything that can be known before a model is, is known here."""
 
-import re
 from collections.abc import Mapping, Sequence
 
 from peftc.grammar import expression, tree
-from peftc.grammar.build_expression import MAX_DEPTH
+from peftc.grammar.allocate import check_allocation
+from peftc.grammar.check_tensors import COUNTED, TOGETHER, TensorChecks, check_key, check_kind
 from peftc.grammar.diagnostics import SpecError, did_you_mean, fail
-from peftc.grammar.infer import BOOL, Scalar, Type, need, type_of, unknown_name
-from peftc.grammar.infer import number as need_number
-from peftc.grammar.rule import KINDS, MethodRule, ParamRule
-from peftc.grammar.shapes import Dim, Shape
+from peftc.grammar.infer import BOOL, TEXT, Scalar, Type, need, type_of
+from peftc.grammar.peft_item import check_field, names_in
+from peftc.grammar.rule import KINDS, AllocationRule, DefaultTargets, MethodRule, ParamRule
+from peftc.grammar.scalar import evaluate
+from peftc.grammar.shapes import Dim, Shape, differ
 from peftc.grammar.source import Span
 
-# Arguments of the initialisers with their defaults; None means it must be given.
-INITIALISERS: Mapping[str, tuple[tuple[str, float | None], ...]] = {
-    "zeros": (),
-    "ones": (),
-    "constant": (("value", None),),
-    "normal": (("mean", 0.0), ("std", 1.0)),
-    "uniform": (("low", None), ("high", None)),
-    "kaiming_uniform": (("a", 0.0),),
-    "xavier_uniform": (),
-}
 
-_RESERVED = (
-    "in",
-    "out",
-    "W",
-    "b",
-    "if",
-    "else",
-    "not",
-    "and",
-    "or",
-    "true",
-    "false",
-    "none",
-    "drop",
-    "sqrt",
-    "min",
-    "max",
-)
-MAX_NODES = 2000
+def check_method(method: tree.Method, methods: Mapping[str, MethodRule] | None = None) -> MethodRule:
+    """The rule a definition stands for. Raises SpecError (E13x) at the first thing wrong with it.
 
-_KEY = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
+    `methods` are those it may take its default targets from.
+    """
+    return _Checker(method, methods or {}).rule()
 
 
-def check_method(method: tree.Method) -> MethodRule:
-    """The rule a definition stands for. Raises SpecError (E13x) at the first thing wrong with it."""
-    return _Checker(method).rule()
-
-
-class _Checker:
-    def __init__(self, method: tree.Method):
+class _Checker(TensorChecks):
+    def __init__(self, method: tree.Method, methods: Mapping[str, MethodRule]):
+        super().__init__()
         self.method = method
-        self.names: dict[str, Type] = {}
-        self.places: dict[str, Span | None] = {}
-        self.used: set[str] = set()
-        self.params: list[ParamRule] = []
+        self.methods = methods
         self.lets: list[tuple[str, tree.Expr]] = []
-        self.defaults: dict[str, tuple[str, ...]] = {}
-        self.extents: dict[str, tuple[int, int]] = {}
-        self.weight: tree.Expr | None = None
+        self.defaults: dict[str, tuple[DefaultTargets, ...]] = {}
+        self.primes: dict[str, tree.Expr] = {}
+        self.requires: list[tree.Expr] = []
         self.peft: tree.PeftItem | None = None
+        self.allocation: AllocationRule | None = None
+        self.copies = ""
+        self.unread: tuple[str, ...] = ()
 
     def rule(self) -> MethodRule:
         method = self.method
         for each in method.hyperparameters:
             self._hyperparameter(each)
-        size_in, size_out = Dim.atom("in"), Dim.atom("out")
-        self.names |= {"in": Scalar("int", dim=size_in), "out": Scalar("int", dim=size_out)}
-        self.names["W"] = Shape(size_out, size_in)
+        for name in ("in", "out", *TOGETHER, *COUNTED, "kernel"):
+            self.names[name] = Scalar("int", dim=Dim.atom(name))
+        self.names["channels"] = Scalar("int", dim=Dim.atom("(in // kernel)"))
+        self.names["has_bias"] = BOOL
+        self.names["category"] = TEXT
+        self.names["Ws"] = Shape((Dim.atom("members"), Dim.atom("tallest"), Dim.atom("in")))
+        self.names["kind"] = Scalar("text", choices=KINDS)
+        self.names["W"] = Shape((Dim.atom("out"), Dim.atom("in")))
+        self.names["b"] = Shape((Dim.atom("out"),))
         kinds = self._kinds()
         for item in method.items:
             match item:
@@ -78,19 +56,40 @@ class _Checker:
                     self._param(item, kinds)
                 case tree.LetItem():
                     self._define(item.name, self._type(item.value), item)
-                    self.extents[item.name] = self._extent(item.value)
+                    nodes, depth = self._extent(item.value)
+                    # A scalar is a number wherever it is used.
+                    self.extents[item.name] = (1 if isinstance(self.names[item.name], Scalar) else nodes, depth)
                     self.lets.append((item.name, item.value))
-                case tree.DefaultItem():
+                case tree.ConstItem():
+                    self._const(item)
+                case tree.RequireItem(test):
+                    need(test, self._type(test), BOOL, "'require'")
+                    self.requires.append(test)
+                case tree.DefaultItem() | tree.DefaultAsItem():
                     self._default(item)
                 case tree.PrimeItem():
                     self._prime(item)
+                case tree.AllocateItem():
+                    if self.allocation is not None:
+                        fail(SpecError, "E131", "'allocate' is said twice", item.span)
+                    self.allocation = check_allocation(item, self.params, kinds, self.names, self._type)
+                case tree.CopiesItem(key):
+                    check_key(key, item)
+                    self.copies = key
+                case tree.UnreadItem(keys):
+                    for key in keys:
+                        check_key(key, item)
+                    self.unread = (*self.unread, *keys)
                 case tree.PeftItem():
                     self._peft(item)
                 case _:
                     pass
-        if self.weight is None:
+        if self.copies and (self.primes or self.params or kinds):
+            message = f"'{method.name}' trains copies of whole modules: it has no kinds, parameters or formula"
+            fail(SpecError, "E135", message, method_name(method))
+        if not self.primes and not self.copies:
             help = "say what the adapted weight is: W' = W + ..."
-            fail(SpecError, "E135", f"the method '{method.name}' does not define W'", _head(method), help=help)
+            fail(SpecError, "E135", f"the method '{method.name}' does not define W'", method_name(method), help=help)
         self._all_used()
         self._keys_differ(kinds)
         return MethodRule(
@@ -99,28 +98,22 @@ class _Checker:
             kinds=kinds,
             params=tuple(self.params),
             lets=tuple(self.lets),
-            weight=self.weight,
+            order=tuple(
+                name for name in self.places if name in {*dict(self.lets), *(each.role for each in self.params)}
+            ),
+            weight=self.primes.get("W"),
+            bias=self.primes.get("b"),
+            requires=tuple(self.requires),
             defaults=tuple(self.defaults.items()),
             peft_type=self.peft.type if self.peft else "",
-            peft_fields=tuple((each.name, each.value) for each in self.peft.fields) if self.peft else (),
+            peft_fields=self.peft.fields if self.peft else (),
+            copies=self.copies,
+            unread=self.unread,
+            allocation=self.allocation,
+            counts_sites=not self.used.isdisjoint((*COUNTED, "category")),
             doc=method.doc,
             span=method.span,
         )
-
-    # --- names ---
-
-    def _type(self, expr: tree.Expr) -> Type:
-        return type_of(expr, self.names, self.used)
-
-    def _define(self, name: str, type: Type, node: tree.Node) -> None:
-        if name in _RESERVED:
-            fail(SpecError, "E131", f"'{name}' is a word of the language and cannot be a name", node.span)
-        if name in self.names:
-            place = self.places.get(name)
-            help = f"it is defined in line {place.line}" if place is not None else ""
-            fail(SpecError, "E131", f"'{name}' is defined twice", node.span, help=help)
-        self.names[name] = type
-        self.places[name] = node.span
 
     def _hyperparameter(self, item: tree.Hyperparameter) -> None:
         if item.choices and item.type != "text":
@@ -141,10 +134,10 @@ class _Checker:
         reached = self._reached()
         for param in self.params:
             if param.role not in reached:
-                help = "a parameter that W' does not depend on would never be trained"
-                fail(
-                    SpecError, "E134", f"the parameter '{param.role}' is never used", self.places[param.role], help=help
-                )
+                help = "a parameter that W' does not depend on would never be trained" if param.trained else ""
+                what = "parameter" if param.trained else "constant"
+                message = f"the {what} '{param.role}' is never used"
+                fail(SpecError, "E134", message, self.places[param.role], help=help)
         for name, _ in self.lets:
             if name not in self.used:
                 fail(SpecError, "E134", f"'let {name}' is never used", self.places[name])
@@ -153,15 +146,28 @@ class _Checker:
                 fail(SpecError, "E134", f"the hyperparameter '{each.name}' is never used", each.span)
 
     def _reached(self) -> set[str]:
-        """The names W' depends on, through lets too."""
-        assert self.weight is not None
+        """The names W' and b' depend on, through lets and what tensors start from."""
+        lets = {name: [value] for name, value in self.lets}
+        if "Ws" in self._closure(lets):
+            help = "compute what is needed of it once: const ... = ... recomputed"
+            fail(
+                SpecError, "E135", "'Ws' is known only when tensors are first made", method_name(self.method), help=help
+            )
+        starts = {each.role: [init for _, init in each.init] for each in self.params}
+        kept = {each.role for each in self.params if each.trained or (each.saved and each.saved_when is None)}
+        remade = {role: inits for role, inits in starts.items() if role not in kept}
+        for name in sorted(self._closure({**lets, **remade}) & {each.role for each in self.params if each.once}):
+            help = "let W' read a 'param', or a 'const ... saved', that starts from it"
+            fail(SpecError, "E135", f"'{name}' is there only when tensors are first made", self.places[name], help=help)
+        return self._closure({**lets, **starts})
+
+    def _closure(self, meant: Mapping[str, Sequence[tree.Expr]]) -> set[str]:
         reached: set[str] = set()
-        waiting: list[tree.Expr] = [self.weight]
-        lets = dict(self.lets)
+        waiting: list[tree.Expr] = list(self.primes.values())
         while waiting:
-            names: set[str] = set()
-            type_of(waiting.pop(), self.names, names)
-            waiting += [lets[each] for each in names - reached if each in lets]
+            names = names_in(waiting.pop())
+            for each in names - reached:
+                waiting += meant.get(each, [])
             reached |= names
         return reached
 
@@ -171,140 +177,71 @@ class _Checker:
         for item in self.method.items:
             if isinstance(item, tree.KindsItem):
                 for kind in item.kinds:
-                    _known_kind(kind, item)
+                    check_kind(kind, item)
                 if len(set(item.kinds)) != len(item.kinds):
                     fail(SpecError, "E131", "a kind is named twice", item.span)
                 return item.kinds
+        if any(isinstance(item, tree.CopiesItem) for item in self.method.items):
+            return ()
         help = f"begin with 'on' and some of: {', '.join(KINDS)}"
         message = f"the method '{self.method.name}' does not say which kinds of module it fits"
-        fail(SpecError, "E139", message, _head(self.method), help=help)
+        fail(SpecError, "E139", message, method_name(self.method), help=help)
 
-    def _default(self, item: tree.DefaultItem) -> None:
-        for each in item.architectures:
-            if each in self.defaults:
-                fail(SpecError, "E131", f"'{each}' already has default targets", item.span)
-            self.defaults[each] = item.targets
-
-    def _param(self, item: tree.ParamItem, kinds: Sequence[str]) -> None:
-        if len(item.shape) != 2:
-            fail(
-                SpecError,
-                "E133",
-                f"a parameter is a matrix of two sizes; '{item.name}' has {len(item.shape)}",
-                item.span,
-            )
-        dims: list[Dim] = []
-        for each in item.shape:
-            found = self._type(each)
-            if not isinstance(found, Scalar) or found.kind != "int" or found.optional:
-                what = f"a matrix {found}" if isinstance(found, Shape) else str(found)
-                message = f"a size is a whole number, and '{expression.text(each)}' is {what}"
-                fail(SpecError, "E132", message, each.span)
-            dims.append(found.dim or Dim.atom(f"({expression.text(each)})"))
-        self._define(item.name, Shape(dims[0], dims[1]), item)
-        init, saved = {"": item.init}, {"": item.saved}
-        for variant in item.variants:
-            _known_kind(variant.kind, variant)
-            if variant.kind not in kinds:
-                message = f"the method does not fit '{variant.kind}', so '{item.name}' has no variant for it"
-                fail(SpecError, "E139", message, variant.span)
-            if variant.kind in init:
-                fail(SpecError, "E131", f"'{item.name}' has two variants for '{variant.kind}'", variant.span)
-            init[variant.kind], saved[variant.kind] = variant.init, variant.saved
-        for each in init.values():
-            self._init(each)
-        keys: list[tree.ParamItem | tree.Variant] = [item, *item.variants]
-        for node in keys:
-            if not _KEY.fullmatch(node.saved):
-                help = "a key is words of letters, digits and '_' with '.' between them, as in \"lora_A.weight\""
-                message = f"{expression.quoted(node.saved)} cannot be a checkpoint key"
-                fail(SpecError, "E137", message, node.span, help=help)
-        self.params.append(ParamRule(item.name, item.shape, tuple(init.items()), tuple(saved.items())))
+    def _default(self, item: tree.DefaultItem | tree.DefaultAsItem) -> None:
+        if isinstance(item, tree.DefaultAsItem):
+            if item.method not in self.methods:
+                help = did_you_mean(item.method, self.methods)
+                fail(SpecError, "E140", f"there is no method '{item.method}'", item.span, help=help)
+            self.defaults = {**dict(self.methods[item.method].defaults), **self.defaults}
+            return
+        known = {each.name: each for each in self.method.hyperparameters}
+        for argument in item.overrides:
+            if argument.name not in known:
+                help = did_you_mean(str(argument.name), known)
+                fail(SpecError, "E141", f"there is no hyperparameter '{argument.name}'", argument.span, help=help)
+            need(argument.value, type_of(argument.value, {}), Scalar(known[argument.name].type), "'with'")
+        overrides = tuple((str(each.name), evaluate(each.value, {})) for each in item.overrides)
+        for name in item.architectures:
+            if any(overrides == other for _, other in self.defaults.get(name, ())):
+                fail(SpecError, "E131", f"'{name}' already has default targets", item.span)
+            self.defaults[name] = (*self.defaults.get(name, ()), (item.targets, overrides))
 
     def _keys_differ(self, kinds: Sequence[str]) -> None:
         for kind in kinds:
-            owners: dict[str, str] = {}
+            owners: dict[str, ParamRule] = {}
             for param in self.params:
                 key = param.saved_for(kind)
-                if key in owners:
-                    message = f"'{param.role}' and '{owners[key]}' are both saved as {expression.quoted(key)}"
+                other = owners.get(key)
+                # Two may share a key where never both exist, which only a site can tell.
+                if key and other is not None and None in (param.condition, other.condition):
+                    message = f"'{param.role}' and '{other.role}' are both saved as {expression.quoted(key)}"
                     fail(SpecError, "E137", message, self.places[param.role], help="give each its own key")
-                owners[key] = param.role
-
-    def _init(self, expr: tree.Expr) -> None:
-        name = expr.id if isinstance(expr, tree.Name) else expr.function if isinstance(expr, tree.Call) else ""
-        if name not in INITIALISERS:
-            known = f"known initialisers: {', '.join(INITIALISERS)}"
-            message = f"'{expression.text(expr)}' is not an initialiser"
-            fail(SpecError, "E136", message, expr.span, help=did_you_mean(name, INITIALISERS) or known)
-        given = match_arguments(expr)
-        for argument, default in INITIALISERS[name]:
-            if argument not in given and default is None:
-                fail(SpecError, "E136", f"'{name}' needs a value for '{argument}'", expr.span)
-        for argument, value in given.items():
-            need_number(value, self._type(value), f"'{argument}' of '{name}'")
+                owners[key] = param
 
     def _prime(self, item: tree.PrimeItem) -> None:
-        if self.weight is not None:
-            fail(SpecError, "E131", "W' is defined twice", item.span)
-        found, wanted = self._type(item.value), self.names["W"]
-        if found != wanted:
-            what = f"a matrix {found}" if isinstance(found, Shape) else str(found)
-            fail(SpecError, "E133", f"W' is of shape {wanted}, as W is, and this is {what}", item.value.span)
+        if item.target in self.primes:
+            fail(SpecError, "E131", f"{item.target}' is defined twice", item.span)
+        found, wanted = self._type(item.value), self.names[item.target]
+        assert isinstance(wanted, Shape)
+        fits = isinstance(found, Shape) and len(found.sizes) == len(wanted.sizes)
+        if not fits or any(map(differ, found.sizes, wanted.sizes)):  # type: ignore[union-attr]
+            what = f"a tensor {found}" if isinstance(found, Shape) else str(found)
+            message = f"{item.target}' is of shape {wanted}, as {item.target} is, and this is {what}"
+            fail(SpecError, "E133", message, item.value.span)
         self._extent(item.value)
-        self.weight = item.value
-
-    def _extent(self, expr: tree.Expr) -> tuple[int, int]:
-        """How many nodes, and how deep, once every `let` is written out: what works on closed forms is recursive."""
-        parts = [self._extent(each) for each in _operands(expr)]
-        if isinstance(expr, tree.Name) and expr.id in self.extents:
-            parts = [self.extents[expr.id]]
-        nodes, depth = 1 + sum(size for size, _ in parts), 1 + max((depth for _, depth in parts), default=0)
-        if nodes > MAX_NODES or depth > 2 * MAX_DEPTH:
-            fail(SpecError, "E104", "the formula is too large once its 'let's are written out", expr.span)
-        return nodes, depth
+        self.primes[item.target] = item.value
 
     def _peft(self, item: tree.PeftItem) -> None:
         if self.peft is not None:
             fail(SpecError, "E131", "'peft' is said twice", item.span)
         self.peft = item
         seen: set[str] = set()
-        known = [each.name for each in self.method.hyperparameters]
         for each in item.fields:
             if each.name in seen:
                 fail(SpecError, "E131", f"the field '{each.name}' is given twice", each.span)
             seen.add(each.name)
-            match each.value:
-                case tree.Name(name):
-                    if name not in known:
-                        unknown_name(each.value, known)
-                    self.used.add(name)
-                case tree.Number() | tree.Text() | tree.Flag() | tree.Null():
-                    pass
-                case _:
-                    help = "anything else could not be read back from an adapter_config.json"
-                    message = "a field's value is a hyperparameter or a literal"
-                    fail(SpecError, "E139", message, each.value.span, help=help)
-
-
-def match_arguments(expr: tree.Expr) -> dict[str, tree.Expr]:
-    """The arguments of an initialiser by name, given by position or by name. Raises SpecError (E136)."""
-    if not isinstance(expr, tree.Call):
-        return {}
-    names = [each for each, _ in INITIALISERS[expr.function]]
-    given: dict[str, tree.Expr] = {}
-    for position, argument in enumerate(expr.arguments):
-        if argument.name is None and position >= len(names):
-            count = f"at most {len(names)} argument{'s' if len(names) > 1 else ''}" if names else "no arguments"
-            fail(SpecError, "E136", f"'{expr.function}' takes {count}", argument.span)
-        name = argument.name if argument.name is not None else names[position]
-        if name not in names:
-            help = did_you_mean(name, names) or (f"it takes {', '.join(names)}" if names else "it takes none")
-            fail(SpecError, "E136", f"'{expr.function}' has no argument '{name}'", argument.span, help=help)
-        if name in given:
-            fail(SpecError, "E136", f"'{name}' is given twice", argument.span)
-        given[name] = argument.value
-    return given
+            vector = self.allocation.axes[0][0] if self.allocation else ""
+            self.used |= check_field(each, self.method.hyperparameters, vector)
 
 
 WHERE_NAMES: Mapping[str, Type] = {
@@ -319,27 +256,7 @@ def check_where(expr: tree.Expr) -> None:
     need(expr, type_of(expr, WHERE_NAMES), BOOL, "'where'")
 
 
-def _operands(expr: tree.Expr) -> tuple[tree.Expr, ...]:
-    match expr:
-        case tree.Call(_, arguments):
-            return tuple(each.value for each in arguments)
-        case tree.Unary(_, operand) | tree.Transpose(operand):
-            return (operand,)
-        case tree.Binary(_, left, right):
-            return (left, right)
-        case tree.Conditional(then, test, otherwise):
-            return (then, test, otherwise)
-        case _:
-            return ()
-
-
-def _known_kind(kind: str, node: tree.Node) -> None:
-    if kind not in KINDS:
-        help = did_you_mean(kind, KINDS) or f"the kinds are {', '.join(KINDS)}"
-        fail(SpecError, "E139", f"'{kind}' is not a kind of module", node.span, help=help)
-
-
-def _head(method: tree.Method) -> Span | None:
+def method_name(method: tree.Method) -> Span | None:
     """Where the method's name stands."""
     if method.span is None:
         return None

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Literal, NoReturn, TypeVar
 
 from peftc.grammar import expression, tree
-from peftc.grammar.bind import complete, partial
 from peftc.grammar.check import check_where
 from peftc.grammar.diagnostics import SpecError, did_you_mean, fail
 from peftc.grammar.library import builtin_methods
@@ -17,6 +16,7 @@ from peftc.grammar.parse import parse
 from peftc.grammar.rule import KINDS, MethodRule
 from peftc.grammar.source import Source, Span
 from peftc.grammar.spec import AdapterSpec, Base, Spec, Target
+from peftc.grammar.values import complete, partial
 
 # Methods that are no weight expressions; each is a rewrite of its own.
 STRUCTURAL = ("prefix", "prompt", "ptuning")

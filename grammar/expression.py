@@ -4,7 +4,7 @@ import re
 
 from peftc.grammar import tree
 
-_LEVEL = {"or": 1, "and": 2, "+": 5, "-": 5, "*": 6, "/": 6, "//": 6, "@": 6, "**": 8}
+_LEVEL = {"or": 1, "and": 2, "+": 5, "-": 5, "*": 6, "/": 6, "//": 6, "%": 6, "@": 6, "**": 8}
 _COMPARISON, _UNARY, _POSTFIX, _ATOM = 4, 7, 9, 10
 
 _CONTROL = re.compile(r'["\\\x00-\x1f\x7f-\x9f\u2028\u2029\ufeff]')
@@ -14,6 +14,11 @@ _SHORT = {'"': '\\"', "\\": "\\\\", "\n": "\\n", "\t": "\\t", "\r": "\\r"}
 def text(expr: tree.Expr) -> str:
     """The expression as it is written."""
     return _render(expr)[0]
+
+
+def before_if(expr: tree.Expr) -> str:
+    """The expression as it is written where an `if` may follow that is not its own."""
+    return _at(expr, 1)
 
 
 def quoted(value: str) -> str:

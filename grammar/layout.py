@@ -12,6 +12,7 @@ INDENT = "    "
 
 # A place where a long line may break.
 _BREAK = "\0"
+ALIGNED = 40  # longer initialisers do not push what follows to the right
 
 # A name that could go on from the value before it needs a comma between.
 _KEYWORDS = frozenset(
@@ -99,7 +100,7 @@ def _wrap(text: str, indent: str) -> list[str]:
     line = indent
     for part in text.split(_BREAK):
         if line.strip() and len(line) + 1 + len(part) > WIDTH:
-            lines.append(line)
+            lines.append(line.rstrip())
             line = f"{indent}{INDENT}{part}"
         else:
             line = f"{line} {part}" if line.strip() else line + part
@@ -224,42 +225,93 @@ def _items(items: Sequence[tree.MethodItem]) -> list[Unit]:
     words = {
         tree.KindsItem: "on",
         tree.DefaultItem: "default",
+        tree.DefaultAsItem: "default",
         tree.ParamItem: "param",
+        tree.ConstItem: "const",
         tree.LetItem: "let",
+        tree.RequireItem: "require",
         tree.PrimeItem: "W'",
+        tree.AllocateItem: "allocate",
+        tree.CopiesItem: "copies",
+        tree.UnreadItem: "unread",
         tree.PeftItem: "peft",
     }
     width = max((len(words[type(each)]) for each in items), default=0)
-    params = [each for each in items if isinstance(each, tree.ParamItem)]
+    params = [each for each in items if isinstance(each, tree.ParamItem | tree.ConstItem)]
     heads = max((len(_param_head(each)) for each in params), default=0)
-    inits = max((len(expression.text(each.init)) for each in params), default=0)
+    written = [len(expression.text(each.init)) for each in params]
+    inits = max((each for each in written if each <= ALIGNED), default=0)
     units: list[Unit] = []
     for item in items:
-        head = f"{words[type(item)]:<{width}} "
+        word = f"{item.target}'" if isinstance(item, tree.PrimeItem) else words[type(item)]
+        head = f"{word:<{width}} "
+        if isinstance(item, tree.ParamItem | tree.ConstItem) and item.shared:
+            head = f"shared {head}"
         match item:
             case tree.KindsItem(kinds):
                 text = _list(kinds)
-            case tree.DefaultItem(targets, architectures):
+            case tree.DefaultAsItem(method):
+                text = f"as {method}"
+            case tree.RequireItem(test):
+                text = expression.text(test)
+            case tree.ConstItem():
+                text = f"{_param_head(item):<{heads}} = {expression.text(item.init):<{inits}}{_BREAK}{_stored(item)}"
+                text += _condition(item)
+            case tree.DefaultItem(targets, architectures, overrides):
                 text = f"{_list(map(_target, targets))}{_BREAK}for {_list(map(_target, architectures))}"
+                text += (
+                    f"{_BREAK}with {_list(expression.arguments((each,)) for each in overrides)}" if overrides else ""
+                )
             case tree.ParamItem():
-                text = f"{_param_head(item):<{heads}} = {expression.text(item.init):<{inits}} "
-                text += f"saved {expression.quoted(item.saved)}"
+                text = f"{_param_head(item):<{heads}} = {expression.text(item.init):<{inits}}{_BREAK}"
+                text += f"saved {expression.quoted(item.saved)}" + " with kernel" * item.kernel
+                text += "" if item.group is None else f" by {expression.before_if(item.group)}"
                 for each in item.variants:
                     text += f"\n{INDENT}on {each.kind} = {expression.text(each.init)} "
                     text += f"saved {expression.quoted(each.saved)}"
+                text += _condition(item)
             case tree.LetItem(name, value):
                 text = f"{name} = {expression.text(value)}"
             case tree.PrimeItem(_, value):
                 text = f"= {expression.text(value)}"
+            case tree.AllocateItem(vector, partners, settings):
+                given = _list(expression.arguments((each,)) for each in settings)
+                text = f"{vector} with {_list(partners)} " + (f"{{ {given} }}" if given else "{ }")
+            case tree.CopiesItem(saved):
+                text = f"saved {expression.quoted(saved)}"
+            case tree.UnreadItem(keys):
+                text = _list(map(expression.quoted, keys))
             case tree.PeftItem(type_name, fields):
-                given = _list(f"{each.name} = {expression.text(each.value)}" for each in fields)
+                given = _list(map(_field, fields))
                 text = f"{type_name} {{ {given} }}" if given else f"{type_name} {{ }}"
         units.append(_item(item, head + text))
     return units
 
 
-def _param_head(item: tree.ParamItem) -> str:
+def _param_head(item: tree.ParamItem | tree.ConstItem) -> str:
     return f"{item.name}[{', '.join(map(expression.text, item.shape))}]"
+
+
+def _stored(item: tree.ConstItem) -> str:
+    parts = []
+    if item.saved is not None:
+        when = "" if item.saved_when is None else f" when {expression.before_if(item.saved_when)}"
+        parts.append(f"saved {expression.quoted(item.saved)}{when}")
+    if item.seed is not None:
+        parts.append(f"seeded {expression.before_if(item.seed)}")
+    if item.once:
+        parts.append("once")
+    by = "" if item.group is None else f" by {expression.before_if(item.group)}"
+    return (" ".join(parts) or "recomputed") + by
+
+
+def _condition(item: tree.ParamItem | tree.ConstItem) -> str:
+    return "" if item.condition is None else f" if {expression.text(item.condition)}"
+
+
+def _field(field: tree.PeftField) -> str:
+    by = f" by {field.pattern}" if field.pattern else ""
+    return f"{field.name} = {expression.text(field.value)}{by}"
 
 
 def _target(name: str) -> str:

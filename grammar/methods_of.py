@@ -5,11 +5,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from peftc.grammar import expression, tree
-from peftc.grammar.check import check_method
+from peftc.grammar.check import check_method, method_name
 from peftc.grammar.diagnostics import SpecError, fail
 from peftc.grammar.parse import parse
 from peftc.grammar.rule import MethodRule
-from peftc.grammar.source import Source, Span
+from peftc.grammar.source import Source
 
 Loader = Callable[[Path], Source]
 
@@ -37,15 +37,7 @@ class Methods:
             place = self.own[method.name].span
             help = f"it is defined in {place.source.name}, line {place.line}" if place else ""
             fail(SpecError, "E131", f"'{method.name}' is defined twice", method_name(method), help=help)
-        self.own[method.name] = check_method(method)
-
-
-def method_name(method: tree.Method) -> Span | None:
-    """Where the method's name stands."""
-    if method.span is None:
-        return None
-    start = method.span.source.text.find(method.name, method.span.start + len("method"))
-    return Span(method.span.source, start, start + len(method.name))
+        self.own[method.name] = check_method(method, self.known)
 
 
 def methods_of(file: tree.File, directory: Path | None, load: Loader, builtin: Mapping[str, MethodRule]) -> Methods:

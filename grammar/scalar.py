@@ -11,6 +11,7 @@ from peftc.grammar.rule import Value
 from peftc.grammar.source import Span
 
 _LARGEST = 2**63
+_LARGEST_SIZE = 2**40
 
 _Number = int | float
 
@@ -20,6 +21,7 @@ _ARITHMETIC: Mapping[str, Callable[[_Number, _Number], _Number]] = {
     "*": operator.mul,
     "/": operator.truediv,
     "//": operator.floordiv,
+    "%": operator.mod,
     "**": lambda base, exponent: float(base) ** float(exponent),
 }
 _COMPARISON: Mapping[str, Callable[[_Number, _Number], bool]] = {
@@ -28,7 +30,40 @@ _COMPARISON: Mapping[str, Callable[[_Number, _Number], bool]] = {
     ">": operator.gt,
     ">=": operator.ge,
 }
-_FUNCTIONS: Mapping[str, Callable[..., _Number]] = {"sqrt": math.sqrt, "min": min, "max": max}
+
+
+def _divisors(number: _Number) -> list[int]:
+    """All divisors of a whole number, in order. Raises ValueError for one that no size is."""
+    whole = abs(int(number))
+    if whole > _LARGEST_SIZE:
+        raise ValueError(f"{whole} is too large to look for its divisors")
+    small = [each for each in range(1, math.isqrt(whole) + 1) if whole % each == 0]
+    return sorted({*small, *(whole // each for each in small)})
+
+
+def _nearest_divisor(number: _Number, wanted: _Number) -> int:
+    """The divisor of a whole number nearest to the wanted one; of two as near, the smaller."""
+    return min(_divisors(number), key=lambda each: abs(each - wanted), default=1)
+
+
+def _largest_divisor(number: _Number, limit: _Number) -> int:
+    """The largest divisor of a whole number that is not above the limit; 1 where all are."""
+    return max((each for each in _divisors(number) if each <= limit), default=1)
+
+
+# name -> fewest and most arguments, and the function
+SCALAR_FUNCTIONS: Mapping[str, tuple[int, int, Callable[..., _Number]]] = {
+    "floor": (1, 1, math.floor),
+    "largest_divisor": (2, 2, _largest_divisor),
+    "max": (2, 8, max),
+    "min": (2, 8, min),
+    "nearest_divisor": (2, 2, _nearest_divisor),
+    "round": (1, 1, round),
+    "sqrt": (1, 1, math.sqrt),
+}
+
+# What these give is a whole number, of any number; what others give is one if all their arguments are.
+ROUNDING = frozenset({"floor", "round"})
 
 
 def evaluate(expr: tree.Expr, values: Mapping[str, Value], span: Span | None = None) -> Value:
@@ -45,6 +80,8 @@ def evaluate(expr: tree.Expr, values: Mapping[str, Value], span: Span | None = N
             return value
         case tree.Name(name):
             return values[name]
+        case tree.Null():
+            return None
         case tree.Unary("not", operand):
             return not rec(operand)
         case tree.Unary(_, operand):
@@ -64,7 +101,9 @@ def evaluate(expr: tree.Expr, values: Mapping[str, Value], span: Span | None = N
         case tree.Binary(sign, left, right):
             return _guarded(expr, span, _ARITHMETIC[sign], _number(rec(left)), _number(rec(right)))
         case tree.Call(function, arguments):
-            return _guarded(expr, span, _FUNCTIONS[function], *(_number(rec(each.value)) for each in arguments))
+            return _guarded(
+                expr, span, SCALAR_FUNCTIONS[function][2], *(_number(rec(each.value)) for each in arguments)
+            )
         case _:
             raise AssertionError(f"not a scalar: {expr}")
 

@@ -23,6 +23,16 @@ class Candidate:
     in_features: int
     out_features: int
     output: bool = False
+    attention: str | None = None  # the MultiheadAttention it is a projection of, whose name chooses it too
+
+    @property
+    def spellings(self) -> tuple[str, ...]:
+        """The names it is chosen by."""
+        return (self.name, self.attention) if self.attention else (self.name,)
+
+    def is_a(self, kind: str) -> bool:
+        """Whether it is of a kind; the output projection of a MultiheadAttention is of two."""
+        return kind == self.kind or (kind == "multihead_attention" and self.attention is not None)
 
 
 @dataclass(frozen=True)
@@ -46,16 +56,23 @@ class Universe:
 
     @cached_property
     def candidate_parts(self) -> tuple[tuple[str, ...], ...]:
-        """The candidates' names, split."""
-        return tuple(tuple(each.name.split(".")) for each in self.candidates)
+        """The names that choose a candidate, split: each candidate's own, and other spellings."""
+        return tuple(parts for _, parts in self.spelled)
 
     @cached_property
-    def by_leaf(self) -> Mapping[str, tuple[int, ...]]:
-        """Candidates by the last part of their name."""
-        found: dict[str, list[int]] = {}
-        for index, parts in enumerate(self.candidate_parts):
-            found.setdefault(parts[-1], []).append(index)
-        return {leaf: tuple(indices) for leaf, indices in found.items()}
+    def spelled(self) -> tuple[tuple[int, tuple[str, ...]], ...]:
+        """Every spelling of a candidate's name, split, behind the candidate's index."""
+        return tuple(
+            (index, tuple(name.split("."))) for index, each in enumerate(self.candidates) for name in each.spellings
+        )
+
+    @cached_property
+    def by_leaf(self) -> Mapping[str, tuple[tuple[int, tuple[str, ...]], ...]]:
+        """The same by the last part of the name."""
+        found: dict[str, list[tuple[int, tuple[str, ...]]]] = {}
+        for index, parts in self.spelled:
+            found.setdefault(parts[-1], []).append((index, parts))
+        return {leaf: tuple(spelled) for leaf, spelled in found.items()}
 
 
 def select(selector: tree.Selector, where: tree.Expr | None, universe: Universe) -> tuple[Candidate, ...]:
@@ -87,7 +104,7 @@ def matches_inside(selector: tree.Selector, name: str, universe: Universe) -> bo
 
 def holds(where: tree.Expr, candidate: Candidate) -> bool:
     """Whether a checked predicate is true of the candidate."""
-    values: dict[str, Value] = {kind: kind == candidate.kind for kind in KINDS}
+    values: dict[str, Value] = {kind: candidate.is_a(kind) for kind in KINDS}
     values |= {"in_features": candidate.in_features, "out_features": candidate.out_features}
     return bool(evaluate(where, values))
 
@@ -137,21 +154,18 @@ def chosen(selector: tree.Selector, universe: Universe) -> Iterator[Candidate]:
     match selector:
         case tree.AllSelector(kind):
             kinds = ("linear", "conv1d") if kind == "linear" else (kind,)
-            yield from (each for each in universe.candidates if each.kind in kinds and not each.output)
+            yield from (each for each in universe.candidates if any(map(each.is_a, kinds)) and not each.output)
         case tree.PatternSelector(pattern):
             compiled = _compiled(pattern)
-            yield from (each for each in universe.candidates if compiled.fullmatch(each.name))
+            yield from (each for each in universe.candidates if any(map(compiled.fullmatch, each.spellings)))
         case tree.PathSelector(segments):
             last = segments[-1]
             plain = last.names and last.indices is None and not last.deep
-            indices = (
-                sorted(index for name in last.names for index in universe.by_leaf.get(name, ()))
-                if plain
-                else range(len(universe.candidates))
+            spelled = (
+                [each for name in last.names for each in universe.by_leaf.get(name, ())] if plain else universe.spelled
             )
-            for index in indices:
-                if reached(segments, universe.candidate_parts[index], universe):
-                    yield universe.candidates[index]
+            indices = {index for index, parts in spelled if reached(segments, parts, universe)}
+            yield from (universe.candidates[index] for index in sorted(indices))
 
 
 @functools.lru_cache(maxsize=256)

@@ -1,5 +1,7 @@
 """Symbolic sizes: polynomials with whole coefficients over `in`, `out` and hyperparameters."""
 
+import functools
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 Monomial = tuple[str, ...]
@@ -23,6 +25,22 @@ class Dim:
     def constant(value: int) -> "Dim":
         """A size known by number."""
         return _normal({(): value})
+
+    @property
+    def value(self) -> int | None:
+        """The number, if it is one."""
+        match self.terms:
+            case ():
+                return 0
+            case (((), number),):
+                return number
+            case _:
+                return None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it holds a part that only values decide: a quotient, a minimum, a condition."""
+        return any("(" in atom for monomial, _ in self.terms for atom in monomial)
 
     def __add__(self, other: "Dim") -> "Dim":
         terms = dict(self.terms)
@@ -56,15 +74,19 @@ def _normal(terms: dict[Monomial, int]) -> Dim:
 
 @dataclass(frozen=True)
 class Shape:
-    """A matrix type: rows and columns."""
+    """A tensor type: one to four sizes."""
 
-    rows: Dim
-    columns: Dim
+    sizes: tuple[Dim, ...]
 
     def __str__(self) -> str:
-        return f"[{self.rows}, {self.columns}]"
+        return f"[{', '.join(map(str, self.sizes))}]"
 
-    @property
-    def transposed(self) -> "Shape":
-        """Columns and rows."""
-        return Shape(self.columns, self.rows)
+
+def differ(left: Dim, right: Dim) -> bool:
+    """Whether two sizes are known to be unequal. What only a site can tell (`in // block * block` and `in`) is not."""
+    return left != right and not left.is_open and not right.is_open
+
+
+def product(sizes: Iterable[Dim]) -> Dim:
+    """How many numbers a tensor of these sizes holds."""
+    return functools.reduce(Dim.__mul__, sizes, Dim.constant(1))

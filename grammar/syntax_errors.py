@@ -32,14 +32,15 @@ _SIGNS = {
     "$END": "the end of the file",
 }
 _EXPRESSION = frozenset({"NAME", "FLOAT", "INT", "STRING", "TRUE", "FALSE", "NONE", "LPAR", "LSQB", "MINUS"})
-_OPERATORS = frozenset({"PLUS", "MINUS", "STAR", "SLASH", "SLASHES", "AT", "STARS", "TRANSPOSE", "EQ", "NE", "LT"})
-_OPERATORS |= {"LE", "GT", "GE", "AND", "OR", "_IF"}
+_OPERATORS = frozenset({"PLUS", "MINUS", "STAR", "SLASH", "SLASHES", "PERCENT", "AT", "STARS", "TRANSPOSE"})
+_OPERATORS |= {"EQ", "NE", "LT", "LE", "GT", "GE", "AND", "OR", "_IF"}
 _STATEMENTS = frozenset({"_USE", "_BASE", "_ADAPTER", "_ACTIVATE", "_METHOD"})
 _CLAUSES = frozenset({"_ON", "_REFINE", "_SKIP", "_TRAIN", "_BIAS", "_TOKENS"})
-_ITEMS = frozenset({"_DEFAULT", "_PARAM", "_LET", "PRIME", "_PEFT"})
+_ITEMS = frozenset({"_DEFAULT", "SHARED", "_PARAM", "_CONST", "_LET", "_REQUIRE", "_ALLOCATE", "PRIME", "_PEFT"})
+_ITEMS |= {"_COPIES", "_UNREAD"}
 _SELECTOR = frozenset({"_ALL", "STRING", "STARS", "LBRACE"})
 _CLOSERS = {"LPAR": "RPAR", "LSQB": "RSQB", "LBRACE": "RBRACE"}
-_WORDS = {"NOT": "not", "AND": "and", "OR": "or", "TRUE": "true", "FALSE": "false", "NONE": "none"}
+_WORDS = {"SHARED": "shared", "NOT": "not", "AND": "and", "OR": "or", "TRUE": "true", "FALSE": "false", "NONE": "none"}
 
 
 def unexpected_token(
@@ -70,7 +71,6 @@ def unexpected_character(source: Source, at: int, accepted: Iterable[str]) -> No
         "&": "write 'and'",
         "|": "write 'or'",
         "!": "write 'not'",
-        "%": "there is no remainder operator",
         "^": "a power is written **",
     }
     name = f"'{character}'" if character.isprintable() else f"the character U+{ord(character):04X}"

@@ -3,157 +3,83 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from peftc.grammar.source import Span
+from peftc.grammar.syntax import (
+    AllSelector,
+    Argument,
+    Binary,
+    Call,
+    Conditional,
+    Expr,
+    Flag,
+    Index,
+    Name,
+    Node,
+    Null,
+    Number,
+    PathSelector,
+    PatternSelector,
+    Segment,
+    Selector,
+    Sequence,
+    Text,
+    Transpose,
+    Unary,
+)
 
-
-@dataclass(frozen=True)
-class Node:
-    """Anything written in a file; `span` is None only in trees built by a program (from an adapter_config.json)."""
-
-    span: Span | None = field(default=None, compare=False, repr=False, kw_only=True)
-
-
-# --- expressions: hyperparameter values, initialisers, predicates and method bodies share one syntax ---
-
-
-@dataclass(frozen=True)
-class Number(Node):
-    """`16`, `0.5`, `1e-4`."""
-
-    value: int | float
-
-
-@dataclass(frozen=True)
-class Text(Node):
-    """A quoted string."""
-
-    value: str
-
-
-@dataclass(frozen=True)
-class Flag(Node):
-    """`true` or `false`."""
-
-    value: bool
-
-
-@dataclass(frozen=True)
-class Null(Node):
-    """`none`."""
-
-
-@dataclass(frozen=True)
-class Name(Node):
-    """A hyperparameter, parameter, `let`, dimension (`in`, `out`), kind, dtype, or `W` and `b`."""
-
-    id: str
-
-
-@dataclass(frozen=True)
-class Sequence(Node):
-    """`[a, b, c]`."""
-
-    items: tuple["Expr", ...]
-
-
-@dataclass(frozen=True)
-class Argument(Node):
-    """`value` or `name = value` in a call."""
-
-    name: str | None
-    value: "Expr"
-
-
-@dataclass(frozen=True)
-class Call(Node):
-    """`kaiming_uniform(a = sqrt(5))`."""
-
-    function: str
-    arguments: tuple[Argument, ...] = ()
-
-
-@dataclass(frozen=True)
-class Unary(Node):
-    """`-x`, `not x`."""
-
-    operator: Literal["-", "not"]
-    operand: "Expr"
-
-
-@dataclass(frozen=True)
-class Binary(Node):
-    """Arithmetic, `@`, comparisons, `and`, `or`."""
-
-    operator: Literal["+", "-", "*", "/", "//", "@", "**", "==", "!=", "<", "<=", ">", ">=", "and", "or"]
-    left: "Expr"
-    right: "Expr"
-
-
-@dataclass(frozen=True)
-class Transpose(Node):
-    """`A.T`."""
-
-    operand: "Expr"
-
-
-@dataclass(frozen=True)
-class Conditional(Node):
-    """`a if test else b`; the test depends on hyperparameters only."""
-
-    then: "Expr"
-    test: "Expr"
-    otherwise: "Expr"
-
-
-Expr = Number | Text | Flag | Null | Name | Sequence | Call | Unary | Binary | Transpose | Conditional
-
-# --- selectors ---
-
-
-@dataclass(frozen=True)
-class Index(Node):
-    """One index `[3]` (stop is None, is_range False) or a half-open range `[a..b]`, `[-4..]`, `[..2]`."""
-
-    start: int | None
-    stop: int | None = None
-    is_range: bool = False
-
-
-@dataclass(frozen=True)
-class Segment(Node):
-    """One dotted part. `names` empty means `*`; `deep` means `**` (any depth, also none).
-
-    `indices` None means no bracket; an empty tuple means `[*]`; otherwise any of the listed indices.
-    `layers[3]` is the two name parts `layers` and `3`.
-    """
-
-    names: tuple[str, ...] = ()
-    deep: bool = False
-    indices: tuple[Index, ...] | None = None
-
-
-@dataclass(frozen=True)
-class PathSelector(Node):
-    """A dotted suffix of a module or parameter name."""
-
-    segments: tuple[Segment, ...]
-
-
-@dataclass(frozen=True)
-class PatternSelector(Node):
-    """A quoted regular expression, matched against the whole name (as PEFT does for a string target)."""
-
-    pattern: str
-
-
-@dataclass(frozen=True)
-class AllSelector(Node):
-    """`all linear`: every site of a kind but the output layer, as PEFT's "all-linear"."""
-
-    kind: str
-
-
-Selector = PathSelector | PatternSelector | AllSelector
+__all__ = [
+    "Activate",
+    "ActivateTerm",
+    "Adapter",
+    "AllSelector",
+    "AllocateItem",
+    "Argument",
+    "Base",
+    "BaseEntry",
+    "BiasClause",
+    "Binary",
+    "Call",
+    "Clause",
+    "Conditional",
+    "ConstItem",
+    "CopiesItem",
+    "DefaultAsItem",
+    "DefaultItem",
+    "Expr",
+    "File",
+    "Flag",
+    "Hyperparameter",
+    "Index",
+    "KindsItem",
+    "LetItem",
+    "Method",
+    "MethodItem",
+    "Name",
+    "Node",
+    "Null",
+    "Number",
+    "OnClause",
+    "ParamItem",
+    "PathSelector",
+    "PatternSelector",
+    "PeftField",
+    "PeftItem",
+    "PrimeItem",
+    "RefineClause",
+    "RequireItem",
+    "Segment",
+    "Selector",
+    "Sequence",
+    "SkipClause",
+    "Statement",
+    "Text",
+    "TokensClause",
+    "TrainClause",
+    "Transpose",
+    "Unary",
+    "UnreadItem",
+    "Use",
+    "Variant",
+]
 
 # --- specs ---
 
@@ -276,10 +202,21 @@ class KindsItem(Node):
 
 @dataclass(frozen=True)
 class DefaultItem(Node):
-    """`default q_proj, v_proj for llama, mistral`: the targets when a spec says none, by config.model_type."""
+    """`default q_proj, v_proj for llama, mistral`: the targets when a spec says none, by config.model_type.
+
+    `with` may give these targets values of their own.
+    """
 
     targets: tuple[str, ...]
     architectures: tuple[str, ...]
+    overrides: tuple[Argument, ...] = ()
+
+
+@dataclass(frozen=True)
+class DefaultAsItem(Node):
+    """`default as lora`: the default targets of another method."""
+
+    method: str
 
 
 @dataclass(frozen=True)
@@ -293,13 +230,47 @@ class Variant(Node):
 
 @dataclass(frozen=True)
 class ParamItem(Node):
-    """`param A[rank, in] = kaiming_uniform(a = sqrt(5)) saved "lora_A.weight"`."""
+    """`param A[rank, in] = kaiming_uniform(a = sqrt(5)) saved "lora_A.weight" with kernel`.
+
+    It exists at the sites where `condition` holds. With a `group`, what is shared is one for each number it comes to.
+    """
 
     name: str
     shape: tuple[Expr, ...]
     init: Expr
     saved: str
     variants: tuple[Variant, ...] = ()
+    kernel: bool = field(default=False, kw_only=True)
+    shared: bool = field(default=False, kw_only=True)
+    group: Expr | None = field(default=None, kw_only=True)
+    condition: Expr | None = field(default=None, kw_only=True)
+
+
+@dataclass(frozen=True)
+class ConstItem(Node):
+    """`const A[rank, in] = normal(std = 1) seeded seed`: a tensor that is not trained.
+
+    It is `saved` (`saved_when` a condition holds), or made again from a seed, or, with neither, recomputed. One that
+    is there `once` is not made again: others start from it.
+    """
+
+    name: str
+    shape: tuple[Expr, ...]
+    init: Expr
+    saved: str | None = None
+    saved_when: Expr | None = None
+    seed: Expr | None = None
+    once: bool = field(default=False, kw_only=True)
+    shared: bool = field(default=False, kw_only=True)
+    group: Expr | None = field(default=None, kw_only=True)
+    condition: Expr | None = field(default=None, kw_only=True)
+
+
+@dataclass(frozen=True)
+class RequireItem(Node):
+    """`require in % block == 0`: what a site must be for the method to fit it."""
+
+    test: Expr
 
 
 @dataclass(frozen=True)
@@ -312,18 +283,45 @@ class LetItem(Node):
 
 @dataclass(frozen=True)
 class PrimeItem(Node):
-    """`W' = ...`: the adapted weight."""
+    """`W' = ...`: the adapted weight; `b' = ...`: the adapted bias."""
 
-    target: Literal["W"]
+    target: Literal["W", "b"]
     value: Expr
 
 
 @dataclass(frozen=True)
+class CopiesItem(Node):
+    """`copies saved "norms"`: the method trains copies of whole modules, saved under this key."""
+
+    saved: str
+
+
+@dataclass(frozen=True)
+class UnreadItem(Node):
+    """`unread "A.zeros"`: keys that a PEFT file may have at a site and that change nothing."""
+
+    keys: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class AllocateItem(Node):
+    """`allocate E with A, B { target = kept, steps = steps }`: entries of a vector that training keeps or drops.
+
+    Each entry has a part in every partner: those along the axis that counts the entries.
+    """
+
+    vector: str
+    partners: tuple[str, ...]
+    settings: tuple[Argument, ...] = ()
+
+
+@dataclass(frozen=True)
 class PeftField(Node):
-    """`r = rank`: a field of adapter_config.json and the hyperparameter that gives it."""
+    """`r = rank by rank_pattern`: a field of adapter_config.json, what gives it, and the field of its exceptions."""
 
     name: str
     value: Expr
+    pattern: str = ""
 
 
 @dataclass(frozen=True)
@@ -334,7 +332,20 @@ class PeftItem(Node):
     fields: tuple[PeftField, ...]
 
 
-MethodItem = KindsItem | DefaultItem | ParamItem | LetItem | PrimeItem | PeftItem
+MethodItem = (
+    KindsItem
+    | DefaultItem
+    | DefaultAsItem
+    | ParamItem
+    | ConstItem
+    | LetItem
+    | RequireItem
+    | PrimeItem
+    | CopiesItem
+    | UnreadItem
+    | AllocateItem
+    | PeftItem
+)
 
 
 @dataclass(frozen=True)

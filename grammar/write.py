@@ -3,10 +3,10 @@
 import itertools
 
 from peftc.grammar import expression, tree
-from peftc.grammar.bind import complete
 from peftc.grammar.library import builtin_methods
-from peftc.grammar.rule import MethodRule
+from peftc.grammar.rule import MethodRule, ParamRule
 from peftc.grammar.spec import AdapterSpec, Spec, Target, Values
+from peftc.grammar.values import complete
 
 
 def to_tree(spec: Spec) -> tree.File:
@@ -57,15 +57,54 @@ def _short(value: int | float | bool | str | None) -> int | float | bool | str |
 
 
 def _method(rule: MethodRule) -> tree.Method:
-    items: list[tree.MethodItem] = [tree.KindsItem(rule.kinds)]
-    for targets, group in itertools.groupby(rule.defaults, key=lambda each: each[1]):
-        items.append(tree.DefaultItem(targets, tuple(model_type for model_type, _ in group)))
-    for param in rule.params:
-        init, saved = dict(param.init), dict(param.saved)
-        variants = tuple(tree.Variant(kind, init[kind], saved[kind]) for kind in init if kind)
-        items.append(tree.ParamItem(param.role, param.shape, init[""], saved[""], variants))
-    items += [tree.LetItem(name, value) for name, value in rule.lets]
-    items.append(tree.PrimeItem("W", rule.weight))
+    items: list[tree.MethodItem] = [tree.KindsItem(rule.kinds)] if rule.kinds else []
+    for found, group in itertools.groupby(rule.defaults, key=lambda each: each[1]):
+        model_types = tuple(model_type for model_type, _ in group)
+        items += [tree.DefaultItem(targets, model_types, _arguments(overrides)) for targets, overrides in found]
+    params, lets = {each.role: each for each in rule.params}, dict(rule.lets)
+    items += [tree.LetItem(name, lets[name]) if name in lets else _tensor(params[name]) for name in rule.order]
+    items += [tree.RequireItem(each) for each in rule.requires]
+    if rule.weight is not None:
+        items.append(tree.PrimeItem("W", rule.weight))
+    if rule.bias is not None:
+        items.append(tree.PrimeItem("b", rule.bias))
+    if rule.allocation is not None:
+        (vector, _), *partners = rule.allocation.axes
+        settings = tuple(tree.Argument(name, value) for name, value in rule.allocation.settings)
+        items.append(tree.AllocateItem(vector, tuple(role for role, _ in partners), settings))
+    if rule.copies:
+        items.append(tree.CopiesItem(rule.copies))
+    if rule.unread:
+        items.append(tree.UnreadItem(rule.unread))
     if rule.peft_type:
-        items.append(tree.PeftItem(rule.peft_type, tuple(tree.PeftField(*each) for each in rule.peft_fields)))
+        items.append(tree.PeftItem(rule.peft_type, rule.peft_fields))
     return tree.Method(rule.name, rule.hyperparameters, tuple(items), rule.doc)
+
+
+def _tensor(param: ParamRule) -> tree.ParamItem | tree.ConstItem:
+    init, saved = dict(param.init), dict(param.saved)
+    if not param.trained:
+        return tree.ConstItem(
+            param.role,
+            param.shape,
+            init[""],
+            saved.get(""),
+            param.saved_when,
+            param.seed,
+            once=param.once,
+            shared=param.shared,
+            group=param.group,
+            condition=param.condition,
+        )
+    variants = tuple(tree.Variant(kind, init[kind], saved[kind]) for kind in init if kind)
+    return tree.ParamItem(
+        param.role,
+        param.shape,
+        init[""],
+        saved[""],
+        variants,
+        kernel=param.kernel,
+        shared=param.shared,
+        group=param.group,
+        condition=param.condition,
+    )

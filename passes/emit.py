@@ -8,6 +8,7 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.node import Argument
+from torch.utils import _pytree as pytree
 
 
 @dataclass(frozen=True)
@@ -38,9 +39,15 @@ class Emit:
         with self.graph.inserting_before(self.before):
             node = self.graph.call_function(op, args, kwargs)
         values = fx.map_arg((args, kwargs), value_of)
-        with mode_of(args, kwargs):
+        with mode_of(args, kwargs) or mode_of(self.like):
             node.meta["val"] = op(*values[0], **values[1])
         return self._mark(node, self.origin)
+
+    def tensor(self, node: fx.Node) -> torch.Tensor:
+        """The fake tensor a node holds."""
+        value = node.meta["val"]
+        assert isinstance(value, torch.Tensor)
+        return value
 
     def slot(self, target: str, value: torch.Tensor, position: int, role: str) -> fx.Node:
         """A read of a tensor by its attribute name; `value` is a (fake) tensor like the one that will be there."""
@@ -71,18 +78,17 @@ def value_of(node: fx.Node) -> Any:
 
 
 def mode_of(*arguments: Argument) -> Any:
-    """The fake mode of the first fake tensor among the nodes."""
+    """The fake mode of the first fake tensor among the nodes, or None."""
     found: list[Any] = []
 
     def look(node: fx.Node) -> fx.Node:
-        value = node.meta["val"]
-        if isinstance(value, FakeTensor) and not found:
-            found.append(value.fake_mode)
+        for value in pytree.tree_leaves(node.meta["val"]):
+            if isinstance(value, FakeTensor):
+                found.append(value.fake_mode)
         return node
 
     fx.map_arg(arguments, look)
-    assert found, "an operator needs a tensor"
-    return found[0]
+    return found[0] if found else None
 
 
 def fake_like(shape: Sequence[int], dtype: torch.dtype, near: fx.Node) -> torch.Tensor:

@@ -1,8 +1,10 @@
 """A plan: which adapter puts which parameters where. Data, made before any graph is touched."""
 
+import math
 from dataclasses import dataclass
 
-from peftc.grammar.rule import BoundRule
+from peftc.grammar import tree
+from peftc.grammar.rule import BoundParam, BoundRule
 from peftc.grammar.spec import AdapterSpec
 from peftc.passes.site import Site
 
@@ -12,8 +14,8 @@ class ParamKey:
     """The identity of one adapter parameter."""
 
     adapter: str  # "support"
-    site: str  # Site.name, or the module of a trained copy
-    role: str  # "A", or the parameter's own name in a trained copy
+    site: str  # Site.name, or the module of a trained copy; empty for what an adapter's sites share
+    role: str  # "A", with a number where groups of sites share it, or the parameter's own name in a trained copy
 
 
 @dataclass(frozen=True)
@@ -23,16 +25,37 @@ class PlannedSite:
     site: Site
     bound: BoundRule
 
+    def saved_shape(self, param: BoundParam) -> tuple[int, ...]:
+        """A parameter's shape in a checkpoint: at a convolution, PEFT gives most the axes of its kernel too.
+
+        A last size of `kernel` becomes them, at least two; one of `n * kernel`, as is `in`, becomes n and them.
+        """
+        rule = next(each for each in self.bound.rule.params if each.role == param.role)
+        if not (rule.kernel and self.site.kernel):
+            return param.shape
+        kernel, before = self.site.kernel, param.shape[:-1]
+        ones = (1,) * len(kernel)
+        match rule.shape[-1]:
+            case tree.Name("kernel"):
+                return (*before, *kernel, *(1,) * (2 - len(kernel)))
+            case tree.Name("in") | tree.Binary("*", _, tree.Name("kernel")):
+                return (*before, param.shape[-1] // math.prod(kernel), *kernel)
+        return (1, *param.shape, *ones) if len(param.shape) == 1 else (*param.shape, *ones)
+
     @property
     def parameter_count(self) -> int:
-        """How many numbers the adapter adds here."""
-        total = 0
-        for param in self.bound.params:
-            size = 1
-            for each in param.shape:
-                size *= each
-            total += size
-        return total
+        """How many numbers are trained here alone."""
+        return sum(math.prod(each.shape) for each in self.own if each.trained)
+
+    @property
+    def own(self) -> tuple[BoundParam, ...]:
+        """The tensors of this site, without what the adapter's sites share."""
+        return tuple(each for each in self.bound.params if not each.shared)
+
+    def key(self, adapter: str, param: BoundParam) -> "ParamKey":
+        """Which tensor a parameter of this site is."""
+        role = param.role if param.group is None else f"{param.role}.{param.group}"
+        return ParamKey(adapter, "" if param.shared else self.site.name, role)
 
 
 @dataclass(frozen=True)
@@ -40,11 +63,13 @@ class PlannedCopy:
     """A trained copy of some of a module's own tensors (`train`, modules_to_save, `bias`).
 
     `tensors` are (name within the module, shape, whether it is a parameter); buffers are copied and saved, not trained.
+    `saved` is what a method that trains copies has between the module's name and the tensor's in a file.
     """
 
     module: str
     tensors: tuple[tuple[str, tuple[int, ...], bool], ...]
     is_bias: bool = False
+    saved: str = ""
 
     @property
     def parameter_count(self) -> int:
@@ -72,6 +97,18 @@ class AdapterPlan:
         return self.spec.name
 
     @property
+    def shared(self) -> tuple[BoundParam, ...]:
+        """The tensors that the sites share, each once."""
+        found: dict[tuple[str, int | str | None], BoundParam] = {}
+        for at in self.sites:
+            for each in at.bound.params:
+                if each.shared:
+                    found.setdefault((each.role, each.group), each)
+        return tuple(found.values())
+
+    @property
     def parameter_count(self) -> int:
         """How many numbers are trained."""
-        return sum(each.parameter_count for each in self.sites) + sum(each.parameter_count for each in self.copies)
+        shared = sum(math.prod(each.shape) for each in self.shared if each.trained)
+        parts: list[PlannedSite | PlannedCopy] = [*self.sites, *self.copies]
+        return shared + sum(each.parameter_count for each in parts)

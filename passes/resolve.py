@@ -1,18 +1,19 @@
 """Meets a spec with a model: which rule with which values goes to which site. Touches no graph."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
 from peftc.grammar import tree
-from peftc.grammar.bind import bind
+from peftc.grammar.bind import Place, bind
 from peftc.grammar.diagnostics import Diagnostic, SpecError, did_you_mean, fail
 from peftc.grammar.miss import misses
-from peftc.grammar.rule import BoundRule, Value
-from peftc.grammar.select import Universe, holds, matches_inside, select, select_modules
+from peftc.grammar.rule import BoundParam, BoundRule, Value
+from peftc.grammar.select import Candidate, Universe, holds, matches_inside, select, select_modules
 from peftc.grammar.source import Span
 from peftc.grammar.spec import AdapterSpec, Base, Target
+from peftc.passes.places import places
 from peftc.passes.plan import AdapterPlan, PlannedCopy, PlannedSite
 from peftc.passes.site import Site
 from peftc.passes.sites import collect, is_quantized, universe
@@ -82,19 +83,21 @@ def resolve(spec: AdapterSpec, ground: Ground) -> AdapterPlan:
     if spec.tokens:
         fail(SpecError, "E244", "trainable tokens are not supported yet", spec.span, "leave the 'tokens' clause out")
     trained = _trained_modules(spec, ground)
-    chosen = _chosen(spec, ground, trained)
+    chosen = {} if spec.rule.copies else _chosen(spec, ground, trained)
     sites = {site.name: site for site in ground.sites}
     planned: list[PlannedSite] = []
     problems: list[Diagnostic] = []
     alike: Alike = {}
-    for name, (values, span) in chosen.items():
+    for place, (name, (values, span)) in zip(places([sites[name] for name in chosen]), chosen.items(), strict=True):
         try:
-            planned.append(_at(spec, sites[name], values, span, alike))
+            planned.append(PlannedSite(sites[name], _bound(spec, place, values, span, alike)))
         except SpecError as error:
             problems += error.diagnostics
     if problems:
         raise SpecError(*_distinct(problems))
-    copies = tuple(_copy(module, ground) for module in trained) + _bias_copies(spec, planned, trained, ground)
+    _check_shared(spec, planned)
+    copies = tuple(_copy(module, ground) for module in trained) + _chosen_copies(spec, trained, ground)
+    copies += _bias_copies(spec, planned, [each.module for each in copies], ground)
     if not planned and not copies:
         fail(SpecError, "E220", f"adapter {spec.name!r} adapts nothing on this model", spec.span)
     return AdapterPlan(spec, tuple(planned), copies)
@@ -150,8 +153,8 @@ def _skipped(spec: AdapterSpec, target: Target, chosen: Chosen, ground: Ground) 
 def _default_targets(spec: AdapterSpec, ground: Ground) -> tuple[Target, ...]:
     if spec.train:
         return ()
-    names = spec.rule.default_targets(ground.model_type)
-    if not names:
+    defaults = spec.rule.default_targets(ground.model_type)
+    if not defaults:
         known = f"models of type {ground.model_type!r}" if ground.model_type else "a plain module"
         fail(
             SpecError,
@@ -160,31 +163,44 @@ def _default_targets(spec: AdapterSpec, ground: Ground) -> tuple[Target, ...]:
             spec.span,
             "say where the adapter goes, for example: on all linear",
         )
-    selectors = tuple(tree.PathSelector((tree.Segment(names=(name,)),)) for name in names)
-    # Some defaults name modules that only some models of a type have, so one that matches is enough.
-    present = tuple(each for each in selectors if select(each, None, ground.universe))
-    return (Target(present or selectors),)
+    targets = []
+    for names, overrides in defaults:
+        paths = (tuple(tree.Segment(names=(part,)) for part in name.split(".")) for name in names)
+        selectors = tuple(map(tree.PathSelector, paths))
+        # Some defaults name modules that only some models of a type have, so one that matches is enough.
+        among = select_modules if spec.rule.copies else _select
+        present = tuple(each for each in selectors if among(each, ground.universe))
+        targets.append(Target(present or selectors, overrides=overrides))
+    return tuple(targets)
+
+
+def _select(selector: tree.Selector, universe: Universe) -> tuple[Candidate, ...]:
+    return select(selector, None, universe)
 
 
 Alike = dict[tuple[object, ...], BoundRule]
 
 
-def _at(spec: AdapterSpec, site: Site, values: dict[str, Value], span: Span | None, alike: Alike) -> PlannedSite:
-    key = (tuple(values.items()), site.out_features, site.in_features, site.kind, site.count)
-    if key in alike:  # layers repeat, and a server loads adapters all day
-        return PlannedSite(site, alike[key])
-    bound = alike[key] = bind(
-        spec.rule,
-        tuple(values.items()),
-        out_features=site.out_features,
-        in_features=site.in_features,
-        kind=site.kind,
-        count=site.count,
-        span=span or spec.span,
-        strict=spec.strict,
-        site=site.name,
-    )
-    return PlannedSite(site, bound)
+def _check_shared(spec: AdapterSpec, planned: Sequence[PlannedSite]) -> None:
+    """What sites share must be the same tensor for all: settings that change it cannot differ between sites."""
+    known: dict[tuple[str, int | str | None], tuple[BoundParam, str]] = {}
+    for at in planned:
+        for each in at.bound.starts:
+            other, first = known.setdefault((each.role, each.group), (each, at.site.name))
+            if each.shared and other != each:
+                message = (
+                    f"'{each.role}' of '{spec.rule.name}' is shared, but not the same at {first} and {at.site.name}"
+                )
+                fail(SpecError, "E226", message, spec.span, "give all sites of the adapter the same settings")
+
+
+def _bound(spec: AdapterSpec, place: Place, values: dict[str, Value], span: Span | None, alike: Alike) -> BoundRule:
+    if not spec.rule.counts_sites:
+        place = replace(place, index=0, before=(0, 0), category="", members=1, tallest=0)
+    key = (tuple(values.items()), place)
+    if key not in alike:  # layers repeat, and a server loads adapters all day
+        alike[key] = bind(spec.rule, tuple(values.items()), place, span=span or spec.span, strict=spec.strict)
+    return alike[key]
 
 
 def _trained_modules(spec: AdapterSpec, ground: Ground) -> tuple[str, ...]:
@@ -202,6 +218,33 @@ def _trained_modules(spec: AdapterSpec, ground: Ground) -> tuple[str, ...]:
 
 def _copy(module: str, ground: Ground) -> PlannedCopy:
     return PlannedCopy(module, tuple(_tensors_of(module, ground)))
+
+
+def _chosen_copies(spec: AdapterSpec, trained: Sequence[str], ground: Ground) -> tuple[PlannedCopy, ...]:
+    """The modules that `on` names, for a method that trains copies of them."""
+    if not spec.rule.copies:
+        return ()
+    found: dict[str, tree.Selector] = {}
+    for target in spec.on or _default_targets(spec, ground):
+        if spec.strict and target.where is not None:
+            fail(SpecError, "E225", f"'{spec.rule.name}' takes whole modules: 'where' knows none", target.span)
+        for selector in target.selectors:
+            if spec.strict and (missed := misses(selector, None, ground.universe, modules=True)):
+                raise SpecError(*missed)
+            found.update(dict.fromkeys(select_modules(selector, ground.universe), selector))
+    skipped = {
+        name for target in spec.skip for each in target.selectors for name in select_modules(each, ground.universe)
+    }
+    copies = []
+    for module in ground.universe.modules:
+        if module not in found or module in skipped or _inside(module, trained):
+            continue
+        tensors = tuple(_tensors_of(module, ground))
+        if not tensors or any("." in name for name, _, _ in tensors):
+            message = f"'{spec.rule.name}' trains modules with tensors of their own, and {module} is none"
+            fail(SpecError, "E225", message, found[module].span)
+        copies.append(PlannedCopy(module, tensors, saved=spec.rule.copies))
+    return tuple(copies)
 
 
 def _tensors_of(module: str, ground: Ground) -> list[tuple[str, tuple[int, ...], bool]]:

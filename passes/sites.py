@@ -1,6 +1,7 @@
 """Finds the sites of a model: by module, before any graph exists."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -11,14 +12,19 @@ from peftc.passes.site import Site
 
 HEADS = ("score", "classifier")
 
+CONVOLUTIONS = {nn.Conv1d: "convolution1d", nn.Conv2d: "conv2d", nn.Conv3d: "conv3d"}
+SINGLE = (nn.Linear, Conv1D, nn.Embedding, *CONVOLUTIONS)  # one weight each
+PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")  # of a MultiheadAttention
+
 QUANTIZED = ("bitsandbytes", "gptqmodel", "awq", "hqq", "torchao")
 
 
 def collect(model: nn.Module) -> tuple[Site, ...]:
     """Every weight an adapter can reach, in the model's own order.
 
-    Linear, Conv1D and Embedding modules give one site each, under the module's name; every 2-D or 3-D parameter held
-    directly by another kind of module gives a `parameter` site under its own name.
+    Linear, Conv1D, Embedding and convolution modules give one site each, under the module's name. The projections of a
+    MultiheadAttention are `multihead_attention` sites under their own names, its output projection a linear. Every 2-D
+    or 3-D parameter held directly by another kind of module gives a `parameter` site under its own name.
     """
     aliases = tied_names(model)
     return tuple(_sites(model, aliases, _output_layers(model)))
@@ -42,6 +48,7 @@ def universe(model: nn.Module, sites: tuple[Site, ...]) -> Universe:
             in_features=site.in_features,
             out_features=site.out_features,
             output=site.output,
+            attention=site.attention,
         )
         for site in sites
     )
@@ -55,23 +62,39 @@ def is_quantized(module: nn.Module) -> bool:
 
 
 def _sites(model: nn.Module, aliases: dict[str, tuple[str, ...]], output: frozenset[int]) -> Iterator[Site]:
+    attention: str | None = None
     for path, module in model.named_modules(remove_duplicate=False):
-        # A model that is a linear itself has no name to be called by, only its weight has.
-        if path and isinstance(module, nn.Linear | Conv1D | nn.Embedding):
-            yield _module_site(path, module, aliases, id(module) in output)
+        if isinstance(module, nn.MultiheadAttention):
+            attention = path
+        # A model that is a linear itself has no name to be called by, only its weight has. One that computes its weight
+        # (weight_norm) has parameters of other names.
+        if path and isinstance(module, SINGLE) and module._parameters.get("weight") is not None:
+            site = _module_site(path, module, aliases, id(module) in output)
+            projects = attention is not None and path == f"{attention}.out_proj".lstrip(".")
+            yield replace(site, attention=attention) if projects else site
             continue
         for leaf, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             if parameter.ndim in (2, 3) and parameter.is_floating_point():
-                yield _parameter_site(path, leaf, module, parameter, aliases)
+                site = _parameter_site(path, leaf, module, parameter, aliases)
+                if isinstance(module, nn.MultiheadAttention) and leaf in PROJECTIONS:
+                    has_bias = leaf == "in_proj_weight" and module.in_proj_bias is not None
+                    site = replace(site, kind="multihead_attention", attention=path, has_bias=has_bias)
+                yield site
 
 
 def _module_site(path: str, module: nn.Module, aliases: dict[str, tuple[str, ...]], is_output: bool) -> Site:
     weight = module.get_parameter("weight")
+    kernel: tuple[int, ...] = ()
+    groups = 1
     match module:
         case nn.Linear():
             kind, out_features, in_features = "linear", module.out_features, module.in_features
         case nn.Embedding():
             kind, out_features, in_features = "embedding", module.embedding_dim, module.num_embeddings
+        case nn.Conv1d() | nn.Conv2d() | nn.Conv3d():
+            kind = next(kind for type, kind in CONVOLUTIONS.items() if isinstance(module, type))
+            out_features, in_features = weight.shape[0], weight[0].numel()
+            kernel, groups = tuple(weight.shape[2:]), module.groups
         case _:
             kind, (in_features, out_features) = "conv1d", tuple(weight.shape)
     name = f"{path}.weight".lstrip(".")
@@ -81,10 +104,13 @@ def _module_site(path: str, module: nn.Module, aliases: dict[str, tuple[str, ...
         kind=kind,
         out_features=out_features,
         in_features=in_features,
-        transposed=kind != "linear",
+        transposed=kind in ("conv1d", "embedding"),
+        kernel=kernel,
+        groups=groups,
         dtype=weight.dtype,
         device=weight.device,
         tied=tuple(each for each in aliases[name] if each != name),
+        has_bias=getattr(module, "bias", None) is not None,
         output=is_output,
     )
 

@@ -3,6 +3,7 @@
 Adapters of equal structure differ only in tensors and scalar values, which live in slots: one graph serves them all.
 """
 
+import keyword
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,8 +11,8 @@ from functools import lru_cache
 
 import torch
 
-from peftc.grammar import algebra, tree
-from peftc.grammar.rule import ParamRule
+from peftc.grammar import algebra
+from peftc.grammar.bind import stacked_axis
 from peftc.passes.plan import AdapterPlan, PlannedSite
 from peftc.passes.site import Site
 
@@ -21,21 +22,27 @@ WEIGHT = "weight"  # the scalar that carries an adapter's activation weight, whe
 
 @dataclass(frozen=True)
 class Role:
-    """A parameter a term reads: its name, its type, and which of its axes holds the experts at a stack of them."""
+    """A tensor a term reads: its name, its type, which axis holds the experts (at a stack), whether it is shared.
+
+    `sizes` are its own sizes where the graph depends on them, else empty: then one graph fits every rank.
+    """
 
     name: str
     dtype: torch.dtype
-    stacked_axis: int
+    stacked_axis: int | None
+    shared: bool = False
+    sizes: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class Term:
-    """One adapter's part at a site: `W'` over the previous `W`, in the adapter's own roles."""
+    """One adapter's part at a site: `W'` and `b'` over the previous `W` and `b`, in the adapter's own roles."""
 
     position: int
     weight: algebra.Matrix
     roles: tuple[Role, ...]
     scalars: tuple[str, ...]
+    bias: algebra.Matrix | None = None
 
 
 @dataclass(frozen=True)
@@ -81,7 +88,7 @@ def structure_of(active: Sequence[tuple[AdapterPlan, Dtypes]]) -> Structure:
     for position, (plan, dtypes) in enumerate(active):
         for planned in plan.sites:
             sites[planned.site.name] = planned.site
-            terms.setdefault(planned.site.name, []).append(_term(position, planned, dtypes))
+            terms.setdefault(planned.site.name, []).append(_term(position, plan, planned, dtypes))
         for copy in plan.copies:
             for tensor, _, trained in copy.tensors:
                 dtype = dtypes[copy.module, tensor]
@@ -91,13 +98,15 @@ def structure_of(active: Sequence[tuple[AdapterPlan, Dtypes]]) -> Structure:
 
 
 @lru_cache(maxsize=256)
-def weighted(matrix: algebra.Matrix) -> tuple[algebra.Matrix, str | None]:
+def weighted(matrix: algebra.Matrix, bias: algebra.Matrix | None = None) -> tuple[algebra.Matrix, str | None]:
     """`W + D` in a form with a scalar that scales `D`, and that scalar's name.
 
     `W + s * D` has one already; `W + D` becomes `W + weight * D`. The name is None when the expression is not `W` plus
-    something, and then only an activation weight of one is possible.
+    something, or the bias changes too, and then only an activation weight of one is possible.
     """
     match matrix:
+        case _ if bias is not None:
+            return matrix, None
         case algebra.Sum(algebra.Weight(), algebra.Scaled(scalar, _)) if _uses(matrix, scalar) == 1:
             return matrix, scalar
         case algebra.Sum(algebra.Weight(), delta):
@@ -106,31 +115,32 @@ def weighted(matrix: algebra.Matrix) -> tuple[algebra.Matrix, str | None]:
             return matrix, None
 
 
-def _term(position: int, planned: PlannedSite, dtypes: Dtypes) -> Term:
-    matrix, _ = weighted(planned.bound.weight)
-    used, scalars = _names(matrix)
+def _term(position: int, plan: AdapterPlan, planned: PlannedSite, dtypes: Dtypes) -> Term:
+    bound = planned.bound
+    matrix, _ = weighted(bound.weight, bound.bias)
+    used, scalars, is_free = _names(matrix, bound.bias)
+    axes = {param.role: stacked_axis(param) for param in bound.rule.params} if planned.site.count > 1 else {}
     roles = tuple(
-        Role(param.role, dtypes[planned.site.name, param.role], stacked_axis(param))
-        for param in planned.bound.rule.params
+        Role(
+            param.role,
+            dtypes[(key := planned.key(plan.name, param)).site, key.role],
+            axes.get(param.role),
+            param.shared,
+            () if is_free else param.shape,
+        )
+        for param in bound.params
         if param.role in used
     )
-    return Term(position, matrix, roles, scalars)
+    return Term(position, matrix, roles, scalars, bound.bias)
 
 
 @lru_cache(maxsize=256)
-def _names(matrix: algebra.Matrix) -> tuple[frozenset[str], tuple[str, ...]]:
-    """The roles an expression reads, and its scalars in order."""
-    nodes = tuple(algebra.walk(matrix))
+def _names(matrix: algebra.Matrix, bias: algebra.Matrix | None) -> tuple[frozenset[str], tuple[str, ...], bool]:
+    """The roles the expressions read, their scalars in order, and whether a graph of them fits every rank."""
+    nodes = (*algebra.walk(matrix), *(algebra.walk(bias) if bias is not None else ()))
     scalars = dict.fromkeys(each.scalar for each in nodes if isinstance(each, algebra.Scaled))
-    return frozenset(each.role for each in nodes if isinstance(each, algebra.Param)), tuple(scalars)
-
-
-def stacked_axis(param: ParamRule) -> int:
-    """The axis whose size is not the weight's own: a stack of experts multiplies that one."""
-    for axis, size in enumerate(param.shape):
-        if not (isinstance(size, tree.Name) and size.id in ("in", "out")):
-            return axis
-    return 0
+    roles = frozenset(each.role for each in nodes if isinstance(each, algebra.Param))
+    return roles, tuple(scalars), not any(isinstance(each, algebra.Function) for each in nodes)
 
 
 def _uses(matrix: algebra.Matrix, scalar: str) -> int:
@@ -150,6 +160,11 @@ def copy_slot(position: int, module: str) -> str:
 def copy_role(tensor: str) -> str:
     """A copied tensor's name within its slot."""
     return _flat(tensor)
+
+
+def slot_role(role: str) -> str:
+    """A role's name within its slot; graphs become Python code, in which some words are taken."""
+    return f"{role}__" if keyword.iskeyword(role) else role
 
 
 def float_of(slot_scalar: str) -> str:

@@ -10,19 +10,24 @@ from torch import Tensor
 from peftc.grammar import tree
 from peftc.grammar.diagnostics import CheckpointError, Diagnostic, did_you_mean
 from peftc.passes.plan import AdapterPlan, ParamKey, PlannedSite
+from peftc.runtime.allocation import budgeted, expanded
 
 PREFIX = "base_model.model."
+SHARED = "base_model."  # in front of what the sites of an adapter share
 _BASE = ".base_layer"
 _SHOWN = 20  # problems of one kind that are listed one by one
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a checkpoint: whose it is, its shape, and the site it belongs to unless it is a module's own."""
+    """One tensor of a checkpoint: whose it is, its shape there and in use, and the site unless it is a module's own."""
 
     key: ParamKey
     shape: tuple[int, ...]
+    used: tuple[int, ...]
     planned: PlannedSite | None = None
+    optional: bool = False  # a file may lack it
+    written: bool = True
 
 
 def entries(plan: AdapterPlan) -> dict[str, Entry]:
@@ -36,23 +41,25 @@ def entries(plan: AdapterPlan) -> dict[str, Entry]:
     for planned in plan.sites:
         site = planned.site
         name = _wrapped_name(site.module, wrappers, itself=False)
-        if site.kind == "parameter":
-            around = wrappers[site.module]
-            name += _BASE * (len(around) - 1 - around.index(site.name))
+        around = wrappers[site.module]
+        name += _BASE * (len(around) - 1 - around.index(site.name))
         for param in planned.bound.params:
-            key = ParamKey(plan.name, site.name, param.role)
-            found[f"{PREFIX}{name}.{param.saved}"] = Entry(key, param.shape, planned)
+            if param.saved:
+                place = SHARED if param.shared else f"{PREFIX}{name}."
+                key = planned.key(plan.name, param)
+                shape = planned.saved_shape(param)
+                found[place + param.saved] = Entry(key, shape, param.shape, planned, param.optional, param.written)
     for copy in plan.copies:
         name = _wrapped_name(copy.module, wrappers, itself=True)
         for tensor, shape, _ in copy.tensors:
-            full = f"{name}.{tensor}".lstrip(".")
-            found[PREFIX + full] = Entry(ParamKey(plan.name, copy.module, tensor), shape)
+            full = ".".join(each for each in (name, copy.saved, tensor) if each)
+            found[PREFIX + full] = Entry(ParamKey(plan.name, copy.module, tensor), shape, shape)
     return found
 
 
 def checkpoint_keys(plan: AdapterPlan) -> dict[str, ParamKey]:
-    """PEFT's key of every parameter of the plan, with `base_model.model.` in front."""
-    return {key: entry.key for key, entry in entries(plan).items()}
+    """PEFT's key of every tensor that is saved, with `base_model.model.` in front."""
+    return {key: entry.key for key, entry in entries(plan).items() if entry.written}
 
 
 def fit(
@@ -63,7 +70,7 @@ def fit(
     base_shapes: Mapping[str, tuple[int, ...]] | None = None,
     base_tensors: Callable[[str], Tensor | None] | None = None,
 ) -> dict[ParamKey, Tensor]:
-    """The plan's parameters out of a checkpoint's tensors, as they are in the file (dtype included).
+    """The plan's parameters out of a checkpoint's tensors, in the shape of use and the file's dtype.
 
     Keys may carry PEFT's prefix or, as transformers writes them, none. PEFT also saves untrained tensors of the base
     (embeddings that are targeted, originals of trained modules); those are left out if they are what the model has.
@@ -84,19 +91,19 @@ def fit(
     report = _Report(where)
     unexpected: list[str] = []
     for key, tensor in tensors.items():
-        name = aliases.get(key, _prefixed(key))
+        name = key if key in expected else aliases.get(key, _prefixed(key))
         if name in found:
             report.add("E341", f"'{key}' is in the file twice, with and without '{PREFIX}'")
         elif name in expected:
             found[name] = tensor
-        elif not _is_duplicate(key, plan):
+        elif not any(test(key, plan) for test in (_is_duplicate, _repeats_shared, _is_unread)):
             base = _base_name(key)
             shape = (base_shapes or {}).get(base)
             if shape is None:
                 unexpected.append(key)
             else:
                 _compare_base(report, base, tensor, shape, base_tensors)
-    missing = [key for key in expected if key not in found]
+    missing = [key for key, entry in expected.items() if key not in found and not entry.optional]
     for key in missing:
         report.add("E340", f"missing key '{key}'", partial(_moved, key, unexpected))
     for key in unexpected:
@@ -107,7 +114,55 @@ def fit(
             message = f"'{key}' has shape {_size(tensor.shape)}, expected {_size(entry.shape)}"
             report.add("E342", message, _reason(entry, tuple(tensor.shape)))
     report.finish()
-    return {expected[key].key: found[key] for key in expected}
+    return {expected[key].key: found[key].reshape(expected[key].used) for key in expected if key in found}
+
+
+# --- what is kept of a budget ---
+
+
+def kept_masks(plan: AdapterPlan, masks: Mapping[ParamKey, Tensor]) -> dict[str, list[bool]]:
+    """Masks by the names PEFT gives the masked parameters."""
+    keys = {key: name.removeprefix(PREFIX) for name, key in checkpoint_keys(plan).items()}
+    return {keys[key]: mask.tolist() for key, mask in masks.items()}
+
+
+def unpruned(
+    plan: AdapterPlan, tensors: Mapping[str, Tensor], masks: Mapping[str, Sequence[bool]], *, where: str
+) -> tuple[dict[str, Tensor], dict[ParamKey, Sequence[bool]]]:
+    """A file's tensors at their full sizes, and its masks by what they mask.
+
+    Raises:
+        CheckpointError: a mask belongs to nothing, or its length or number of kept entries is not the tensors'.
+    """
+    if not masks:
+        return dict(tensors), {}
+    groups = {each.vector: each for each in budgeted(plan)}
+    names = {key: name for name, key in checkpoint_keys(plan).items()}
+    vectors = {names[key].removeprefix(PREFIX): key for key in groups}
+    spelled = {_prefixed(key): key for key in tensors}
+    full, found = dict(tensors), dict[ParamKey, Sequence[bool]]()
+    report = _Report(where)
+    for name, kept in masks.items():
+        if name not in vectors:
+            help = partial(did_you_mean, name, vectors)
+            report.add("E344", f"a mask for '{name}', which is no vector of the adapter", help)
+            continue
+        group = groups[vectors[name]]
+        found[group.vector] = kept
+        if len(kept) != group.count:
+            report.add("E344", f"the mask of '{name}' has {len(kept)} entries, expected {group.count}")
+            continue
+        for key, axis in group.parts:
+            spelling = spelled.get(names[key])
+            if spelling is None or tensors[spelling].dim() <= axis:
+                continue
+            size = tensors[spelling].shape[axis]
+            if size == sum(kept):
+                full[spelling] = expanded(tensors[spelling], axis, kept)
+            elif size != len(kept):
+                report.add("E344", f"'{spelling}' holds {size} entries, and the mask of '{name}' keeps {sum(kept)}")
+    report.finish()
+    return full, found
 
 
 # --- names ---
@@ -140,7 +195,7 @@ def _aliases(plan: AdapterPlan, tensors: Mapping[str, Tensor]) -> dict[str, str]
     aliases: dict[str, str] = {}
     wrappers = _wrappers(plan)
     spelled = {_prefixed(key): key for key in tensors}
-    for copy in plan.copies:
+    for copy in (each for each in plan.copies if not each.saved):
         wrapped = _wrapped_name(copy.module, wrappers, itself=True)
         for tensor, _, _ in copy.tensors:
             plain, wanted = f"{PREFIX}{copy.module}.{tensor}", f"{PREFIX}{wrapped}.{tensor}"
@@ -151,13 +206,23 @@ def _aliases(plan: AdapterPlan, tensors: Mapping[str, Tensor]) -> dict[str, str]
 
 def _is_duplicate(key: str, plan: AdapterPlan) -> bool:
     """Whether the key repeats a trained module's tensor, or holds its untrained original (bias = all saves both)."""
-    modules = {copy.module for copy in plan.copies if not copy.is_bias}
+    modules = {copy.module for copy in plan.copies if not copy.is_bias and not copy.saved}
     name = key.removeprefix(PREFIX)
     for wrapper in (".original_module.", ".modules_to_save."):
         module, found, _ = name.partition(wrapper)
         if found and module in modules:
             return True
     return False
+
+
+def _repeats_shared(key: str, plan: AdapterPlan) -> bool:
+    """Whether the key is of a site and repeats what all sites share: some of PEFT's layers hold the shared tensors."""
+    return any(_prefixed(key).endswith(f".{each.saved}") for each in plan.shared if each.saved)
+
+
+def _is_unread(key: str, plan: AdapterPlan) -> bool:
+    """Whether the key is one that the method knows to change nothing."""
+    return any(f".{each}." in f"{key}." for each in plan.spec.rule.unread)
 
 
 def _base_name(key: str) -> str:
@@ -228,10 +293,14 @@ def _reason(entry: Entry, shape: tuple[int, ...]) -> str:
     """The likely cause of a wrong shape, read off the axis that differs."""
     if len(shape) != len(entry.shape):
         return "the file was written for another kind of module"
+    if entry.planned is not None and entry.planned.site.groups > 1:
+        return (
+            "in PEFT's LoRA every group of a convolution reads the channels of all, which no change of its weight does"
+        )
     if entry.planned is None:
         return "the model was made with another vocabulary size or another number of labels"
     site, rule = entry.planned.site, entry.planned.bound.rule
-    symbols = {param.role: param.shape for param in rule.params}[entry.key.role]
+    symbols = {param.role: param.shape for param in rule.params}[entry.key.role.partition(".")[0]]
     hyperparameters = {each.name for each in rule.hyperparameters}
     reasons = []
     for symbol, ours, theirs in zip(symbols, entry.shape, shape, strict=False):

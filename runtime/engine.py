@@ -1,6 +1,6 @@
 """Keeps the traces and programs of one model, and finds the one that serves a call."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -8,12 +8,13 @@ import torch
 from torch import fx, nn
 
 from peftc.grammar.spec import AdapterSpec
+from peftc.passes.cost import Choice, Lookup, choose
 from peftc.passes.insert_delta import SlotValue
 from peftc.passes.plan import AdapterPlan
 from peftc.passes.structure import Structure
 from peftc.passes.traced import Traced
 from peftc.runtime.call import Call, Signature, read_call
-from peftc.runtime.program import Program
+from peftc.runtime.program import Lowered, Program
 from peftc.runtime.slots import Slots
 
 
@@ -25,12 +26,19 @@ class Backend(Protocol):
         ...
 
     def specialise(
-        self, traced: Traced, structure: Structure, slot_value: SlotValue, *, training: bool, autocast: bool
+        self,
+        traced: Traced,
+        structure: Structure,
+        slot_value: SlotValue,
+        *,
+        training: bool,
+        autocast: bool,
+        choice: Choice,
     ) -> fx.Graph:
         """The base graph with adapters of this structure in it; the trace is left as it is."""
         ...
 
-    def lower(self, graph: fx.Graph, *, autocast: bool) -> tuple[fx.Graph, fx.Graph]:
+    def lower(self, graph: fx.Graph, *, autocast: bool, choice: Choice) -> Lowered:
         """Copies of a specialised graph: for torch.compile to trace, and for Python to run as it is."""
         ...
 
@@ -43,12 +51,27 @@ class Backend(Protocol):
         ...
 
 
+COMPILED = Choice()  # how sites are lowered under torch.compile, whatever the size of the call
+
+
 @dataclass(frozen=True, eq=False)
 class Specialisation:
-    """The programs made for one structure, by signature and whether autocast is on."""
+    """The programs made for one structure, by signature, whether autocast is on, and how sites are lowered."""
 
     structure: Structure
-    programs: dict[tuple[Signature, bool], Program] = field(default_factory=dict)
+    programs: dict[tuple[Signature, bool, Choice], Program] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Tenant:
+    """The adapters in the slots: what graphs are made for, and what choosing between lowerings depends on."""
+
+    specialisation: Specialisation
+    slot_value: SlotValue
+    lookup: Lookup
+    trainable: bool = False
+    penalties: tuple[Callable[[], torch.Tensor | None], ...] = ()  # added to the loss in training
+    choices: dict[tuple[int, bool], Choice] = field(default_factory=dict)
 
 
 class Engine:
@@ -60,37 +83,44 @@ class Engine:
         self._model = model
         self._traces: dict[Signature, Traced] = {}
         self._specialisations: dict[Structure, Specialisation] = {}
-        self._slot_value: SlotValue = _no_slots
-        self.plain = self._current = self.specialisation(Structure())
+        self.plain = self._tenant = Tenant(self.specialisation(Structure()), _no_slots, _no_slots)
 
     def specialisation(self, structure: Structure) -> Specialisation:
         """The programs of this structure, the same object for equal structures."""
         return self._specialisations.setdefault(structure, Specialisation(structure))
 
-    def activate(self, specialisation: Specialisation, slot_value: SlotValue) -> None:
-        """Serve calls with adapters of this structure from now on. Makes no graph: calls do."""
-        self._current, self._slot_value = specialisation, slot_value
+    def activate(self, tenant: Tenant) -> None:
+        """Serve calls with these adapters from now on. Makes no graph: calls do."""
+        self._tenant = tenant
 
     def run(self, entry: str, arguments: Mapping[str, Any]) -> Any:
         """Call the model (or a submodule of it) with named arguments."""
-        call = self.call(entry, arguments)
-        return self.program(call)(call)
+        call, tenant = self.call(entry, arguments), self._tenant
+        output = self.program(call)(call)
+        if call.signature.training and tenant.trainable and tenant.penalties:
+            _penalise(output, tenant)
+        return output
 
     def call(self, entry: str, arguments: Mapping[str, Any]) -> Call:
         """A call of the model as it stands (training or not, with its config), taken apart. Raises UsageError."""
         return read_call(entry, self._model.training, getattr(self._model, "config", None), arguments)
 
-    def program(self, call: Call) -> Program:
-        """The program for a call, made now if this is the first of its signature and structure."""
+    def program(self, call: Call, choice: Choice | None = None) -> Program:
+        """The program for a call, made now if this is the first of its signature and structure.
+
+        Sites are lowered by `choice`, or as is cheapest for a call of this size.
+        """
         autocast = torch.is_autocast_enabled(_device_type(call))
-        program = self._current.programs.get((call.signature, autocast))
+        choice = self._choice(call) if choice is None else choice
+        programs = self._tenant.specialisation.programs
+        program = programs.get((call.signature, autocast, choice))
         if program is None:
-            program = self._make(call, autocast)
+            program = self._make(call, autocast, choice)
         if program.fits(call):
             return program
         sizes = tuple(tuple(tensor.shape) for tensor in call.tensors)
         bound = replace(call, signature=replace(call.signature, sizes=sizes))
-        return self._current.programs.get((bound.signature, autocast)) or self._make(bound, autocast)
+        return programs.get((bound.signature, autocast, choice)) or self._make(bound, autocast, choice)
 
     def traced(self, call: Call) -> Traced:
         """The base graph for a call, traced now if it was not before."""
@@ -100,7 +130,7 @@ class Engine:
 
     def graph(self, call: Call) -> fx.Graph:
         """The graph that serves a call: what diagrams show."""
-        return self._specialised(self.traced(call), call.signature.training, autocast=False)
+        return self._specialised(self.traced(call), call.signature.training, False, COMPILED)
 
     def reset(self) -> None:
         """Forget every trace and program: the model was moved, or its weights have other shapes."""
@@ -114,21 +144,62 @@ class Engine:
         engine._traces = dict(self._traces)
         return engine
 
-    def _make(self, call: Call, autocast: bool) -> Program:
+    def _choice(self, call: Call) -> Choice:
+        """How sites are lowered for a call of this size: sizes between two powers of two share one choice."""
+        # A compiler would specialise on the sizes that are compared here, and autocast would round a computed weight.
+        fixed = torch.compiler.is_compiling() or torch.is_autocast_enabled(_device_type(call))
+        if fixed or not self._tenant.specialisation.structure.sites:
+            return COMPILED
+        tenant, tokens = self._tenant, _tokens(call)
+        training = tenant.trainable and torch.is_grad_enabled()
+        key = (tokens.bit_length(), training)
+        if key not in tenant.choices:
+            structure, frozen = tenant.specialisation.structure, not tenant.trainable
+            tenant.choices[key] = choose(structure, tenant.lookup, tokens, training=training, frozen=frozen)
+        return tenant.choices[key]
+
+    def _make(self, call: Call, autocast: bool, choice: Choice) -> Program:
         traced = self.traced(call)
-        graph = self._specialised(traced, call.signature.training, autocast)
-        traceable, plain = self.backend.lower(graph, autocast=autocast)
-        program = Program(traced, traceable, plain, self._model, self.slots)
-        self._current.programs[call.signature, autocast] = program
+        graph = self._specialised(traced, call.signature.training, autocast, choice)
+        lowered = self.backend.lower(graph, autocast=autocast, choice=choice)
+        program = Program(traced, lowered, self._model, self.slots)
+        self._tenant.specialisation.programs[call.signature, autocast, choice] = program
         return program
 
-    def _specialised(self, traced: Traced, training: bool, autocast: bool) -> fx.Graph:
-        structure = self._current.structure
-        return self.backend.specialise(traced, structure, self._slot_value, training=training, autocast=autocast)
+    def _specialised(self, traced: Traced, training: bool, autocast: bool, choice: Choice) -> fx.Graph:
+        tenant = self._tenant
+        return self.backend.specialise(
+            traced,
+            tenant.specialisation.structure,
+            tenant.slot_value,
+            training=training,
+            autocast=autocast,
+            choice=choice,
+        )
 
 
-def _no_slots(position: int, site: str, role: str, near: fx.Node) -> torch.Tensor:
+def _penalise(output: Any, tenant: Tenant) -> None:
+    """Add the regularisers of adapters to the loss, where the model gives one."""
+    loss = getattr(output, "loss", None)
+    if isinstance(loss, torch.Tensor):
+        for penalty in tenant.penalties:
+            added = penalty()
+            if added is not None:
+                loss = loss + added.to(loss.device, loss.dtype)
+        output.loss = loss
+
+
+def _no_slots(*_: object) -> torch.Tensor:
     raise AssertionError("no adapter is active")
+
+
+def _tokens(call: Call) -> int:
+    """About how many rows the linears of the model see."""
+    tensors = call.tensors
+    if not tensors:
+        return 1
+    whole = tensors[0].numel()
+    return max(1, whole if not tensors[0].is_floating_point() else whole // max(1, tensors[0].shape[-1]))
 
 
 def _device_type(call: Call) -> str:

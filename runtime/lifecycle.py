@@ -3,10 +3,12 @@
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import replace
 from os import PathLike
 from typing import Any
 
+import torch
 from torch import nn
 
 from peftc.grammar.diagnostics import UsageError, fail
@@ -14,9 +16,14 @@ from peftc.grammar.elaborate import read_spec
 from peftc.grammar.library import builtin_methods
 from peftc.grammar.spec import AdapterSpec, Spec
 from peftc.passes.plan import AdapterPlan
-from peftc.runtime.bank import AdapterParameters, initial, trained_keys
-from peftc.runtime.merge import merged_tensors, put
+from peftc.runtime.bank import AdapterParameters, trained_keys
+from peftc.runtime.base import base_tensors
+from peftc.runtime.calibration import Batches, measured
+from peftc.runtime.drift import MergeDrift, OutputDrift
+from peftc.runtime.initial import initial
+from peftc.runtime.merge import Replaced, merged_tensors, put
 from peftc.runtime.peft_config import read_config
+from peftc.runtime.rounding import in_evaluation, output_drift, tensor_drift
 from peftc.runtime.state import Active, AdapterState
 
 
@@ -27,11 +34,14 @@ class Lifecycle(nn.Module):
 
     # --- adding and removing ---
 
-    def add_adapter(self, adapter_config: Any, adapter_name: str | None = None) -> None:
+    def add_adapter(
+        self, adapter_config: Any, adapter_name: str | None = None, *, calibration: Batches | None = None
+    ) -> None:
         """Add a fresh adapter and activate it, as transformers' `add_adapter`.
 
         `adapter_config` is a spec (a path, the text itself, a `Spec` or `AdapterSpec` with one adapter) or a PEFT
-        config (an object with `to_dict`, or a dict). PEFT's order, the name first, is understood too. Raises SpecError
+        config (an object with `to_dict`, or a dict). PEFT's order, the name first, is understood too. `calibration` are
+        the batches that a method needs which starts from data, as in `apply`; the base runs on them. Raises SpecError
         or UsageError and leaves the model as it was.
         """
         if isinstance(adapter_name, Mapping | AdapterSpec) or hasattr(adapter_name, "to_dict"):
@@ -40,7 +50,9 @@ class Lifecycle(nn.Module):
         if spec.name in self._adapter_state.names():
             fail(UsageError, "E511", f"there already is an adapter {spec.name!r}", help="choose another name")
         plan = self._adapter_state.engine.backend.plan(spec)
-        self._adapter_state.add(AdapterParameters(plan, initial(plan, self), trained_keys(plan)))
+        moments = measured(self.unload, (plan,), calibration)
+        tensors = initial(plan, dict(base_tensors(self, self._adapter_state.merged)).get, calibration=moments)
+        self._adapter_state.add(AdapterParameters(plan, tensors, trained_keys(plan)))
         self.set_adapter(spec.name)
 
     def delete_adapter(self, adapter_names: str | Sequence[str]) -> None:
@@ -93,14 +105,14 @@ class Lifecycle(nn.Module):
         """Run as the base model inside the context. What was enabled or merged before is so again after."""
         state = self._adapter_state
         before = state.enabled
-        merged = put(self, state.merged) if state.merged else None
+        merged = self._put(state.merged) if state.merged else None
         originals, state.merged = state.merged, {}
         self._enable(False)
         try:
             yield
         finally:
             if merged is not None:
-                put(self, merged)
+                self._put(merged)
             state.merged = originals
             self._enable(before)
 
@@ -112,16 +124,9 @@ class Lifecycle(nn.Module):
         The user's own weights are not written to: merged tensors take their place in this model only. Raises
         UsageError if already merged, or, with `safe_merge`, if a merged value is not finite.
         """
-        state = self._adapter_state
-        if state.merged:
-            fail(UsageError, "E516", "the model is merged already", help="call unmerge_adapter first")
-        active = state.active if adapter_names is None else _subset(state, adapter_names)
-        if not active:
-            fail(
-                UsageError, "E517", "no adapter is active, so there is nothing to merge", help="call set_adapter first"
-            )
+        state, active = self._adapter_state, self._mergeable(adapter_names)
         adapters = [(state.adapter(name), weight) for name, weight in active]
-        state.merged = put(self, merged_tensors(self, adapters, safe_merge=safe_merge))
+        state.merged = self._put(merged_tensors(self, adapters, safe_merge=safe_merge))
         state.merged_active = active
         state.activate(state.active)
 
@@ -131,9 +136,27 @@ class Lifecycle(nn.Module):
         if not state.merged:
             warnings.warn("the model is not merged, so there is nothing to unmerge", stacklevel=2)
             return
-        put(self, state.merged)
+        self._put(state.merged)
         state.merged, state.merged_active = {}, ()
         state.activate(state.active)
+
+    def merge_drift(self, *args: Any, **kwargs: Any) -> MergeDrift:
+        """What merging the active adapters would cost, measured; the model stays as it is.
+
+        For every tensor that merging would compute, its distance from the exact value of the formula (in float64): next
+        to nothing in float32, in bfloat16 the digits it has not. Given the arguments of a call, the model is called
+        with them in evaluation mode, unmerged and merged, and the outputs are compared too: their differences and,
+        where there are logits, how far the distributions and the preferred tokens are apart.
+
+        Raises UsageError if the adapters are merged already or disabled, or none is active.
+        """
+        state = self._adapter_state
+        active = self._mergeable(None)
+        if not state.enabled:
+            fail(UsageError, "E521", "the adapters are disabled: there is no output of theirs to compare with")
+        tensors = tensor_drift(self, [(state.adapter(name), weight) for name, weight in active])
+        drift = MergeDrift(tuple(name for name, _ in active), tensors)
+        return drift if not (args or kwargs) else replace(drift, outputs=self._output_drift(args, kwargs))
 
     def merge_and_unload(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> nn.Module:
         """A plain model of the user's class with the active adapters (or those named) in its weights.
@@ -148,7 +171,10 @@ class Lifecycle(nn.Module):
         adapters = [(state.adapter(name), weight) for name, weight in active]
         tensors = merged_tensors(self, adapters, safe_merge=safe_merge)
         plain = self._plain()
-        put(plain, tensors)
+        new = [name for name, before in put(plain, tensors).items() if before is None]
+        if new:
+            message = f"merging gave {new[0].rpartition('.')[0]} a bias (and {len(new) - 1} more modules)"
+            warnings.warn(f"{message}: a checkpoint of this model does not fit the class as it is", stacklevel=2)
         _restore_requires_grad(plain, state.requires_grad)
         if any(at.site.tied for adapter, _ in adapters for at in adapter.plan.sites):
             _untie(plain)
@@ -158,7 +184,7 @@ class Lifecycle(nn.Module):
         """A plain model of the user's class without adapters, sharing this model's weights."""
         state = self._adapter_state
         plain = self._plain()
-        put(plain, {name: _like(tensor) for name, tensor in state.merged.items()})
+        put(plain, {name: None if tensor is None else _like(tensor) for name, tensor in state.merged.items()})
         _restore_requires_grad(plain, state.requires_grad)
         return plain
 
@@ -182,6 +208,40 @@ class Lifecycle(nn.Module):
     def adapter_plan(self, adapter_name: str) -> AdapterPlan:
         """Which rule with which values an adapter puts where. Raises UsageError for an unknown name."""
         return self._adapter_state.adapter(adapter_name).plan
+
+    def _put(self, tensors: Mapping[str, torch.Tensor | None]) -> Replaced:
+        before = put(self, tensors)
+        # A trace reads a bias only where there was one when it was made.
+        if any((tensor is None) != (tensors[name] is None) for name, tensor in before.items()):
+            self._adapter_state.engine.reset()
+        return before
+
+    def _mergeable(self, names: Sequence[str] | None) -> Active:
+        """The active adapters, or those named, if they can be merged now."""
+        state = self._adapter_state
+        if state.merged:
+            fail(UsageError, "E516", "the model is merged already", help="call unmerge_adapter first")
+        active = state.active if names is None else _subset(state, names)
+        if not active:
+            fail(
+                UsageError, "E517", "no adapter is active, so there is nothing to merge", help="call set_adapter first"
+            )
+        return active
+
+    @torch.no_grad()
+    def _output_drift(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> OutputDrift:
+        def outputs() -> tuple[Any, Any]:
+            # A call may write to what it is given: a cache grows.
+            unmerged = self(*deepcopy(args), **deepcopy(kwargs))
+            self.merge_adapter()
+            try:
+                return unmerged, self(*deepcopy(args), **deepcopy(kwargs))
+            finally:
+                self.unmerge_adapter()
+
+        unmerged, merged = in_evaluation(self, outputs)
+        mask = kwargs.get("attention_mask")
+        return output_drift(unmerged, merged, mask if isinstance(mask, torch.Tensor) else None)
 
     def _enable(self, enabled: bool) -> None:
         self._adapter_state.enabled = enabled

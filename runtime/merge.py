@@ -1,20 +1,29 @@
 """Merges the active adapters into a model's weights, and takes them out again exactly."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
 
+from peftc.grammar import algebra
+from peftc.grammar.bind import stacked_axis
 from peftc.grammar.diagnostics import UsageError, fail
-from peftc.passes.apply import compose, renamed
-from peftc.passes.materialise import Eager, materialise, to_logical, to_stored, unstack
+from peftc.passes.apply import Primes, compose, renamed
+from peftc.passes.materialise import Values, to_logical, to_stored, unstack
 from peftc.passes.plan import ParamKey, PlannedSite
-from peftc.passes.structure import stacked_axis, weighted
+from peftc.passes.scene import Eager
+from peftc.passes.structure import weighted
 from peftc.runtime.bank import AdapterParameters
 from peftc.runtime.slots import scalars
 
 Merged = dict[str, torch.Tensor]
 """Full tensor name -> the new tensor."""
+
+Terms = Sequence[tuple[AdapterParameters, float, PlannedSite]]
+"""What is merged at one site: adapters, their weights, and what they put there."""
+
+Replaced = dict[str, torch.Tensor | None]
+"""Full tensor name -> what was there: nothing, where a merge gave a module a bias."""
 
 
 @torch.no_grad()
@@ -26,10 +35,8 @@ def merged_tensors(
     Raises UsageError, with `safe_merge`, if one is not finite. Changes nothing.
     """
     merged: Merged = {}
-    for name in dict.fromkeys(at.site.name for adapter, _ in active for at in adapter.plan.sites):
-        terms = [(each, weight, each.planned[name]) for each, weight in active if name in each.planned]
-        site = terms[0][2].site
-        merged[site.weight] = _merge_site(model.get_parameter(site.weight), terms)
+    for terms in merged_sites(active):
+        merged |= merged_site(model, terms)
     for adapter, _ in active:
         for copy in adapter.plan.copies:
             for tensor, _, _ in copy.tensors:
@@ -47,40 +54,69 @@ def merged_tensors(
     return merged
 
 
-def put(model: nn.Module, tensors: Merged) -> Merged:
+def put(model: nn.Module, tensors: Mapping[str, torch.Tensor | None]) -> Replaced:
     """Replace tensors of the model by others, and return what was there. The old ones are not written to."""
-    before: Merged = {}
+    before: Replaced = {}
     for name, tensor in tensors.items():
         owner, _, leaf = name.rpartition(".")
         module = model.get_submodule(owner)
         if leaf in module._parameters:
-            old = module._parameters[leaf]
-            assert old is not None
-            before[name] = old
-            new = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=False)
-            module._parameters[leaf] = new
+            before[name] = module._parameters[leaf]
+            if tensor is None or isinstance(tensor, nn.Parameter):
+                module._parameters[leaf] = tensor
+            else:
+                module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
         else:
-            old_buffer = module._buffers[leaf]
-            assert old_buffer is not None
-            before[name] = old_buffer
+            before[name] = module._buffers[leaf]
             module._buffers[leaf] = tensor
     return before
 
 
-def _merge_site(stored: torch.Tensor, terms: Sequence[tuple[AdapterParameters, float, PlannedSite]]) -> torch.Tensor:
-    ops, site = Eager(), terms[0][2].site
+def merged_sites(active: Sequence[tuple[AdapterParameters, float]]) -> Iterator[Terms]:
+    """Of every site that one of these adapters adapts, all that do, in order."""
+    for name in dict.fromkeys(at.site.name for adapter, _ in active for at in adapter.plan.sites):
+        yield [(each, weight, each.planned[name]) for each, weight in active if name in each.planned]
+
+
+def merged_site(model: nn.Module, terms: Terms, *, exact: torch.dtype | None = None) -> Merged:
+    """The tensors of a site once these adapters are merged.
+
+    They are computed in the widest of the types involved and rounded to the base's; or in `exact`, and not rounded.
+    """
+    site = terms[0][2].site
+    ops = Eager()
     params: dict[str, torch.Tensor] = {}
-    values: dict[str, torch.Tensor | float] = {}
-    matrices = []
+    scalar_values: dict[str, torch.Tensor | float] = {}
+    primes: list[Primes] = []
     for position, (adapter, weight, at) in enumerate(terms):
         prefix = f"{position}:"
-        for rule in at.bound.rule.params:
-            tensor = adapter.tensor(ParamKey(adapter.plan.name, site.name, rule.role)).detach()
-            sizes = (tensor.shape[0], tensor.shape[1]) if tensor.dim() == 2 else (0, 0)
-            params[prefix + rule.role] = unstack(ops, tensor, stacked_axis(rule), sizes, site)
-        values |= {prefix + name: value for name, value in scalars(adapter, site.name, weight).items()}
-        matrices.append(renamed(weighted(at.bound.weight)[0], prefix))
-    dtype = torch.promote_types(stored.dtype, next(iter(params.values())).dtype)
-    weight_value = to_logical(ops, stored.detach().to(dtype), site)
-    merged = to_stored(ops, materialise(compose(tuple(matrices)), ops, weight_value, params, values), site)
-    return merged.to(stored.dtype).contiguous()
+        rules = {each.role: each for each in at.bound.rule.params}
+        for param in at.bound.params:
+            tensor = adapter.tensor(at.key(adapter.plan.name, param)).detach()
+            tensor = tensor if exact is None or not tensor.is_floating_point() else tensor.to(exact)
+            axis = stacked_axis(rules[param.role])
+            params[prefix + param.role] = unstack(ops, tensor, axis, param.shared, site)
+        scalar_values |= {prefix + name: value for name, value in scalars(adapter, site.name, weight).items()}
+        own_bias = at.bound.bias
+        matrix = weighted(at.bound.weight, own_bias)[0]
+        primes.append((renamed(matrix, prefix), None if own_bias is None else renamed(own_bias, prefix)))
+    stored = model.get_parameter(site.weight)
+    bias = model.get_parameter(site.bias) if site.has_bias else None
+    dtype = exact or stored.dtype
+    for each in params.values():
+        dtype = torch.promote_types(dtype, each.dtype) if each.is_floating_point() else dtype
+    values = Values(
+        ops,
+        params,
+        scalar_values,
+        weight=lambda: to_logical(ops, stored.detach().to(dtype), site),
+        bias=None if bias is None else bias.detach().to(dtype),
+        lead=site.lead,
+    )
+    new_weight, new_bias = compose(primes, site.has_bias)
+    merged: Merged = {}
+    if new_weight != algebra.Weight():
+        merged[site.weight] = to_stored(ops, values.of(new_weight), site)
+    if new_bias is not None:
+        merged[site.bias] = values.of(new_bias)
+    return {name: value.to(exact or stored.dtype).contiguous() for name, value in merged.items()}

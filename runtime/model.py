@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 from peftc.grammar.diagnostics import UsageError, fail
+from peftc.runtime.allocating import Allocating
+from peftc.runtime.engine import COMPILED
 from peftc.runtime.lifecycle import Lifecycle
 from peftc.runtime.saving import Saving
 from peftc.runtime.share import placement, share
@@ -19,7 +21,7 @@ STATE = "_adapter_state"
 Root = TypeVar("Root", bound="AdaptedModel")
 
 
-class AdaptedModel(Lifecycle, Saving):
+class AdaptedModel(Lifecycle, Saving, Allocating):
     """A model with adapters in its graph. Made by `peftc.compiler.apply` and `load`, never directly.
 
     It is an instance of the user's model class too, with the same forward signature and output class, and shares the
@@ -72,7 +74,7 @@ class AdaptedModel(Lifecycle, Saving):
 
     def _infer_parameters(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
         engine = self._adapter_state.engine
-        engine.program(engine.call("", self._named(args, kwargs or {})))
+        engine.program(engine.call("", self._named(args, kwargs or {})), COMPILED)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "AdaptedModel":
         before = placement(self)

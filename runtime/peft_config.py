@@ -1,28 +1,40 @@
 """adapter_config.json, both ways: PEFT's configuration as an AdapterSpec, and a plan as PEFT's configuration."""
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 from peftc.grammar import tree
-from peftc.grammar.bind import complete
 from peftc.grammar.diagnostics import CheckpointError, did_you_mean, fail
 from peftc.grammar.rule import MethodRule, Value
 from peftc.grammar.spec import AdapterSpec, Target, Values
+from peftc.grammar.values import complete
 from peftc.runtime import peft_fields as fields
 from peftc.runtime.json_fields import FieldReader, shown
 from peftc.runtime.peft_config_write import write_config
 from peftc.runtime.peft_names import ending_selector, layered_selector, pattern_key_selector, suffix_selector
-from peftc.runtime.peft_rule import expected, mapped_fields, mismatches, typed
+from peftc.runtime.peft_rule import (
+    decided_fields,
+    deciding_value,
+    expected,
+    listed_fields,
+    mapped_fields,
+    mask_field,
+    mismatches,
+    pattern_fields,
+    typed,
+    undecided,
+)
+from peftc.runtime.spec_config import read_spec_fields
 
 __all__ = ["ConfigFacts", "read_config", "write_config"]
 
 _VERSION = re.compile(r"(\d+)\.(\d+)")
 
 # target_modules never reaches a raw parameter, though one of the same name may exist beside the modules.
-_PARAMETER = tree.Name("parameter")
-_MODULE = tree.Unary("not", _PARAMETER)
+_MODULE = tree.Unary("not", tree.Name("parameter"))
+_PARAMETER = tree.Binary("or", tree.Name("parameter"), tree.Name("multihead_attention"))
 
 Bias = Literal["none", "all", "adapter"]
 
@@ -37,6 +49,7 @@ class ConfigFacts:
     task_type: str | None = None
     inference_mode: bool = False
     auto_mapping: Mapping[str, object] | None = None
+    masks: Mapping[str, Sequence[bool]] = field(default_factory=dict)  # by parameter: which entries the file has
     warnings: tuple[str, ...] = ()
 
 
@@ -49,8 +62,10 @@ def read_config(
         CheckpointError: all that is wrong at once; an unknown method, a field of the wrong type, or a feature whose
             mathematics is not supported.
     """
-    rule = _rule(config, methods, where)
     reader = FieldReader(config, where)
+    if config.get("peft_type") == fields.OWN_TYPE:
+        return _facts(reader, read_spec_fields(reader, adapter_name))
+    rule = _rule(config, methods, where)
     _refuse_unsupported(reader, rule)
     _check_version(reader)
     values = _values(reader, rule)
@@ -59,12 +74,16 @@ def read_config(
         rule=rule,
         values=values,
         on=_targets(reader),
-        refine=_refinements(reader, rule),
+        refine=(*_listed(reader, rule), *_refinements(reader, rule)),
         skip=_skips(reader),
         train=tuple(ending_selector(each) for each in dict.fromkeys(reader.texts("modules_to_save"))),
         bias=_bias(reader, rule),
         strict=False,
     )
+    return _facts(reader, spec)
+
+
+def _facts(reader: FieldReader, spec: AdapterSpec) -> ConfigFacts:
     facts = ConfigFacts(
         spec=spec,
         base_model_name_or_path=reader.text("base_model_name_or_path") or None,
@@ -72,6 +91,7 @@ def read_config(
         task_type=reader.text("task_type"),
         inference_mode=bool(reader.get("inference_mode", bool, "true or false")),
         auto_mapping=reader.table("auto_mapping"),
+        masks=_masks(reader, spec.rule),
         warnings=tuple(reader.warnings),
     )
     if reader.problems:
@@ -90,24 +110,33 @@ def _rule(config: Mapping[str, object], methods: Mapping[str, MethodRule], where
         lines = f"{guess}\n{supported}" if guess else supported
         fail(CheckpointError, "E320", f"PEFT type {shown(wanted)} is not supported yet", help=lines, where=where)
     of_type = [rule for rule in methods.values() if rule.peft_type == wanted]
-    return next((rule for rule in of_type if not mismatches(config, rule)), of_type[0])
+    # Where none fits, the nearest one says what is wrong.
+    return min(of_type, key=lambda rule: len(mismatches(config, rule)) + len(undecided(config, rule)))
 
 
 def _refuse_unsupported(reader: FieldReader, rule: MethodRule) -> None:
-    own = {name for name, _ in rule.peft_fields}
-    known = own | fields.HANDLED | fields.HARMLESS | set(fields.REFUSED)
+    own = {name for each in rule.peft_fields for name in (each.name, each.pattern) if name}
+    known = own | fields.HANDLED | fields.HARMLESS | fields.UNSUPPORTED
+    for name in undecided(reader.config, rule):
+        value = reader.config[name]
+        if fields.INIT_FIELD.fullmatch(name):
+            _check_init(reader, name, value)
+        else:
+            reader.problem("E321", f"field '{name}' = {shown(value)} is not known to method '{rule.name}'")
     for name, wanted in mismatches(reader.config, rule):
-        given = shown(reader.config[name])
-        reader.problem("E322", f"field '{name}' = {given} is not supported by method '{rule.name}': only {wanted!r}")
+        if fields.INIT_FIELD.fullmatch(name) and isinstance(reader.config[name], str):
+            _check_init(reader, name, reader.config[name])
+            continue
+        given = f"field '{name}' = {shown(reader.config[name])}"
+        reader.problem("E322", f"{given} is not supported by method '{rule.name}': only {shown(wanted)}")
     for name, value in reader.config.items():
         empty = value is None or value is False or value == {} or value == []
         if name in own or name in fields.HANDLED or name in fields.HARMLESS or empty:
             continue
         if fields.INIT_FIELD.fullmatch(name):
             _check_init(reader, name, value)
-        elif name in fields.REFUSED:
-            help = fields.REFUSED[name]
-            reader.problem("E322", f"field '{name}' = {shown(value)} is not supported yet", help)
+        elif name in fields.UNSUPPORTED:
+            reader.problem("E322", f"field '{name}' = {shown(value)} is not supported yet")
         else:
             help = did_you_mean(name, known) or "remove the field if the adapter does not depend on it"
             reader.problem("E323", f"unknown field '{name}' = {shown(value)}", help)
@@ -125,11 +154,11 @@ def _check_version(reader: FieldReader) -> None:
 def _check_init(reader: FieldReader, name: str, value: object) -> None:
     if not isinstance(value, bool | str):
         reader.mistyped(name, "true, false or a text")
-    elif isinstance(value, str) and value.lower().startswith(fields.BASE_CHANGING_INITS):
+    elif isinstance(value, str):
         reader.problem(
             "E324",
-            f"field '{name}' = {shown(value)}: this initialisation changed the base weights, and the adapter fits "
-            "only the changed ones",
+            f"field '{name}' = {shown(value)}: this initialisation may have changed the base weights, and the adapter "
+            "then fits only the changed ones",
             "convert the checkpoint to plain LoRA where it was trained:\n"
             "peft's save_pretrained(..., path_initial_model_for_weight_conversion=...)",
         )
@@ -146,6 +175,10 @@ def _values(reader: FieldReader, rule: MethodRule) -> Values:
             reader.mistyped(name, expected(hyperparameter))
         else:
             given[hyperparameter.name] = value
+    for name in decided_fields(rule):
+        decided = deciding_value(reader.config, rule, name)
+        if decided is not None:
+            given[name] = decided[0]
     return tuple(given.items())
 
 
@@ -224,12 +257,40 @@ def _bias(reader: FieldReader, rule: MethodRule) -> Bias:
     return "none"
 
 
+def _masks(reader: FieldReader, rule: MethodRule) -> dict[str, Sequence[bool]]:
+    name, masks = mask_field(rule), dict[str, Sequence[bool]]()
+    for key, kept in ((reader.table(name) or {}) if name else {}).items():
+        if isinstance(kept, list) and all(isinstance(each, bool) for each in kept):
+            masks[key] = kept
+        else:
+            reader.problem("E321", f"field '{name}': '{key}' = {shown(kept)} is not a list of true and false")
+    return masks
+
+
+def _listed(reader: FieldReader, rule: MethodRule) -> tuple[Target, ...]:
+    """Fields that name the modules at which a flag is true."""
+    targets = []
+    for name, flag in listed_fields(rule).items():
+        modules = reader.text_or_texts(name) or ()
+        selectors: tuple[tree.Selector, ...] = ()
+        if not isinstance(modules, str):
+            selectors = tuple(suffix_selector(each) for each in sorted(set(modules)))
+        elif reader.pattern(name, modules):
+            selectors = (tree.PatternSelector(modules),)
+        if selectors:
+            targets.append(Target(selectors, overrides=((flag, True),)))
+    return tuple(targets)
+
+
 def _refinements(reader: FieldReader, rule: MethodRule) -> tuple[Target, ...]:
     """rank_pattern and alpha_pattern. There the first match wins, here the last: the order is turned round."""
-    varied = {fields.pattern_field(rule.peft_type, name): each for name, each in mapped_fields(rule).items()}
+    mapped = mapped_fields(rule)
+    varied = {pattern: mapped[name] for name, pattern in pattern_fields(rule).items()}
     exceptions: dict[str, Mapping[str, object]] = {}
-    for name in ("rank_pattern", "alpha_pattern"):
+    for name in dict.fromkeys(("rank_pattern", "alpha_pattern", *varied)):
         table = reader.table(name) or {}
+        if name == mask_field(rule):
+            continue
         if table and name not in varied:
             reader.problem("E322", f"field '{name}' is not supported for PEFT type {rule.peft_type}")
         elif table:

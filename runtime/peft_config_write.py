@@ -1,14 +1,18 @@
-"""A plan as an adapter_config.json that PEFT reads to the same effect."""
+"""A plan as an adapter_config.json: one that PEFT reads to the same effect, where PEFT has the method."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import NoReturn
 
 from peftc.grammar.diagnostics import CheckpointError, fail
+from peftc.grammar.peft_item import translated
 from peftc.grammar.rule import Value
-from peftc.passes.plan import AdapterPlan
+from peftc.passes.plan import AdapterPlan, PlannedSite
+from peftc.passes.site import HELD, Site
 from peftc.runtime import peft_fields as fields
 from peftc.runtime.peft_names import minimal_endings, minimal_suffixes, suffixes, value_pattern
-from peftc.runtime.peft_rule import constant, mapped_fields
+from peftc.runtime.peft_rule import constant_fields, decided_fields, listed_fields, mapped_fields, pattern_fields
+from peftc.runtime.spec_config import spec_fields
 
 
 def write_config(
@@ -22,6 +26,8 @@ def write_config(
 ) -> dict[str, object]:
     """The adapter_config.json with which PEFT adapts exactly the plan's sites, with the plan's values.
 
+    A method without a PEFT type has one of our own format, with the spec's text in it.
+
     `module_names` are all modules of the model. The task is left out where naming it would make PEFT train a head
     that the plan does not train.
 
@@ -30,11 +36,20 @@ def write_config(
     """
     rule = plan.spec.rule
     where = f"adapter {plan.name!r}"
-    if not rule.peft_type:
-        fail(CheckpointError, "E326", f"method '{rule.name}' has no form in PEFT's format", where=where)
     if plan.spec.tokens:
         fail(CheckpointError, "E326", "trainable tokens cannot be saved in PEFT's format yet", where=where)
-    copied = [each.module for each in plan.copies if not each.is_bias]
+    if rule.peft_type == fields.OWN_TYPE:
+        message = f"'{rule.name}' says it is PEFT's type {rule.peft_type}, which means a method that PEFT has not"
+        fail(CheckpointError, "E326", message, help="leave its 'peft' item out", where=where)
+    if not rule.peft_type:
+        return {
+            **spec_fields(plan.spec),
+            "task_type": task_type,
+            "base_model_name_or_path": base_model_name_or_path,
+            "revision": revision,
+            "inference_mode": inference_mode,
+        }
+    copied = [each.module for each in plan.copies if not each.is_bias and not each.saved]
     adapted = [each.site.name for each in plan.sites]
     kinds = {each.site.kind for each in plan.sites}
     endings = minimal_endings(copied, module_names, adapted)
@@ -61,57 +76,118 @@ def write_config(
         "bias": fields.only_adapter_bias(rule.peft_type) if plan.spec.bias == "adapter" else plan.spec.bias,
         "fan_in_fan_out": "conv1d" in kinds and "linear" not in kinds,
     }
+    config.update(_listed(plan, module_names))
     config.update(_written_values(plan, where))
     return config
 
 
 def _module_targets(plan: AdapterPlan, module_names: Sequence[str]) -> list[str] | str:
-    chosen = [each.site.module for each in plan.sites if each.site.kind != "parameter"]
-    if not chosen:
+    copied = [each.module for each in plan.copies if each.saved]
+    if copied:
+        suffixes_of = minimal_suffixes(copied, module_names)
+        return "|".join(map(re.escape, copied)) if suffixes_of is None else sorted(suffixes_of)
+    modules = _modules(plan)
+    if not modules:
         return [] if plan.sites else fields.NO_MODULES
-    found = minimal_suffixes(chosen, module_names)
-    return list(found) if found is not None else "|".join(re.escape(each) for each in chosen)
+    # A list of modules by flag has to be a part of this one, name by name.
+    flags = listed_fields(plan.spec.rule).values()
+    groups: dict[tuple[Value, ...], list[str]] = {}
+    for name, each in modules.items():
+        groups.setdefault(tuple(dict(each.bound.values)[flag] for flag in flags), []).append(name)
+    found = [minimal_suffixes(group, module_names) for group in groups.values()]
+    if None in found:
+        return "|".join(map(re.escape, modules))
+    return sorted({name for suffixes in found for name in suffixes or ()})
+
+
+def _listed(plan: AdapterPlan, module_names: Sequence[str]) -> dict[str, object]:
+    """The fields that name the modules at which a flag is true."""
+    written: dict[str, object] = {}
+    for name, flag in listed_fields(plan.spec.rule).items():
+        chosen = [module for module, each in _modules(plan).items() if dict(each.bound.values)[flag]]
+        found = minimal_suffixes(chosen, module_names) if chosen else ()
+        written[name] = "|".join(re.escape(each) for each in chosen) if found is None else list(found)
+    return written
 
 
 def _parameter_targets(plan: AdapterPlan, module_names: Sequence[str]) -> list[str]:
-    chosen = {each.site.name: each.site for each in plan.sites if each.site.kind == "parameter"}
+    names = _peft_names(plan)
+    chosen = {each.site.name: each.site for each in plan.sites if _is_held(each.site, names)}
     # Which modules hold a parameter of that name is not known here, so every module counts as if it did.
     leaves = {site.leaf for site in chosen.values()}
-    names = [f"{module}.{leaf}" for module in module_names for leaf in leaves]
+    held = [f"{module}.{leaf}" for module in module_names for leaf in leaves]
     found: dict[str, None] = {}
-    taken = {suffix for name in names if name not in chosen for suffix in suffixes(name)}
+    taken = {suffix for name in held if name not in chosen for suffix in suffixes(name)}
     for name in chosen:
         found[next((each for each in suffixes(name)[1:] if each not in taken), name)] = None
     return sorted(found)
 
 
+def _modules(plan: AdapterPlan) -> dict[str, PlannedSite]:
+    """What PEFT knows by its module."""
+    names = _peft_names(plan)
+    found: dict[str, PlannedSite] = {}
+    for each in plan.sites:
+        if not _is_held(each.site, names):
+            found.setdefault(names[each.site.name], each)
+    return found
+
+
+def _peft_names(plan: AdapterPlan) -> dict[str, str]:
+    """What PEFT calls the sites: a MultiheadAttention with packed weights is one module, adapted as a whole."""
+    sites = {each.site.name: each.site for each in plan.sites}
+
+    def name(site: Site) -> str:
+        whole = {f"{site.attention}.{part}".lstrip(".") for part in ("in_proj_weight", "out_proj")}
+        return site.name if site.attention is None or not whole <= set(sites) else site.attention
+
+    return {each: name(site) for each, site in sites.items()}
+
+
+def _is_held(site: Site, names: Mapping[str, str]) -> bool:
+    """Whether PEFT knows it as a parameter, not by its module."""
+    return site.kind in HELD and names[site.name] == site.name
+
+
 def _written_values(plan: AdapterPlan, where: str) -> dict[str, object]:
-    rule, written = plan.spec.rule, dict[str, object]()
-    mapped = mapped_fields(rule)
-    for name, expression in rule.peft_fields:
-        if name not in mapped:
-            written[name] = constant(expression)
-            continue
-        hyperparameter = mapped[name].name
-        values = {each.site.name: _plain(dict(each.bound.values)[hyperparameter]) for each in plan.sites}
+    rule, names, written = plan.spec.rule, _peft_names(plan), dict[str, object]()
+    mapped, patterns, decided = mapped_fields(rule), pattern_fields(rule), decided_fields(rule)
+    written |= constant_fields(rule)
+    for name, hyperparameter in mapped.items():
+        values: dict[str, Value] = {}
+        for each in plan.sites:
+            value, module = _plain(dict(each.bound.values)[hyperparameter.name]), names[each.site.name]
+            if values.setdefault(module, value) != value:
+                message = f"'{hyperparameter.name}' differs within '{module}', which PEFT adapts as a whole"
+                fail(CheckpointError, "E326", message, where=where)
         if not values:
-            written[name] = _plain(dict(plan.spec.values)[hyperparameter])
+            written[name] = _plain(dict(plan.spec.values)[hyperparameter.name])
             continue
-        written[name], exceptions = value_pattern(values)
-        if not exceptions:
-            continue
-        pattern = fields.pattern_field(rule.peft_type, name)
-        if pattern is None:
-            sites = sorted(site for site, value in values.items() if value != written[name])
-            fail(
-                CheckpointError,
-                "E326",
-                f"PEFT's format holds one '{name}' for all modules, but '{hyperparameter}' differs between sites",
-                help=f"{written[name]!r} at most of them, {values[sites[0]]!r} at '{sites[0]}'",
-                where=where,
-            )
-        written[pattern] = exceptions
+        usual, exceptions = value_pattern(values)
+        written[name] = usual
+        if exceptions and name not in patterns:
+            _refuse_varied(name, hyperparameter.name, values, usual, where)
+        if exceptions:
+            written[patterns[name]] = exceptions
+    for hyperparameter_name, decided_by in decided.items():
+        found = {each.site.name: dict(each.bound.values)[hyperparameter_name] for each in plan.sites}
+        value = next(iter(found.values()), dict(plan.spec.values)[hyperparameter_name])
+        for field in decided_by:
+            if len(set(found.values())) > 1:
+                _refuse_varied(field.name, hyperparameter_name, found, value, where)
+            written[field.name] = translated(field, hyperparameter_name, value)
     return written
+
+
+def _refuse_varied(field: str, hyperparameter: str, values: Mapping[str, Value], usual: Value, where: str) -> NoReturn:
+    site = min(site for site, value in values.items() if value != usual)
+    fail(
+        CheckpointError,
+        "E326",
+        f"PEFT's format holds one '{field}' for all modules, but '{hyperparameter}' differs between sites",
+        help=f"{usual!r} at most of them, {values[site]!r} at '{site}'",
+        where=where,
+    )
 
 
 def _plain(value: Value) -> Value:

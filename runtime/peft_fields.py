@@ -3,6 +3,7 @@
 import re
 
 PEFT_VERSION = "0.21.2"  # the version whose format is written
+OWN_TYPE = "PEFTC"  # the type of a method that PEFT has not: the file holds the spec's text
 
 # Read by peft_config itself, for every method.
 HANDLED = frozenset(
@@ -32,34 +33,19 @@ HARMLESS = frozenset(
         "fan_in_fan_out",  # sites know how their weight is stored
         "runtime_config",
         "megatron_core",  # read only beside megatron_config
-        "qalora_group_size",  # read only beside use_qalora
-        "loftq_config",  # these four are read only by the initialisation of the same name
-        "eva_config",
-        "corda_config",
-        "lora_ga_config",
     }
 )
 
-# Features that change the mathematics and are not supported; anything but none, false, empty is refused by name.
-REFUSED = {
-    "use_dora": "",
-    "use_qalora": "",
-    "lora_bias": "",
-    "layer_replication": "",
-    "trainable_token_indices": "",
-    "ensure_weight_tying": "",
-    "alora_invocation_tokens": "",
-    "megatron_config": "",
-    "velora_config": "set it to null to load the adapter: it only changes how gradients are computed",
-    "monteclora_config": "",
-    "use_bdlora": "",
-    "arrow_config": "",
-    "kasa_config": "",
-}
+# Features of PEFT that methods share and that change what an adapter computes.
+UNSUPPORTED = frozenset(
+    {
+        *("layer_replication", "trainable_token_indices", "ensure_weight_tying", "megatron_config", "use_qalora"),
+        *("alora_invocation_tokens", "velora_config", "monteclora_config", "use_bdlora", "arrow_config", "kasa_config"),
+    }
+)
 
-# Fields like init_lora_weights matter only where the initialisation also changed the base weights.
+# Whether parameters were set to zero at the start matters to no loaded adapter.
 INIT_FIELD = re.compile(r"init_(\w+_)?weights")
-BASE_CHANGING_INITS = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
 ALL_LINEAR = "all-linear"
 NO_MODULES = "dummy-target-modules"  # how PEFT says that no module is adapted
@@ -70,24 +56,6 @@ TASK_HEADS = {
     "TOKEN_CLS": ("classifier", "score"),
     "QUESTION_ANS": ("qa_outputs",),
 }
-
-RANK_FIELD = "r"
-RANK_PATTERN_TYPES = frozenset({"LORA", "LOHA", "LOKR", "HIRA", "DELORA", "OSF"})
-ALPHA_PATTERN_TYPES = frozenset({"LORA", "LOHA", "LOKR"})
-
-
-def is_alpha_field(name: str) -> bool:
-    """Whether a method's field is the one alpha_pattern varies."""
-    return name == "alpha" or name.endswith("_alpha")
-
-
-def pattern_field(peft_type: str, name: str) -> str | None:
-    """The field that holds this field's exceptions by module, or None where PEFT has none."""
-    if name == RANK_FIELD and peft_type in RANK_PATTERN_TYPES:
-        return "rank_pattern"
-    if is_alpha_field(name) and peft_type in ALPHA_PATTERN_TYPES:
-        return "alpha_pattern"
-    return None
 
 
 def only_adapter_bias(peft_type: str) -> str:

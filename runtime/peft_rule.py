@@ -4,31 +4,83 @@ import sys
 from collections.abc import Mapping
 
 from peftc.grammar import tree
+from peftc.grammar.peft_item import ANY, constant, domain, listed_flag, masked_vector, names_in, translated
 from peftc.grammar.rule import MethodRule, Value
-
-
-def constant(value: tree.Expr) -> Value:
-    """The value of a literal; None for `none` and for anything that is not one."""
-    match value:
-        case tree.Number() | tree.Text() | tree.Flag():
-            return value.value
-        case tree.Unary("-", tree.Number() as number):
-            return -number.value
-        case _:
-            return None
 
 
 def mapped_fields(rule: MethodRule) -> dict[str, tree.Hyperparameter]:
     """The fields that are a hyperparameter under another name."""
     named = {each.name: each for each in rule.hyperparameters}
-    return {name: named[value.id] for name, value in rule.peft_fields if isinstance(value, tree.Name)}
+    return {
+        each.name: named[each.value.id]
+        for each in rule.peft_fields
+        if isinstance(each.value, tree.Name) and each.value.id != ANY
+    }
+
+
+def constant_fields(rule: MethodRule) -> dict[str, Value]:
+    """The fields a method holds constant."""
+    literals = [each for each in rule.peft_fields if not names_in(each.value)]
+    return {each.name: constant(each.value) for each in literals}
+
+
+def decided_fields(rule: MethodRule) -> dict[str, list[tree.PeftField]]:
+    """The fields that the value of one hyperparameter decides, by hyperparameter."""
+    found: dict[str, list[tree.PeftField]] = {}
+    for each in rule.peft_fields:
+        names = names_in(each.value)
+        if names and not (isinstance(each.value, tree.Name) or listed_flag(each) or masked_vector(each)):
+            found.setdefault(next(iter(names)), []).append(each)
+    return found
+
+
+def listed_fields(rule: MethodRule) -> dict[str, str]:
+    """The fields that list modules, with the flag that is true there."""
+    return {each.name: flag for each in rule.peft_fields if (flag := listed_flag(each))}
+
+
+def mask_field(rule: MethodRule) -> str:
+    """The field that lists which entries of a budgeted vector are kept; empty where there is none."""
+    return next((each.name for each in rule.peft_fields if masked_vector(each)), "")
+
+
+def pattern_fields(rule: MethodRule) -> dict[str, str]:
+    """The fields that have exceptions by module, with the field that holds them."""
+    return {each.name: each.pattern for each in rule.peft_fields if each.pattern}
+
+
+def undecided(config: Mapping[str, object], rule: MethodRule) -> list[str]:
+    """The fields whose values no value of their hyperparameter explains."""
+    return [
+        field.name
+        for name, fields in decided_fields(rule).items()
+        if deciding_value(config, rule, name) is None
+        for field in fields
+        if field.name in config
+    ]
+
+
+def deciding_value(config: Mapping[str, object], rule: MethodRule, name: str) -> tuple[Value] | None:
+    """The value of a hyperparameter that explains the fields it decides, in a tuple; None where there is none."""
+    hyperparameter = next(each for each in rule.hyperparameters if each.name == name)
+    given = [each for each in decided_fields(rule)[name] if each.name in config]
+    default = constant(hyperparameter.default)
+    # The default first: fields that say nothing leave it as it is.
+    for value in (default, *domain(hyperparameter)):
+        if all(same(translated(each, name, value), config[each.name]) for each in given):
+            return (value,)
+    return None
 
 
 def mismatches(config: Mapping[str, object], rule: MethodRule) -> list[tuple[str, Value]]:
     """The fields a method holds constant to which a configuration gives another value, with the constant."""
-    mapped = mapped_fields(rule)
-    constants = [(name, constant(value)) for name, value in rule.peft_fields if name not in mapped]
-    return [(name, value) for name, value in constants if config.get(name, value) != value]
+    constants = constant_fields(rule).items()
+    return [(name, value) for name, value in constants if not same(value, config.get(name, value))]
+
+
+def same(ours: Value, theirs: object) -> bool:
+    """Whether two values are equal and both or neither of them a flag."""
+    return ours == theirs and isinstance(ours, bool) == isinstance(theirs, bool)
 
 
 def typed(raw: object, hyperparameter: tree.Hyperparameter) -> Value:

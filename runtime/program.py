@@ -1,18 +1,30 @@
 """A graph bound to live modules, ready to be called."""
 
 import math
+import operator
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx, nn
 
+from peftc.passes.hoist import PIECES
 from peftc.passes.traced import Traced
 from peftc.runtime import caches, nest
 from peftc.runtime.call import Call
 from peftc.runtime.slots import Slots
 
 Constants = Mapping[str, torch.Tensor | nn.Module]
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """A graph in the forms that run: for torch.compile, for Python, and what computes the pieces the latter reads."""
+
+    traceable: fx.Graph
+    plain: fx.Graph
+    prologue: fx.Graph | None = None
 
 
 class Program:
@@ -23,7 +35,7 @@ class Program:
     trace, and a plain function, lowered further, for Python to run. Both graphs are taken over.
     """
 
-    def __init__(self, traced: Traced, traceable: fx.Graph, plain: fx.Graph, model: nn.Module, slots: Slots):
+    def __init__(self, traced: Traced, lowered: Lowered, model: nn.Module, slots: Slots):
         self.traced = traced
         self.form: nest.Form = traced.outputs  # type: ignore[assignment]
         self.layout: caches.Layout | None = traced.cache  # type: ignore[assignment]
@@ -31,8 +43,9 @@ class Program:
         self.count = nest.count_tensors(self.form)
         find = _finder(model, slots)
         self._guard = _guard(traced.guards)
-        self.function = _function(plain, traced.constants, find)
-        self.module = _module(traceable, traced.constants, find)
+        self.pieces = None if lowered.prologue is None else Pieces(lowered.prologue, find)
+        self.function = _function(lowered.plain, traced.constants, find, self.pieces)
+        self.module = _module(lowered.traceable, traced.constants, find)
 
     def fits(self, call: Call) -> bool:
         """Whether the sizes the trace is bound to are those of the call."""
@@ -48,8 +61,12 @@ class Program:
         if call.cache is not None:
             assert self.layout is not None
             tensors = tensors + caches.read(call.cache, self.layout, call.rows, tensors[0].device)
-        run = self.module.forward if torch.compiler.is_compiling() else self.function
-        leaves = list(run(*tensors))
+        if torch.compiler.is_compiling():
+            leaves = list(self.module.forward(*tensors))
+        else:
+            if self.pieces is not None:
+                self.pieces.refresh()
+            leaves = list(self.function(*tensors))
         cache = call.cache
         if self.returns_cache:
             assert self.layout is not None
@@ -59,6 +76,40 @@ class Program:
             else:
                 caches.store(cache, self.layout, kept)
         return nest.rebuild(self.form, leaves, cache)
+
+
+class Pieces:
+    """What a graph reads that weights and parameters alone decide; computed anew when one of them changed."""
+
+    def __init__(self, prologue: fx.Graph, find: "Finder"):
+        targets = [str(node.target) for node in prologue.find_nodes(op="get_attr")]
+        self._sources = [
+            (_held(find(owner), leaf), leaf) for owner, _, leaf in (each.rpartition(".") for each in targets)
+        ]
+        self._compute = _function(prologue, {}, find, None)
+        self._seen: list[torch.Tensor] = []
+        self._versions: list[int] = []
+        self.values: dict[str, torch.Tensor] = {}
+
+    def refresh(self) -> None:
+        """Compute the pieces unless every tensor is the one it was, unwritten since."""
+        now = [held[leaf] for held, leaf in self._sources]
+        if torch.is_grad_enabled() and any(each.requires_grad for each in now):
+            self._seen = []
+            self._put(self._compute())
+            return
+        try:
+            versions = [each._version for each in now]
+        except RuntimeError:  # a tensor made in inference mode does not tell whether it was written to
+            versions = []
+        if versions and versions == self._versions and all(map(operator.is_, now, self._seen)):
+            return
+        with torch.no_grad():
+            self._put(self._compute())
+        self._seen, self._versions = (now, versions) if versions else ([], [])
+
+    def _put(self, values: tuple[torch.Tensor, ...]) -> None:
+        self.values.update({f"p{index}": value for index, value in enumerate(values)})
 
 
 Guard = Callable[[list[torch.Size]], bool]
@@ -107,7 +158,9 @@ def _module(graph: fx.Graph, constants: Constants, find: Finder) -> fx.GraphModu
     return module
 
 
-def _function(graph: fx.Graph, constants: Constants, find: Finder) -> Callable[..., tuple[torch.Tensor, ...]]:
+def _function(
+    graph: fx.Graph, constants: Constants, find: Finder, pieces: Pieces | None
+) -> Callable[..., tuple[torch.Tensor, ...]]:
     """Takes the graph over: a function of its inputs.
 
     `nn.Module` looks an attribute up in microseconds, which hundreds of weights a token add up. Here a name stands for
@@ -122,7 +175,11 @@ def _function(graph: fx.Graph, constants: Constants, find: Finder) -> Callable[.
             setattr(root, node.target, constants[target])
             continue
         owner, _, leaf = target.rpartition(".")
-        held = _held(find(owner), leaf)
+        if owner == PIECES:
+            assert pieces is not None
+            held: dict[str, Any] = pieces.values
+        else:
+            held = _held(find(owner), leaf)
         short = names.setdefault(id(held), f"n{len(names)}")
         if not hasattr(root, short):
             namespace = _Names()

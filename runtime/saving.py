@@ -2,7 +2,7 @@
 
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from os import PathLike
@@ -15,14 +15,13 @@ from torch import nn
 
 from peftc.grammar import layout
 from peftc.grammar.diagnostics import CheckpointError, SpecError, UsageError, fail
-from peftc.grammar.format import format_file
-from peftc.grammar.library import builtin_methods
-from peftc.grammar.spec import AdapterSpec, Spec
-from peftc.grammar.write import to_tree
-from peftc.passes.plan import AdapterPlan, ParamKey
+from peftc.grammar.spec import AdapterSpec
+from peftc.passes.plan import AdapterPlan
 from peftc.runtime.adapter_files import adapter_directory, locate, read_adapter, write_adapter, write_files
-from peftc.runtime.bank import AdapterParameters, prepared, trained_keys
-from peftc.runtime.checkpoint import checkpoint_keys, fit
+from peftc.runtime.bank import AdapterParameters, trained_keys
+from peftc.runtime.base import base_tensors, is_adapters
+from peftc.runtime.checkpoint import Entry, entries, fit, kept_masks, unpruned
+from peftc.runtime.initial import initial
 from peftc.runtime.manifest import (
     AdapterFacts,
     Manifest,
@@ -33,6 +32,8 @@ from peftc.runtime.manifest import (
     write_manifest,
 )
 from peftc.runtime.peft_config import read_config, write_config
+from peftc.runtime.peft_rule import mask_field
+from peftc.runtime.spec_config import check_growth, known_methods, spec_text
 from peftc.runtime.state import BANK, AdapterState
 
 # A Trainer resumes a model that is not peft's only from this file, and saves nowhere else under such names.
@@ -83,7 +84,7 @@ class Saving(nn.Module):
             self._save(adapter, adapter_directory(root, name), state_dict, base_fingerprint)
         if _TRAINER_CHECKPOINT.fullmatch(root.name):
             given = self.state_dict() if state_dict is None else state_dict
-            own = {key: value.detach().cpu().contiguous() for key, value in given.items() if _is_adapters(key)}
+            own = {key: value.detach().cpu().contiguous() for key, value in given.items() if is_adapters(key)}
             write_files(root, {TRAINER_STATE: lambda path: save_file(own, path, metadata={"format": "pt"})})
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
@@ -93,8 +94,8 @@ class Saving(nn.Module):
         """
         _unshare(self, state_dict)
         result = super().load_state_dict(state_dict, strict=strict, assign=assign)
-        if not strict and all(_is_adapters(key) for key in state_dict):
-            result.missing_keys[:] = [key for key in result.missing_keys if _is_adapters(key)]
+        if not strict and all(is_adapters(key) for key in state_dict):
+            result.missing_keys[:] = [key for key in result.missing_keys if is_adapters(key)]
         if assign:
             self._adapter_state.refresh()
         return result
@@ -112,12 +113,14 @@ class Saving(nn.Module):
         local_files_only: bool = False,
         allow_pickle: bool = False,
         autocast_adapter_dtype: bool = True,
+        use: str | PathLike[str] | None = None,
     ) -> None:
         """Load an adapter from a directory or the Hub beside the others; it becomes active if none is.
 
         Everything is checked before anything changes: the config, every key and shape, the base. Raises
         CheckpointError or UsageError. A manifest of another base only warns: the shapes fit, the user may know better.
-        float16 and bfloat16 adapters become float32 unless `autocast_adapter_dtype` is False, as in PEFT.
+        float16 and bfloat16 adapters become float32 unless `autocast_adapter_dtype` is False, as in PEFT. `use` is an
+        `.adapter` file with methods of your own; what peftc saved needs none, the definition is in the checkpoint.
         """
         state = self._adapter_state
         if adapter_name in state.names():
@@ -133,15 +136,21 @@ class Saving(nn.Module):
             local_files_only=local_files_only,
         )
         config, tensors = read_adapter(directory, allow_pickle=allow_pickle)
-        facts = read_config(config, methods=builtin_methods(), adapter_name=adapter_name, where=str(directory))
+        methods = known_methods(config, directory, use)
+        facts = read_config(config, methods=methods, adapter_name=adapter_name, where=str(directory))
         for message in facts.warnings:
             warnings.warn(message, stacklevel=2)
         plan = self._planned(facts.spec, directory)
-        base = dict(self._base_tensors())
+        base = dict(base_tensors(self, self._adapter_state.merged))
         shapes = {name: tuple(tensor.shape) for name, tensor in base.items()}
+        tensors, masks = unpruned(plan, tensors, facts.masks, where=str(directory))
         fitted = fit(plan, tensors, where=str(directory), base_shapes=shapes, base_tensors=base.get)
+        check_growth(plan, fitted, directory)
         self._check_manifest(directory)
-        adapter = AdapterParameters(plan, prepared(plan, fitted, autocast_adapter_dtype), trained_keys(plan))
+        made = initial(plan, base.get, fitted, upcast=autocast_adapter_dtype)
+        adapter = AdapterParameters(plan, made, trained_keys(plan))
+        if adapter.allocator is not None:
+            adapter.allocator.restore(masks, adapter.tensor)
         adapter.train_only(is_trainable)
         state.add(adapter)
         state.facts.task_type = state.facts.task_type or facts.task_type
@@ -150,13 +159,7 @@ class Saving(nn.Module):
 
     def base_fingerprint(self) -> str:
         """A digest of the base's names, shapes and sampled contents, without what is merged."""
-        return fingerprint(self._base_tensors())
-
-    def _base_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        merged = self._adapter_state.merged
-        for name, tensor in self.state_dict(keep_vars=True).items():
-            if not _is_adapters(name):
-                yield name, merged.get(name, tensor)
+        return fingerprint(base_tensors(self, self._adapter_state.merged))
 
     def requires_grad_(self, requires_grad: bool = True) -> "Saving":
         """As torch's, for every parameter. A base that is to be trained gets storage of its own first."""
@@ -179,7 +182,11 @@ class Saving(nn.Module):
     ) -> dict[str, torch.Tensor]:
         """An adapter's tensors under the keys PEFT saves them by."""
         adapter = self._adapter_state.adapter(adapter_name)
-        return {key: _value(adapter, own, state_dict) for key, own in checkpoint_keys(adapter.plan).items()}
+        saved = {key: entry for key, entry in entries(adapter.plan).items() if entry.written}
+        found = {key: _value(adapter, entry, state_dict) for key, entry in saved.items()}
+        if adapter.allocator is None or not mask_field(adapter.plan.spec.rule):
+            return found
+        return {key: adapter.allocator.pruned(saved[key].key, value) for key, value in found.items()}
 
     def _save(
         self,
@@ -191,12 +198,15 @@ class Saving(nn.Module):
         plan, facts = adapter.plan, self._adapter_state.facts
         config = write_config(
             plan,
-            module_names=[name for name, _ in self.named_modules() if name and not _is_adapters(name)],
+            module_names=[name for name, _ in self.named_modules() if name and not is_adapters(name)],
             base_model_name_or_path=facts.base_name,
             task_type=facts.task_type,
             revision=facts.base_revision,
         )
-        spec = format_file(to_tree(Spec((plan.spec,), ((plan.name, 1.0),))))
+        field, allocator = mask_field(plan.spec.rule), adapter.allocator
+        if field and allocator is not None and allocator.masks:
+            config[field] = kept_masks(plan, allocator.masks)
+        spec = spec_text(plan.spec)
         manifest = Manifest(
             base_id=facts.base_name,
             base_revision=facts.base_revision,
@@ -247,7 +257,7 @@ def versions() -> dict[str, str]:
 
 def _unshare(model: nn.Module, state_dict: Mapping[str, Any] | None) -> None:
     """Give the model tensors of its own where a state dict (None: training) will change what it shares; ties stay."""
-    base = [(name, each) for name, each in model.named_parameters(remove_duplicate=False) if not _is_adapters(name)]
+    base = [(name, each) for name, each in model.named_parameters(remove_duplicate=False) if not is_adapters(name)]
     own = {
         id(each): nn.Parameter(each.detach().clone(), requires_grad=each.requires_grad)
         for name, each in base
@@ -264,10 +274,7 @@ def _unshare(model: nn.Module, state_dict: Mapping[str, Any] | None) -> None:
             model.get_submodule(owner)._parameters[leaf] = own[id(each)]
 
 
-def _is_adapters(name: str) -> bool:
-    return name == BANK or name.startswith(f"{BANK}.")
-
-
-def _value(adapter: AdapterParameters, key: ParamKey, state_dict: Mapping[str, torch.Tensor] | None) -> torch.Tensor:
-    given = (state_dict or {}).get(f"{BANK}.{adapter.plan.name}.{adapter.attribute(key)}")
-    return adapter.tensor(key) if given is None else given
+def _value(adapter: AdapterParameters, entry: Entry, state_dict: Mapping[str, torch.Tensor] | None) -> torch.Tensor:
+    given = (state_dict or {}).get(f"{BANK}.{adapter.plan.name}.{adapter.attribute(entry.key)}")
+    value = adapter.tensor(entry.key) if given is None else given
+    return value if value.shape == entry.shape else value.detach().reshape(entry.shape)

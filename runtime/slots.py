@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from peftc.passes.plan import ParamKey
-from peftc.passes.structure import FLOAT, copy_role, copy_slot, site_slot, weighted
+from peftc.passes.structure import FLOAT, copy_role, copy_slot, site_slot, slot_role, weighted
 from peftc.runtime.bank import AdapterParameters
 
 Binding = tuple[dict[str, Any], str, torch.Tensor | float]
@@ -31,12 +31,13 @@ class Slots:
         found: list[Binding] = []
         for at in plan.sites:
             slot = self.module(site_slot(position, at.site.name))
-            tensors = [adapter.tensor(ParamKey(name, at.site.name, param.role)) for param in at.bound.params]
+            tensors = [adapter.tensor(at.key(name, param)) for param in at.bound.params]
             for param, tensor in zip(at.bound.params, tensors, strict=True):
-                found.append(_binding(slot, param.role, tensor))
+                found.append(_binding(slot, slot_role(param.role), tensor))
+            like = next((each for each in tensors if each.is_floating_point()), torch.empty(0))
             for scalar, value in scalars(adapter, at.site.name, weight).items():
-                found.append(_binding(slot, scalar, tensors[0].new_tensor(value)))
-                found.append((slot.__dict__, FLOAT + scalar, value))
+                found.append(_binding(slot, slot_role(scalar), like.new_tensor(value)))
+                found.append((slot.__dict__, FLOAT + slot_role(scalar), value))
         for copy in plan.copies:
             slot = self.module(copy_slot(position, copy.module))
             for tensor_name, _, _ in copy.tensors:
@@ -49,7 +50,7 @@ def scalars(adapter: AdapterParameters, site: str, weight: float) -> dict[str, f
     """The scalars of an adapter at a site, the activation weight folded into the one that carries it."""
     bound = adapter.planned[site].bound
     values = dict(bound.scalars)
-    _, carrier = weighted(bound.weight)
+    _, carrier = weighted(bound.weight, bound.bias)
     if carrier is not None:
         values[carrier] = values.get(carrier, 1.0) * weight
     return values

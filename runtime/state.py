@@ -12,7 +12,8 @@ from peftc.passes.emit import fake_like
 from peftc.passes.plan import AdapterPlan
 from peftc.passes.structure import structure_of, weighted
 from peftc.runtime.bank import AdapterParameters
-from peftc.runtime.engine import Engine, Specialisation
+from peftc.runtime.engine import Engine, Tenant
+from peftc.runtime.merge import Replaced
 from peftc.runtime.slots import Binding, bind
 
 Active = tuple[tuple[str, float], ...]
@@ -38,11 +39,11 @@ class AdapterState:
     bank: nn.Module
     active: Active = ()
     enabled: bool = True
-    merged: dict[str, torch.Tensor] = field(default_factory=dict)  # full name -> the base's own tensor
+    merged: Replaced = field(default_factory=dict)  # full name -> the base's own tensor
     merged_active: Active = ()
     requires_grad: Mapping[str, bool] = field(default_factory=dict)  # the user's model's own, given back on unload
     facts: Facts = field(default_factory=Facts)
-    _prepared: dict[Active, tuple[Specialisation, list[Binding]]] = field(default_factory=dict)
+    _prepared: dict[Active, tuple[Tenant, list[Binding]]] = field(default_factory=dict)
 
     def adapter(self, name: str) -> AdapterParameters:
         """The adapter of that name. Raises UsageError with the nearest names."""
@@ -81,7 +82,7 @@ class AdapterState:
         Raises UsageError, before anything changes, for an unknown name, a name twice, a weight its method cannot
         carry, or two adapters that train a copy of the same tensor.
         """
-        specialisation, bindings = self._prepared.get(active) or self._prepare(active)
+        tenant, bindings = self._prepared.get(active) or self._prepare(active)
         chosen = {name for name, _ in active}
         self.active = active
         if trainable is not None:
@@ -89,9 +90,10 @@ class AdapterState:
                 self.adapter(name).train_only(trainable and name in chosen)
         if self.enabled and not self.merged:
             bind(bindings)
-            self.engine.activate(specialisation, self._slot_value)
+            can_train = any(self.adapter(name).is_trainable for name in chosen)
+            self.engine.activate(tenant if can_train == tenant.trainable else self._retrained(active, can_train))
         else:
-            self.engine.activate(self.engine.plain, self._slot_value)
+            self.engine.activate(self.engine.plain)
 
     def refresh(self) -> None:
         """Look at every tensor again: they were moved or replaced."""
@@ -112,24 +114,35 @@ class AdapterState:
         copied.activate(self.active)
         return copied
 
-    def _prepare(self, active: Active) -> tuple[Specialisation, list[Binding]]:
+    def _retrained(self, active: Active, trainable: bool) -> Tenant:
+        """The same adapters where they can, or can no longer, be trained: another choice of lowerings."""
+        before, bindings = self._prepared[active]
+        tenant = replace(before, trainable=trainable, choices={})
+        self._prepared[active] = (tenant, bindings)
+        return tenant
+
+    def _prepare(self, active: Active) -> tuple[Tenant, list[Binding]]:
         adapters = [self.adapter(name) for name, _ in active]
         _check(active, adapters)
         specialisation = self.engine.specialisation(structure_of([(each.plan, each.dtypes()) for each in adapters]))
         bindings: list[Binding] = []
         for position, (adapter, (_, weight)) in enumerate(zip(adapters, active, strict=True)):
             bindings += self.engine.slots.bindings(position, adapter, weight)
-        self._prepared[active] = (specialisation, bindings)
-        return specialisation, bindings
 
-    def _slot_value(self, position: int, site: str, role: str, near: fx.Node) -> torch.Tensor:
-        """A fake tensor like the one in a slot of the active adapters."""
-        name, _ = self.active[position]
-        adapter = self.adapter(name)
-        keys = {key.role: tensor for key, tensor in adapter.items() if key.site == site}
-        if role in keys:
-            return fake_like(keys[role].shape, keys[role].dtype, near)
-        return fake_like((), next(iter(keys.values())).dtype, near)
+        def lookup(position: int, site: str, role: str) -> torch.Tensor:
+            adapter = adapters[position]
+            return adapter.at_site(site)[role]
+
+        def slot_value(position: int, site: str, role: str, near: fx.Node) -> torch.Tensor:
+            tensors = adapters[position].at_site(site)
+            if role in tensors:
+                return fake_like(tensors[role].shape, tensors[role].dtype, near)
+            kinds = [each.dtype for each in tensors.values() if each.is_floating_point()]
+            return fake_like((), kinds[0] if kinds else torch.float32, near)
+
+        penalties = tuple(each.penalty for each in adapters if each.allocator is not None)
+        self._prepared[active] = (Tenant(specialisation, slot_value, lookup, penalties=penalties), bindings)
+        return self._prepared[active]
 
 
 def _check(active: Active, adapters: Sequence[AdapterParameters]) -> None:
@@ -140,7 +153,7 @@ def _check(active: Active, adapters: Sequence[AdapterParameters]) -> None:
     copied: dict[str, str] = {}
     for (name, weight), adapter in zip(active, adapters, strict=True):
         for at in adapter.plan.sites:
-            if weight != 1.0 and weighted(at.bound.weight)[1] is None:
+            if weight != 1.0 and weighted(at.bound.weight, at.bound.bias)[1] is None:
                 message = f"method {at.bound.rule.name!r} of adapter {name!r} cannot be weighted"
                 fail(UsageError, "E513", message, help="activate it with weight 1")
         for copy in adapter.plan.copies:

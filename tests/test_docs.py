@@ -19,9 +19,10 @@ import pytest
 
 from peftc.compiler import cli
 from peftc.grammar.elaborate import read_spec
+from peftc.grammar.library import builtin_methods
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/tutorial.md", "docs/how-it-works.md", "CONTRIBUTING.md")
+PAGES = ("README.md", "docs/tutorial.md", "docs/own-method.md", "docs/how-it-works.md", "CONTRIBUTING.md")
 
 # Installing and running the tests from the tests would go in circles; `.ci/run` runs these.
 EXEMPT = ("python3 -m venv ", ".venv/bin/", ".ci/", "MYPY=", "git ")
@@ -135,6 +136,12 @@ def test_the_readme_shows_a_real_message(workshop, monkeypatch, capfd):
     (workshop / "support.adapter").write_text(spec.replace("q_proj", "q_porj"), encoding="utf-8")
     command = Command("peftc check support.adapter examples/tiny-llama", tuple(message.splitlines()))
     run(command, "README.md", monkeypatch, capfd)
+
+
+def test_the_readme_names_every_method():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (paragraph,) = re.findall(r"each a file of the language: (.*?)\. They", text, re.DOTALL)
+    assert re.findall(r"`(\w+)`", paragraph) == list(builtin_methods())
 
 
 def test_the_api_reference_is_new():

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from peftc.grammar.elaborate import read_spec
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -51,3 +53,10 @@ def test_plain_module(tmp_path):
 def test_usage_is_in_the_docstring(program):
     text = (ROOT / "examples" / program).read_text(encoding="utf-8")
     assert f"python examples/{program}" in text
+
+
+def test_the_method_of_the_example_is_that_of_the_page():
+    page = (ROOT / "docs" / "own-method.md").read_text(encoding="utf-8")
+    block = re.search(r"^```adapter\n# gated\.adapter\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    assert block is not None
+    assert read_spec(block[1]) == read_spec(ROOT / "examples" / "gated.adapter")

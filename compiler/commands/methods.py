@@ -47,7 +47,8 @@ def _facts(rule: MethodRule) -> dict[str, Any]:
         "doc": rule.doc,
         "papers": [f"https://arxiv.org/abs/{each}" for each in _ARXIV.findall(rule.doc)],
         "kinds": list(rule.kinds),
-        "formula": expression.text(rule.weight),
+        "formula": "W" if rule.weight is None else expression.text(rule.weight),
+        "bias": "b" if rule.bias is None else expression.text(rule.bias),
         "lets": {name: expression.text(value) for name, value in rule.lets},
         "hyperparameters": [
             {
@@ -64,11 +65,15 @@ def _facts(rule: MethodRule) -> dict[str, Any]:
                 "shape": [expression.text(size) for size in each.shape],
                 "init": {kind or "any": expression.text(value) for kind, value in each.init},
                 "saved": {kind or "any": value for kind, value in each.saved},
+                "trained": each.trained,
+                "shared": each.shared,
             }
             for each in rule.params
         ],
         "peft_type": rule.peft_type or None,
-        "default_targets": {model_type: list(targets) for model_type, targets in rule.defaults},
+        "default_targets": {
+            model_type: [name for targets, _ in found for name in targets] for model_type, found in rule.defaults
+        },
         "definition": _definition(rule),
     }
 

@@ -254,13 +254,61 @@ def test_methods_of_a_file(place):
     assert "did you mean 'lora'" in missing.err
 
 
+# --- drift ---
+
+
+def test_drift_of_a_checkpoint_is_what_merging_does(checkpoint):
+    weights = load_file(checkpoint / "adapter_model.safetensors")
+    save_file({name: each + 0.1 for name, each in weights.items()}, checkpoint / "adapter_model.safetensors")
+    done = peftc("drift", "theirs", "tiny", "--dtype", "bfloat16", "--json")
+    assert done.code == 0
+    found = done.json
+    assert found["adapters"] == ["default"]
+    assert len(found["tensors"]) == 2 * CONFIG["num_hidden_layers"]
+    assert {each["dtype"] for each in found["tensors"]} == {"bfloat16"}
+    assert found["largest"] == max(each["largest"] for each in found["tensors"]) > 0
+    assert 0 < found["relative"] < 2**-8
+    model = compiler.find_model("tiny")
+    again = compiler.drift(checkpoint, model, dtype="bfloat16")
+    assert again.outputs is not None
+    assert (again.largest, again.outputs.divergence) == (found["largest"], found["outputs"]["divergence"])
+    shown = peftc("drift", "theirs", "tiny", "--dtype", "bfloat16")
+    assert f"at most {found['largest']:.3g} from the exact value" in shown.out
+    assert "[0..2].self_attn." in shown.out
+    assert "nats apart" in shown.out
+
+
+def test_drift_of_a_spec_and_of_a_factory(place):
+    done = peftc("drift", "spec.adapter", "tiny")
+    assert done.code == 0
+    assert "at most 0 from the exact value, 0 of the largest" in done.out
+    (place / "made.py").write_text(
+        "import torch\n\n\ndef make():\n    return torch.nn.Sequential(torch.nn.Linear(4, 3)), (torch.ones(2, 4),)\n"
+        "\n\ndef bare():\n    return torch.nn.Sequential(torch.nn.Linear(4, 3))\n"
+    )
+    (place / "net.adapter").write_text('adapter a = lora(rank = 2) { on {"0"} }')
+    assert peftc("drift", "net.adapter", "made:make", "--json").json["outputs"]["divergence"] is None
+    assert peftc("drift", "net.adapter", "made:bare", "--json").json["outputs"] is None
+    assert "not compared" in peftc("drift", "net.adapter", "made:bare").out
+
+
+@pytest.mark.parametrize(
+    ("given", "code", "exit"),
+    [(("gone", "tiny"), "E308", 3), (("gone.adapter", "tiny"), "E101", 3), (("spec.adapter", "./gone"), "E450", 3)],
+)
+def test_drift_of_what_is_not_there(given, code, exit, place, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    done = peftc("drift", *given, "--json")
+    assert (done.codes, done.code) == ([code], exit)
+
+
 # --- the group ---
 
 
 def test_help_lists_commands_and_exit_codes():
     done = peftc("--help")
     assert done.code == 0
-    for word in ("compile", "check", "fmt", "graph", "inspect", "decompile", "methods", "Exit codes", "130"):
+    for word in ("compile", "check", "fmt", "graph", "drift", "inspect", "decompile", "methods", "Exit codes", "130"):
         assert word in done.out
 
 

@@ -27,7 +27,9 @@ def test_examples_are_true(stdin, line, shown, monkeypatch):
         assert done.out == shown
 
 
-@pytest.mark.parametrize("command", ["compile", "check", "fmt", "graph", "inspect", "decompile", "methods"])
+@pytest.mark.parametrize(
+    "command", ["compile", "check", "explain", "fmt", "graph", "drift", "inspect", "decompile", "methods"]
+)
 def test_every_option_in_a_synopsis_exists(command):
     synopsis = re.search(rf"^`peftc {command} (.*)`$", PAGE, re.MULTILINE)
     assert synopsis is not None

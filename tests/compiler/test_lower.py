@@ -91,16 +91,17 @@ def test_lower_leaves_the_graph_alone(plain):
     _, engine, call = plain
     graph = engine.graph(call)
     before = str(graph)
-    traceable, lowered = lower(graph, autocast=False)
+    forms = lower(graph, autocast=False)
+    lowered = forms.plain
     assert str(graph) == before
     assert not any(node.target in NATIVE for node in lowered.nodes)
-    assert "fuse-low-rank" not in makers(graph) | makers(traceable)
+    assert "fuse-low-rank" not in makers(graph) | makers(forms.traceable)
     assert lowered.find_nodes(op="call_function", target=torch.Tensor.addmm_)
 
 
 def test_nothing_is_fused_under_autocast(plain):
     _, engine, call = plain
-    _, lowered = lower(engine.graph(call), autocast=True)
+    lowered = lower(engine.graph(call), autocast=True).plain
     assert "fuse-low-rank" not in makers(lowered)
 
 

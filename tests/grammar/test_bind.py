@@ -3,13 +3,14 @@ import math
 import pytest
 
 from peftc.grammar import algebra, tree
-from peftc.grammar.bind import bind, complete, partial
+from peftc.grammar.bind import Place, bind
 from peftc.grammar.check import check_method
 from peftc.grammar.diagnostics import SpecError
 from peftc.grammar.library import builtin_methods
 from peftc.grammar.parse import parse
 from peftc.grammar.rule import Init, MethodRule
 from peftc.grammar.source import Source
+from peftc.grammar.values import complete, partial
 
 LORA = builtin_methods()["lora"]
 
@@ -26,15 +27,22 @@ def rule(items: str, head: str = "rank: int = 8, alpha: float = 1") -> MethodRul
     return check_method(method)
 
 
-def bound(text: str = "", rows: int = 64, columns: int = 96, kind: str = "linear", **options):
+def bound(text: str = "", rows: int = 64, columns: int = 96, *, strict: bool = True, kind: str = "linear", **place):
     values = complete(LORA, arguments(text))
-    return bind(LORA, values, out_features=rows, in_features=columns, kind=kind, **options)
+    return bind(LORA, values, Place(kind, rows, columns, **place), strict=strict)
 
 
 def test_complete_fills_in_defaults_and_converts():
     values = complete(LORA, arguments("rank = 2 * 8, alpha = 32, rslora = true"))
-    assert values == (("rank", 16), ("alpha", 32.0), ("dropout", 0.0), ("rslora", True))
-    assert [type(value) for _, value in values] == [int, float, float, bool]
+    assert dict(values) == {
+        "rank": 16,
+        "alpha": 32.0,
+        "dropout": 0.0,
+        "rslora": True,
+        "bias": False,
+        "init": "default",
+    }
+    assert [type(value) for _, value in values] == [int, float, float, bool, bool, str]
     assert partial(LORA, arguments("alpha = 1")) == (("alpha", 1.0),)
     assert complete(LORA, arguments("rank = 4.0"))[0] == ("rank", 4)
 
@@ -73,7 +81,7 @@ def test_lora_at_a_linear():
         ("A", (4, 96), "lora_A.weight"),
         ("B", (64, 4), "lora_B.weight"),
     ]
-    assert found.params[0].init == Init("kaiming_uniform", (("a", math.sqrt(5)),))
+    assert found.params[0].init == Init("kaiming_uniform", (("a", math.sqrt(5)), ("copies", 1.0)))
 
 
 def test_the_tree_is_the_structure_and_not_the_factors():
@@ -103,9 +111,7 @@ def test_factors_without_a_name_get_one():
             "rank: int = 8, alpha: float = 4",
         ),
         (("rank", 8), ("alpha", 4.0)),
-        out_features=4,
-        in_features=4,
-        kind="linear",
+        Place("linear", 4, 4),
     )
     assert algebra.text(found.weight) == "W + c3 * (c2 * (c1 * A)) + c0 * ((c4 * C) * A) + c5 * (A * W)"
     assert dict(found.scalars)["c0"] == 4.0
@@ -123,7 +129,7 @@ def test_factors_without_a_name_get_one():
         ("dropout = 1", "E212", {}),
         ("dropout = -0.1", "E212", {}),
         ("dropout = 0.1", "E212", {"kind": "parameter"}),
-        ("", "E214", {"kind": "conv2d"}),
+        ("", "E214", {"kind": "other"}),
     ],
 )
 def test_bind_refuses(text, code, options):
@@ -133,9 +139,9 @@ def test_bind_refuses(text, code, options):
 
 
 def test_numbers_are_finite():
-    values = (("rank", 8), ("alpha", math.inf), ("dropout", 0.0), ("rslora", False))
+    values = tuple((name, math.inf if name == "alpha" else value) for name, value in complete(LORA, ()))
     with pytest.raises(SpecError, match="E213"):
-        bind(LORA, values, out_features=64, in_features=64, kind="linear")
+        bind(LORA, values, Place("linear", 64, 64))
 
 
 def test_a_checkpoint_may_have_a_rank_over_size():
@@ -144,10 +150,14 @@ def test_a_checkpoint_may_have_a_rank_over_size():
 
 def test_the_site_is_named():
     with pytest.raises(SpecError, match=r"rank = 65 is more than 'model\.q' of size 64 x 96 can use"):
-        bound("rank = 65", site="model.q")
+        bound("rank = 65", name="model.q")
 
 
-def test_a_method_of_full_matrices_does_not_fit_experts():
-    full = rule('param A[out, in] = zeros saved "A" W\' = W + A', "")
-    with pytest.raises(SpecError, match="E215"):
-        bind(full, (), out_features=4, in_features=4, kind="parameter", count=2)
+def test_tensors_without_one_size_of_their_own_are_stacked_in_front():
+    full = rule(
+        'param A[out, in] = zeros saved "A" param v[in] = zeros saved "v" param C[rank, rank] = zeros saved "C" '
+        "W' = W + A * v * sum(reshape(C, [1, rank * rank]), 1)",
+        "rank: int = 8",
+    )
+    found = bind(full, (("rank", 3),), Place("parameter", 4, 5, count=2))
+    assert [each.shape for each in found.params] == [(2, 4, 5), (2, 5), (2, 3, 3)]

@@ -22,11 +22,11 @@ def body(text: str, head: str = "rank: int = 8, alpha: float = 1") -> str:
 
 def test_the_built_in_lora():
     lora = builtin_methods()["lora"]
-    assert lora.kinds == ("linear", "conv1d", "embedding", "parameter")
-    assert [each.role for each in lora.params] == ["A", "B"]
+    assert {"linear", "conv1d", "embedding", "parameter"} <= set(lora.kinds)
+    assert [each.role for each in lora.params] == ["A", "B", "c"]
     assert lora.params[0].saved_for("embedding") == "lora_embedding_A"
     assert lora.params[0].saved_for("conv1d") == "lora_A.weight"
-    assert lora.default_targets("gpt2") == ("c_attn",)
+    assert lora.default_targets("gpt2") == ((("c_attn",), ()),)
     assert lora.default_targets("unheard_of") == ()
     assert lora.peft_type == "LORA"
     assert "2106.09685" in lora.doc
@@ -36,7 +36,8 @@ def test_default_targets_are_those_of_peft():
     constants = pytest.importorskip("peft.utils.constants")
     mapping = constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
     theirs = {name: set(targets) for name, targets in mapping.items() if not isinstance(targets, str)}
-    assert {name: set(targets) for name, targets in builtin_methods()["lora"].defaults} == theirs
+    ours = {name: [set(targets) for targets, _ in given] for name, given in builtin_methods()["lora"].defaults}
+    assert ours == {name: [targets] for name, targets in theirs.items()}
 
 
 def test_a_rule_does_not_depend_on_where_it_was_written():
@@ -55,6 +56,10 @@ def test_a_rule_does_not_depend_on_where_it_was_written():
         "W' = W + B @ drop(A, 0.5)",
         "let D = B @ A let s = alpha / sqrt(max(rank, 2)) W' = W + s * D",
         "W' = W + (B @ A if rank > 2 and alpha != 1 else W * (B @ A))",
+        "W' = W + alpha + B @ A",
+        "W' = alpha / (B @ A)",
+        "W' = W / (B @ A)",
+        "W' = sqrt(W) + (B @ A) / sqrt(alpha)",
     ],
 )
 def test_well_typed_bodies(text):
@@ -76,13 +81,13 @@ def test_sizes_are_compared_as_polynomials():
         ("W' = B @ A.T", "E133", "B @ A.T"),
         ("W' = A", "E133", "A"),
         ("W' = rank", "E133", "rank"),
-        ("W' = W + alpha", "E132", "W + alpha"),
-        ("W' = alpha / W", "E132", "alpha / W"),
-        ("W' = W / W", "E132", "W / W"),
+        ("W' = W % alpha", "E132", "W % alpha"),
+        ("W' = alpha ** W", "E132", "alpha ** W"),
+        ("W' = W // W", "E132", "W // W"),
         ("W' = W @ alpha", "E132", "W @ alpha"),
         ("W' = W + alhpa * (B @ A)", "E130", "alhpa"),
         ("W' = W + sqr(2) * (B @ A)", "E138", "sqr(2)"),
-        ("W' = W + sqrt(W) * (B @ A)", "E132", "W"),
+        ("W' = W + max(W, 2) * (B @ A)", "E132", "W"),
         ("W' = W + sqrt(1, 2) * (B @ A)", "E138", "sqrt(1, 2)"),
         ("W' = W + drop(alpha, 0.5) * (B @ A)", "E132", "alpha"),
         ("W' = W + (B @ A if alpha else W)", "E132", "alpha"),
@@ -107,6 +112,35 @@ def test_ill_typed_bodies(text, code, span):
     (diagnostic,) = caught.value.diagnostics
     assert diagnostic.code == code
     assert diagnostic.span is not None
+    assert diagnostic.span.text == span
+
+
+OPTIONAL = "rank: int = 8, alpha: float = none"
+
+
+@pytest.mark.parametrize(
+    "scale",
+    ["1 if alpha == none else alpha / rank", "alpha / rank if alpha != none else 1", "2 if alpha == none else 1"],
+)
+def test_what_may_be_none_is_a_number_where_it_is_not(scale):
+    assert check(body(f"let s = {scale} W' = W + s * (B @ A)", OPTIONAL)).weight
+
+
+@pytest.mark.parametrize(
+    ("scale", "span"),
+    [
+        ("alpha * 2", "alpha"),
+        ("2 * alpha if alpha == none else 1", "alpha"),
+        ("1 if rank == none else rank", "rank == none"),
+        ("1 if W == none else rank", "W == none"),
+        ("1 if none == alpha else alpha", "none"),
+    ],
+)
+def test_what_may_be_none_is_no_number_elsewhere(scale, span):
+    with pytest.raises(SpecError) as caught:
+        check(body(f"let s = {scale} W' = W + 2 * s * (B @ A)", OPTIONAL))
+    (diagnostic,) = caught.value.diagnostics
+    assert diagnostic.code == "E132"
     assert diagnostic.span.text == span
 
 

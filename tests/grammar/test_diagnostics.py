@@ -2,6 +2,7 @@
 
 import pytest
 
+from peftc.grammar.bind import Place, bind
 from peftc.grammar.diagnostics import SpecError
 from peftc.grammar.elaborate import read_spec
 from peftc.grammar.miss import misses
@@ -13,6 +14,10 @@ def method(body: str) -> str:
 
 
 PARAMS = '    param A[rank, in] = zeros saved "A"\n    param B[out, rank] = zeros saved "B"\n'
+
+LINEAR = Place("linear", 6, 9, name="model.q")
+BARE = Place("linear", 6, 9, has_bias=False, name="model.q")
+SMALL = Place("linear", 6, 4, name="model.q")
 
 BAD = {
     "empty": "",
@@ -68,7 +73,7 @@ BAD = {
     "method_wrong_shape": method(f"{PARAMS}    W' = B"),
     "method_without_prime": method(PARAMS),
     "method_unknown_name": method(f"{PARAMS}    W' = W + alhpa * (B @ A)"),
-    "method_number_plus_matrix": method(f"{PARAMS}    W' = W + alpha"),
+    "method_operator": method(f"{PARAMS}    W' = W % alpha"),
     "method_unused_param": method(f"{PARAMS}    W' = W * alpha"),
     "method_initialiser": method('    param A[out, in] = kaiming saved "A"\n    W\' = W + A'),
     "method_no_key": method("    param A[out, in] = zeros\n    W' = W + A"),
@@ -76,8 +81,36 @@ BAD = {
     "method_same_key": method(PARAMS.replace('"B"', '"A"') + "    W' = W + alpha * (B @ A)"),
     "method_unknown_kind": "method m() {\n    on liner\n    W' = W\n}",
     "method_untyped": "method m(rank = 8) {\n    on linear\n    W' = W\n}",
-    "method_unknown_function": method(f"{PARAMS}    W' = W + exp(alpha) * (B @ A)"),
-    "method_bias": "method m() {\n    on linear\n    b' = b\n}",
+    "method_unknown_function": method(f"{PARAMS}    W' = W + expo(alpha) * (B @ A)"),
+    "method_number_start": method('    param A[out, in] = rank saved "A"\n    W\' = W + alpha * A'),
+    "method_wrong_start": method('    param A[rank, in] = W saved "A"\n    W\' = W + alpha * sum(A, 0)'),
+    "method_condition_shapes": method(f"{PARAMS}    W' = W + alpha * (B @ A if rank > 2 else A)"),
+    "method_broadcast": method(f"{PARAMS}    W' = W + alpha * B * A"),
+    "method_function_shape": method(f"{PARAMS}    W' = W + alpha * block_diag(B @ A)"),
+    "method_function_option": method(f"{PARAMS}    W' = W + alpha * norm(B @ A, rank)"),
+    "method_function_of_a_number": method(f"{PARAMS}    W' = W + relu(alpha) * (B @ A)"),
+    "method_many_sizes": method('    param A[1, 1, 1, out, in] = zeros saved "A"\n    W\' = W + alpha * A'),
+    "method_bias_shape": method(f"{PARAMS}    W' = W + alpha * (B @ A)\n    b' = b @ A"),
+    "method_const_without_source": method("    const A[rank, in] = normal\n    W' = W + alpha * sum(A, 0)"),
+    "method_kept_once": method("    const A[in, in] = covariance once\n    W' = W + alpha * (W @ A)"),
+    "method_remade_from_once": method(
+        "    const A[in, in] = normal once\n    const B[in, in] = qr(A) recomputed\n    W' = W + alpha * (W @ B)"
+    ),
+    "method_saved_once": method('    const A[out, in] = normal saved "A" once\n    W\' = W + alpha * A'),
+    "method_inputs_shape": method('    const A[out, in] = second_moment saved "A"\n    W\' = W + alpha * A'),
+    "method_inputs_shared": method('    shared const A[in, in] = covariance saved "A"\n    W\' = W + alpha * (W @ A)'),
+    "method_const_of_chances": method("    const A[out, in] = zeros if rank > 3 else normal\n    W' = W + alpha * A"),
+    "method_unused_const": method("    const A[rank, in] = ones seeded 3\n    W' = alpha * W"),
+    "method_condition_not_boolean": method('    param A[out, in] = zeros saved "A" if rank\n    W\' = W + alpha * A'),
+    "method_seed_not_whole": method("    const A[out, in] = normal seeded alpha\n    W' = W + rank * A"),
+    "method_require_not_boolean": method(f"    require in % rank\n{PARAMS}    W' = W + alpha * (B @ A)"),
+    "method_shared_without_word": method('    sharred param A[out, in] = zeros saved "A"\n    W\' = W + A'),
+    "method_default_as_unknown": method(f"    default as loar_of_old\n{PARAMS}    W' = W + alpha * (B @ A)"),
+    "method_default_with": method(f"    default q for llama with rnk = 3\n{PARAMS}    W' = W + alpha * (B @ A)"),
+    "method_no_kinds": "method m() {\n    W' = W\n}",
+    "method_field_product": method(f"{PARAMS}    W' = W + alpha * (B @ A)\n    peft M {{ r = 2 * rank }}"),
+    "method_field_modules": method(f"{PARAMS}    W' = W + alpha * (B @ A)\n    peft M {{ r = modules(rank) }}"),
+    "method_other_prime": "method m() {\n    on linear\n    A' = W\n}",
 }
 
 MISSES = {
@@ -98,6 +131,33 @@ def test_bad_specs(golden, name):
     with pytest.raises(SpecError) as caught:
         read_spec(BAD[name] + "\n" if BAD[name].endswith(".adapter") else BAD[name])
     golden(f"diagnostics/{name}.txt", f"{caught.value}\n")
+
+
+# A method's items, and where it is put.
+AT_SITES = {
+    "require": ("require in % rank == 0 and out > rank", "W' = W + alpha", LINEAR),
+    "blocks": ('param C[rank, out // rank, in // rank] = zeros saved "C"', "W' = W + alpha * block_diag(C)", LINEAR),
+    "empty": ('param C[rank - 8] = zeros saved "C"', "W' = W + alpha * sum(C, 0)", LINEAR),
+    "condition": ('param A[out, in] = zeros saved "A" if rank > 8', "W' = W + alpha * A", LINEAR),
+    "shared_key": (
+        'param A[out, in] = zeros saved "A" if rank > 1 param B[out, in] = zeros saved "A" if rank < 9',
+        "W' = W + alpha * A + B",
+        LINEAR,
+    ),
+    "bias": ("", "W' = W + alpha + rank b' = relu(b)", BARE),
+    "bias_start": ('param c[out] = b saved "c"', "W' = W * alpha + rank b' = c", BARE),
+    "start": ("const Q[out, rank] = left_singular(W, rank) recomputed", "W' = alpha * Q @ Q.T @ W", SMALL),
+    "kind": ("", "W' = alpha * W + rank", Place("embedding", 6, 9, name="model.embed")),
+}
+
+
+@pytest.mark.parametrize("name", AT_SITES)
+def test_sites_a_method_does_not_fit(golden, name):
+    items, primes, place = AT_SITES[name]
+    spec = read_spec(f"{method(f'    {items}' + chr(10) + f'    {primes}')} {{\n    on model.q\n}}").adapters[0]
+    with pytest.raises(SpecError) as caught:
+        bind(spec.rule, spec.values, place, span=spec.on[0].span)
+    golden(f"diagnostics/site_{name}.txt", f"{caught.value}\n")
 
 
 @pytest.mark.parametrize("name", MISSES)

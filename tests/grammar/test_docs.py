@@ -5,6 +5,10 @@ import pytest
 
 from peftc.grammar.elaborate import read_spec
 from peftc.grammar.format import format_source
+from peftc.grammar.functions import FUNCTIONS
+from peftc.grammar.infer import DROP
+from peftc.grammar.initialisers import INITIALISERS
+from peftc.grammar.scalar import SCALAR_FUNCTIONS
 from peftc.grammar.source import Source
 
 PAGE = Path(__file__).parents[2] / "docs" / "language.md"
@@ -22,3 +26,38 @@ def test_every_example_means_something(kind, text):
     assert format_source(Source("docs/language.md", text))
     if kind == "adapter":
         assert read_spec(text).adapters
+
+
+# --- the tables ---
+
+
+def calls(head: str) -> dict[str, list[str]]:
+    """What stands in the first column of the table with this head: names, and what they take."""
+    text = PAGE.read_text(encoding="utf-8")
+    start = text.index(f"\n| {head} |") + 1
+    rows = text[start:].partition("\n\n")[0].splitlines()[2:]
+    written = [each for row in rows for each in re.findall(r"`([^`]+)`", row.split(" | ")[0])]
+    found = [re.fullmatch(r"(\w+)(?:\((.*)\))?", each) for each in written]
+    assert all(found), written
+    return {each[1]: each[2].split(", ") if each[2] else [] for each in found if each}
+
+
+def test_every_function_of_tensors_is_told_with_what_it_takes():
+    told = calls("function")
+    assert set(told) == {*FUNCTIONS, DROP}
+    for name, function in FUNCTIONS.items():
+        options = [option for option, _ in function.options]
+        assert len(told[name]) == function.operands + len(options), name
+        assert told[name][function.operands :] == options, name
+
+
+def test_every_initialiser_is_told_with_its_arguments():
+    told = calls("initialiser")
+    for name, arguments in INITIALISERS.items():
+        wanted = [each if default is None else f"{each} = {default:g}" for each, default in arguments]
+        assert told.pop(name) == wanted, name
+    assert not told
+
+
+def test_every_function_of_numbers_is_told():
+    assert set(calls("function of numbers")) == set(SCALAR_FUNCTIONS)

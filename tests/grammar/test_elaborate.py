@@ -16,7 +16,8 @@ def test_a_spec_from_text():
     """)
     first, second = spec.adapters
     assert first.rule is builtin_methods()["lora"]
-    assert dict(first.values) == {"rank": 4, "alpha": 8.0, "dropout": 0.0, "rslora": False}
+    assert first.values[:4] == (("rank", 4), ("alpha", 8.0), ("dropout", 0.0), ("rslora", False))
+    assert [name for name, _ in first.values] == [each.name for each in first.rule.hyperparameters]
     assert first.on[0].overrides == (("alpha", 2.0),)
     assert first.refine[0].overrides == (("rank", 8),)
     assert len(first.train) == 2

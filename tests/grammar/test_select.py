@@ -145,3 +145,44 @@ def test_ten_thousand_sites_are_quick():
 def test_a_pattern_that_no_parser_saw_is_told():
     with pytest.raises(SpecError, match="E149"):
         select(tree.PatternSelector("("), None, model())
+
+
+ATTENTION = Universe(
+    (
+        Candidate("layers.0.attn.in_proj_weight", "multihead_attention", 8, 24, attention="layers.0.attn"),
+        Candidate("layers.0.attn.out_proj", "linear", 8, 8, attention="layers.0.attn"),
+        Candidate("layers.0.up", "linear", 8, 16),
+        Candidate("conv", "conv2d", 27, 16),
+    ),
+    ("layers", "layers.0", "layers.0.attn", "layers.0.attn.out_proj", "layers.0.up", "conv"),
+)
+BOTH = ["0.attn.in_proj_weight", "0.attn.out_proj"]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("attn", BOTH),
+        ("layers[*].attn", BOTH),
+        (r'".*\.attn"', BOTH),
+        ("layers[-1].**", [*BOTH, "0.up"]),
+        ("all multihead_attention", BOTH),
+        ("attn.in_proj_weight", BOTH[:1]),
+        ("attn.out_proj", BOTH[1:]),
+        ("all linear", [BOTH[1], "0.up"]),
+        ("all linear where not multihead_attention", ["0.up"]),
+        ("attn where linear", BOTH[1:]),
+        ("all conv2d", ["conv"]),
+        ("** where conv2d and in_features == 3 * 3 * 3", ["conv"]),
+        ("all convolution1d", []),
+    ],
+)
+def test_a_multihead_attention_is_chosen_by_its_own_name_or_in_parts(text, expected):
+    assert chosen(text, ATTENTION) == expected
+
+
+def test_no_miss_for_the_name_of_a_multihead_attention():
+    (selector,) = clause("layers[0].attn").selectors
+    assert misses(selector, None, ATTENTION) == ()
+    (selector,) = clause("atn").selectors
+    assert "did you mean 'attn'?" in misses(selector, None, ATTENTION)[0].help

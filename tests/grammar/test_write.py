@@ -12,7 +12,7 @@ method mine(a: float = 2, mode: text("x", "y") = "x", on: bool = true) {
     default q, v for l, m
     default z for k
     default q, v for n
-    param A[out, in] = normal(0, 1) saved "A" on embedding = zeros saved "E"
+    param A[out, in] = normal(0, 1) saved "A" with kernel on embedding = zeros saved "E"
     let s = a if on else -a
     W' = W + s * A if mode == "x" else W - A
     peft MINE { alpha = a, mode = mode, fixed = 1 }

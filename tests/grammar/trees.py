@@ -23,7 +23,7 @@ leaves = (
 
 
 def _grow(inner):
-    operators = st.sampled_from(("+", "-", "*", "/", "//", "@", "**", "==", "!=", "<", "<=", ">", ">=", "and", "or"))
+    operators = st.sampled_from([*"+-*/%@<>", "//", "**", "==", "!=", "<=", ">=", "and", "or"])
     arguments = st.builds(tree.Argument, st.none() | names, inner)
     return (
         st.builds(tree.Binary, operators, inner, inner)
@@ -71,19 +71,49 @@ labels = names | texts
 terms = st.builds(tree.ActivateTerm, st.floats(-1e9, 1e9), labels)
 targets = st.lists(names | st.just("a.b") | texts, min_size=1, max_size=20).map(tuple)
 variants = st.builds(tree.Variant, kinds, expressions, texts)
+sizes = st.lists(expressions, min_size=1, max_size=3).map(tuple)
+fields = st.builds(tree.PeftField, names, expressions, st.just("") | names)
+stored = (
+    st.just({})
+    | st.just({"once": True})
+    | st.fixed_dictionaries({"seed": expressions})
+    | st.fixed_dictionaries({"saved": texts, "saved_when": st.none() | expressions, "seed": st.none() | expressions})
+)
 later_items = (
     st.builds(tree.DefaultItem, targets, targets)
+    | st.builds(tree.DefaultAsItem, names)
     | st.builds(
         tree.ParamItem,
         names,
-        st.lists(expressions, min_size=1, max_size=3).map(tuple),
+        sizes,
         expressions,
         texts,
         st.lists(variants, max_size=2).map(tuple),
+        kernel=st.booleans(),
+        shared=st.booleans(),
+        condition=st.none() | expressions,
+    )
+    | st.builds(
+        lambda stored, *rest, **more: tree.ConstItem(*rest, **stored, **more),
+        stored,
+        names,
+        sizes,
+        expressions,
+        shared=st.booleans(),
+        condition=st.none() | expressions,
     )
     | st.builds(tree.LetItem, names, expressions)
-    | st.builds(tree.PrimeItem, st.just("W"), expressions)
-    | st.builds(tree.PeftItem, names, st.lists(st.builds(tree.PeftField, names, expressions), max_size=3).map(tuple))
+    | st.builds(tree.RequireItem, expressions)
+    | st.builds(tree.CopiesItem, texts)
+    | st.builds(tree.UnreadItem, st.lists(texts, min_size=1, max_size=3).map(tuple))
+    | st.builds(
+        tree.AllocateItem,
+        names,
+        st.lists(names, min_size=1, max_size=3).map(tuple),
+        st.lists(st.builds(tree.Argument, names, expressions), max_size=3).map(tuple),
+    )
+    | st.builds(tree.PrimeItem, st.sampled_from(("W", "b")), expressions)
+    | st.builds(tree.PeftItem, names, st.lists(fields, max_size=3).map(tuple))
 )
 kinds_item = st.builds(tree.KindsItem, st.lists(names, min_size=1, max_size=3).map(tuple))
 items = st.builds(

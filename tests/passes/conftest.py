@@ -105,12 +105,43 @@ class Attention(nn.Module):
         return x[:, :, None].expand(rows, heads, 2, length, size).reshape(rows, heads * 2, length, size)
 
 
-MODELS = {each.__name__: each for each in (Two, Lookup, Experts, Tied, Attention)}
+class Scan(nn.Module):
+    """Convolutions of every number of axes: a strided one, a grouped and dilated one, one that wraps around."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.strided = nn.Conv2d(3, 4, (3, 2), stride=2, padding=1)
+        self.grouped = nn.Conv2d(4, 6, 2, dilation=2, groups=2, padding="same")
+        self.line = nn.Conv1d(6, 5, 3, padding=1, padding_mode="circular", bias=False)
+        self.solid = nn.Conv3d(5, 2, (1, 2, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        seen = self.grouped(torch.relu(self.strided(x)))
+        line = self.line(torch.tanh(seen).mean(-1))
+        return self.solid(line[:, :, None, :, None])
+
+
+class Packed(nn.Module):
+    """A MultiheadAttention that looks at itself, and one that looks at another sequence."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.own = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.other = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        seen = self.own(x, x, x, need_weights=False)[0]
+        return self.other(seen, y, y)[0]
+
+
+MODELS = {each.__name__: each for each in (Two, Lookup, Experts, Tied, Attention, Scan, Packed)}
 INPUTS: dict[str, tuple[torch.Tensor, ...]] = {
     "Two": (torch.zeros(2, 5, 4),),
     "Lookup": (torch.ones(2, 5, dtype=torch.long),),
     "Experts": (torch.zeros(3, 2, 5),),
     "Tied": (torch.ones(2, 5, dtype=torch.long),),
+    "Scan": (torch.zeros(2, 3, 9, 8),),
+    "Packed": (torch.zeros(2, 5, 8), torch.zeros(2, 3, 8)),
     "Attention": (torch.zeros(2, 5, 8), torch.ones(2, 1, 5, 5, dtype=torch.bool)),
 }
 
@@ -157,6 +188,10 @@ class Lab:
     def graph(self, name: str, training: bool = False) -> fx.Graph:
         """A copy of its trace."""
         return copy_graph(self._traced(name, training)[1].graph)
+
+    def copy(self, graph: fx.Graph) -> fx.Graph:
+        """A copy of a graph."""
+        return copy_graph(graph)
 
     def tensors(self, name: str, training: bool = False) -> dict[str, Any]:
         """What its trace reads."""

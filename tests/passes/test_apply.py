@@ -12,11 +12,14 @@ from torch.testing import assert_close
 from peftc.grammar import algebra as al
 from peftc.passes.apply import Apply, Dense, OneHot, compose, deltas, renamed
 from peftc.passes.emit import Emit, Origin
-from peftc.passes.materialise import Eager, materialise
+from peftc.passes.materialise import Values
+from peftc.passes.scene import Eager
+from peftc.passes.site import Site
 
 aten = torch.ops.aten
 OUT, IN = 4, 5
 SIZES = (2, 3, OUT, IN)
+SITE = Site("m", "weight", "linear", OUT, IN)
 
 
 @dataclass(frozen=True)
@@ -83,11 +86,24 @@ def lowered(lab, case, x, training=False):
     # Emit appends before a node: something stands where the output will be.
     end = hand.call(aten.relu.default, given)
     emit = Emit(hand.graph, end, Origin("test"), like=given)
-    apply = Apply(emit, attributes, scalars, lambda: attributes["W"], training)
+    apply = applied(emit, attributes, scalars, lambda: attributes["W"], training)
     activation = Dense(given) if x.is_floating_point() else OneHot(given, ())
     graph = hand.done(apply(case.matrix, activation))
     graph.lint()
     return graph
+
+
+def applied(emit, params, scalars, weight, training=False):
+    """The laws at a plain weight."""
+
+    def base(x):
+        if isinstance(x, OneHot):
+            return emit.call(aten.embedding.default, emit.call(aten.transpose.int, weight(), -1, -2), x.ids)
+        return emit.call(aten.linear.default, x.node, weight())
+
+    values = Values(emit, params, scalars, weight=weight)
+    sizes = {name: tuple(each.meta["val"].shape) for name, each in params.items()}
+    return Apply(emit, values, base, sizes, (OUT, IN), SITE, training)
 
 
 def tensors_of(case):
@@ -102,7 +118,7 @@ def compare(lab, case, x, graph):
     """Outputs and the gradients of everything they depend on."""
     tensors = tensors_of(case)
     got = lab.run(graph, tensors, x)
-    value = materialise(case.matrix, Eager(), tensors["W"], tensors, tensors)
+    value = Values(Eager(), tensors, tensors, weight=lambda: tensors["W"]).of(case.matrix)
     expected = torch.nn.functional.linear(x, value) if x.is_floating_point() else value.T[x]
     assert_close(got, expected)
     wanted = [*tensors.values(), *([x] if x.is_floating_point() else [])]
@@ -189,7 +205,7 @@ def test_the_weight_is_asked_for_only_where_it_is_needed(lab):
     x = hand.placeholder("x", 3, IN)
     params = {"A": hand.attribute("A", 2, IN), "B": hand.attribute("B", OUT, 2), "C": hand.attribute("C", OUT, IN)}
     emit = Emit(hand.graph, hand.call(aten.relu.default, x), Origin("test"), like=x)
-    apply = Apply(emit, params, {}, refuse, training=False)
+    apply = applied(emit, params, {}, refuse)
     apply(al.Sum(al.Product(al.Param("B"), al.Param("A")), al.Hadamard(al.Param("C"), al.Param("C"))), Dense(x))
     with pytest.raises(AssertionError, match="W was asked for"):
         apply(al.Hadamard(al.Weight(), al.Param("C")), Dense(x))
@@ -200,15 +216,25 @@ def test_an_adapter_computes_in_its_own_type(lab):
     x = hand.placeholder("x", 3, IN, dtype=torch.bfloat16)
     params = {"A": hand.attribute("A", 2, IN)}
     emit = Emit(hand.graph, hand.call(aten.relu.default, x), Origin("test"), like=x)
-    result = Apply(emit, params, {}, lambda: x, training=False)(al.Param("A"), Dense(x))
+    result = applied(emit, params, {}, lambda: x)(al.Param("A"), Dense(x))
     assert result.meta["val"].dtype == torch.float32
 
 
 def test_compose_puts_what_came_before_in_place_of_the_weight():
     first = al.Sum(al.Weight(), al.Param("D"))
     second = al.Sum(al.Weight(), al.Hadamard(al.Weight(), al.Param("E")))
-    assert al.text(compose((first, second))) == "W + D + (W + D) * E"
-    assert compose(()) == al.Weight()
+    weight, bias = compose(((first, None), (second, al.Scaled("s", al.Bias())), (al.Weight(), al.Bias())))
+    assert al.text(weight) == "W + D + (W + D) * E"
+    assert al.text(bias) == "s * b"
+    assert compose(()) == (al.Weight(), None)
+
+
+def test_a_bias_that_one_adapter_brings_is_there_for_the_next():
+    brings, doubles = al.Sum(al.Bias(), al.Param("c")), al.Scaled("s", al.Bias())
+    adapters = [(al.Weight(), each) for each in (doubles, brings, doubles, brings)]
+    assert al.text(compose(adapters, has_bias=False)[1]) == "s * c + c"
+    assert al.text(compose(adapters, has_bias=True)[1]) == "s * (s * b + c) + c"
+    assert compose(adapters[:1], has_bias=False)[1] is None
 
 
 def test_deltas():

@@ -3,9 +3,11 @@ import torch
 from torch.testing import assert_close
 
 from peftc.passes import driver
+from peftc.passes.apply import DropoutError
 from peftc.passes.clean import Clean
 from peftc.passes.driver import Miss
-from peftc.passes.insert_delta import Binding, DropoutError, InsertDelta
+from peftc.passes.insert_delta import InsertDelta
+from peftc.passes.uses import Use
 
 aten = torch.ops.aten
 FIRST = "adapter a = lora(rank = 2, alpha = 6) { on first }"
@@ -127,8 +129,8 @@ def test_check_says_how_the_weight_is_used(lab):
     (embed,) = (node for node in graph.find_nodes(op="get_attr") if node.target == "embed.weight")
     (looked,) = graph.find_nodes(op="call_function", target=aten.embedding.default)[:1]
     found = insert.check(looked, embed, sites["embed"])
-    assert isinstance(found, Binding)
-    assert found.use is looked
+    assert isinstance(found, Use)
+    assert found.node is looked
 
 
 def test_dropout_is_refused_where_there_is_no_activation_to_drop(lab):

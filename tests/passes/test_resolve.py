@@ -200,3 +200,19 @@ def test_base_contract_kept(entry, ground):
 
 def test_no_base_no_contract(ground):
     check_base(None, ground)
+
+
+def test_what_is_shared_must_be_the_same_everywhere(golden):
+    text = """method m(rank: int = 2) {
+    on linear
+    shared param A[rank, max_in] = zeros saved "A"
+    W' = W + sum(slice(A, 1, 0, in), 0)
+}
+adapter a = m {
+    on q
+    on v with rank = 3
+}"""
+    model = nn.ModuleDict({"q": nn.Linear(4, 4), "v": nn.Linear(3, 5)})
+    with pytest.raises(SpecError) as caught:
+        resolve(read_spec(text).adapters[0], survey(model))
+    golden("diagnostics/site_shared.txt", f"{caught.value}\n")

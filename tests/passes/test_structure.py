@@ -93,7 +93,16 @@ def test_slots():
 
 
 @pytest.mark.parametrize(
-    ("shape", "axis"), [(("rank", "in"), 0), (("out", "rank"), 1), (("out", "in"), 0), (("in", "out"), 0)]
+    ("shape", "axis"),
+    [
+        (("rank", "in"), 0),
+        (("out", "rank"), 1),
+        (("out", "in"), None),
+        (("in", "out"), None),
+        (("rank", "rank"), None),
+        (("rank",), None),
+        (("rank", "rank", "in"), None),
+    ],
 )
 def test_stacked_axis(shape, axis):
     param = ParamRule("A", tuple(tree.Name(each) for each in shape), (), ())

@@ -10,10 +10,11 @@ import transformers
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from peftc.grammar.bind import bind
+from peftc.grammar.bind import Place, bind
 from peftc.grammar.library import builtin_methods
 from peftc.grammar.rule import MethodRule
 from peftc.grammar.spec import AdapterSpec
+from peftc.grammar.values import complete
 from peftc.passes.plan import AdapterPlan, PlannedCopy, PlannedSite
 from peftc.passes.site import Site
 
@@ -51,7 +52,7 @@ class Planner:
         adapter: str = "default",
         **values: object,
     ) -> AdapterPlan:
-        defaults = {"rank": 8, "alpha": 8, "dropout": 0, "rslora": False, **values}
+        defaults = {**dict(complete(self.rule, ())), **values}
         sites = [self._planned(_site(model, name), {**defaults, **(by_site or {}).get(name, {})}) for name in names]
         copies = [self._copy(model, module) for module in train]
         if bias != "none":
@@ -64,16 +65,8 @@ class Planner:
         return AdapterPlan(spec, tuple(sites), tuple(copies))
 
     def _planned(self, site: Site, values: dict[str, object]) -> PlannedSite:
-        bound = bind(
-            self.rule,
-            tuple(values.items()),
-            out_features=site.out_features,
-            in_features=site.in_features,
-            kind=site.kind,
-            count=site.count,
-            strict=False,
-        )
-        return PlannedSite(site, bound)
+        place = Place(site.kind, site.out_features, site.in_features, site.count, site.has_bias, name=site.name)
+        return PlannedSite(site, bind(self.rule, tuple(values.items()), place, strict=False))
 
     def _copy(self, model: nn.Module, module: str) -> PlannedCopy:
         tensors = model.get_submodule(module).named_parameters()

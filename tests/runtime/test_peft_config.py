@@ -14,6 +14,7 @@ from peftc.grammar import tree
 from peftc.grammar.diagnostics import CheckpointError
 from peftc.grammar.library import builtin_methods
 from peftc.grammar.spec import Target
+from peftc.grammar.values import complete
 from peftc.runtime import peft_fields
 from peftc.runtime.peft_config import read_config, write_config
 from peftc.runtime.peft_names import layered_selector, minimal_endings, minimal_suffixes, value_pattern
@@ -58,14 +59,15 @@ def refusal(read, **config):
 
 def test_fields_become_hyperparameters(read, plan):
     facts = read(r=4, lora_alpha=16, lora_dropout=0.1, use_rslora=True)
-    assert dict(facts.spec.values) == {"rank": 4, "alpha": 16, "dropout": 0.1, "rslora": True}
+    given = {"rank": 4, "alpha": 16, "dropout": 0.1, "rslora": True}
+    assert dict(facts.spec.values) == {**dict(complete(plan.rule, ())), **given}
     assert facts.spec.rule is plan.rule
     assert facts.spec.name == "mine"
     assert not facts.spec.strict
 
 
-def test_absent_fields_take_the_methods_defaults(read):
-    assert dict(read().spec.values) == {"rank": 8, "alpha": 8, "dropout": 0, "rslora": False}
+def test_absent_fields_take_the_methods_defaults(read, plan):
+    assert read().spec.values == complete(plan.rule, ())
 
 
 def test_facts_that_are_not_in_a_spec(read):
@@ -107,7 +109,8 @@ def test_no_target_modules_mean_the_methods_defaults(read):
 def test_target_parameters_choose_parameters(read):
     spec = read(target_modules=[], target_parameters=["experts.up", "experts.down"]).spec
     chosen = (path("experts", "down"), path("experts", "up"))
-    assert spec.on == (Target(chosen, where=tree.Name("parameter")),)
+    held = tree.Binary("or", tree.Name("parameter"), tree.Name("multihead_attention"))
+    assert spec.on == (Target(chosen, where=held),)
 
 
 def test_other_clauses(read):
@@ -174,9 +177,13 @@ def test_layers_to_transform_are_read(read):
     assert not re.fullmatch(selector.pattern, "model.layers.0.self_attn.q_proj")
 
 
-@pytest.mark.parametrize("init", [True, False, "gaussian", "eva", "orthogonal"])
-def test_how_weights_started_does_not_matter(read, init):
-    assert read(init_lora_weights=init).spec == read().spec
+@pytest.mark.parametrize(
+    ("field", "init"),
+    [(True, "default"), (False, "random"), ("gaussian", "gaussian")],
+)
+def test_how_weights_started_is_kept_and_changes_nothing_else(read, field, init):
+    found = dict(read(init_lora_weights=field).spec.values)
+    assert found == {**dict(read().spec.values), "init": init}
 
 
 def test_everything_peft_writes_by_default_is_read(read):
@@ -209,10 +216,11 @@ def test_everything_peft_writes_by_default_is_read(read):
         ({"rank_pattern": [1]}, "field 'rank_pattern' = [1] is not an object"),
         ({"layers_to_transform": "all"}, "field 'layers_to_transform' = \"all\" is not a layer's index"),
         ({"layers_to_transform": 1, "target_modules": ".*q"}, "needs 'target_modules' to be a list"),
-        ({"use_dora": True}, "field 'use_dora' = true is not supported yet"),
+        ({"use_dora": True}, "field 'use_dora' = true is not supported by method 'lora': only false"),
         ({"layer_replication": [[0, 2]]}, "field 'layer_replication' = [[0, 2]] is not supported yet"),
         ({"trainable_token_indices": [1]}, "field 'trainable_token_indices' = [1] is not supported yet"),
-        ({"init_lora_weights": "pissa_niter_4"}, "this initialisation changed the base weights"),
+        ({"init_lora_weights": "pissa_niter_4"}, "this initialisation may have changed the base weights"),
+        ({"init_lora_weights": 3}, "field 'init_lora_weights' = 3 is not true, false or a text"),
         ({"init_lora_weights": "olora"}, "path_initial_model_for_weight_conversion"),
         ({"use_dorra": True}, "unknown field 'use_dorra' = true\n  help: did you mean 'use_dora'"),
     ],
@@ -242,7 +250,7 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
     max_leaves=5,
 )
-FIELDS = sorted({*peft_fields.HANDLED, *peft_fields.REFUSED, "r", "lora_alpha", "init_lora_weights", "nonsense"})
+FIELDS = sorted({*peft_fields.HANDLED, *peft_fields.HARMLESS, "r", "lora_alpha", "init_lora_weights", "nonsense"})
 
 
 @settings(max_examples=150, deadline=None)
@@ -287,6 +295,9 @@ def test_written_fields(tiny, plan):
         "lora_alpha": 16,
         "lora_dropout": 0.05,
         "use_rslora": False,
+        "use_dora": False,
+        "lora_bias": False,
+        "init_lora_weights": True,
     }
     assert isinstance(config["lora_alpha"], int)
 

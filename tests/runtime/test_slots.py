@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from peftc.runtime.bank import AdapterParameters, initial, trained_keys
+from peftc.runtime.bank import AdapterParameters, trained_keys
+from peftc.runtime.initial import initial
 from peftc.runtime.slots import Slots, bind, scalars
 
 
@@ -10,7 +11,7 @@ from peftc.runtime.slots import Slots, bind, scalars
 def adapter(plan):
     model = nn.ModuleDict({"q": nn.Linear(4, 3), "norm": nn.LayerNorm(3)})
     made = plan(model, ["q"], rank=2, alpha=6, train=["norm"])
-    return AdapterParameters(made, initial(made, model), trained_keys(made))
+    return AdapterParameters(made, initial(made, model.state_dict(keep_vars=True).get), trained_keys(made))
 
 
 def test_a_slot_is_made_once():
@@ -42,7 +43,7 @@ def test_binding_again_replaces(adapter, plan):
     bind(slots.bindings(0, adapter, 1.0))
     model = nn.ModuleDict({"q": nn.Linear(4, 3)})
     made = plan(model, ["q"], rank=3, alpha=3, adapter="other")
-    other = AdapterParameters(made, initial(made, model), trained_keys(made))
+    other = AdapterParameters(made, initial(made, model.state_dict(keep_vars=True).get), trained_keys(made))
     bind(slots.bindings(0, other, 1.0))
     slot = slots.module("slots.p0__q")
     assert slot.A.shape == (3, 4)

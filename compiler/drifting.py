@@ -1,0 +1,79 @@
+"""drift: what merging the adapters of a checkpoint or a spec into a model would cost."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from peftc.compiler.driver import AdaptedModel, apply, load
+from peftc.compiler.example_inputs import example_inputs
+from peftc.compiler.models import FoundModel, seeded
+from peftc.grammar.elaborate import read_spec
+from peftc.grammar.spec import Spec
+from peftc.runtime.drift import MergeDrift
+
+ROWS, LENGTH = 2, 32
+
+
+def drift(
+    adapters: Spec | str | PathLike[str],
+    model: FoundModel,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype | str | None = None,
+    use: str | PathLike[str] | None = None,
+) -> MergeDrift:
+    """Measure what merging would cost: `AdaptedModel.merge_drift` for adapters on disk.
+
+    Args:
+        adapters: A checkpoint's directory or Hub id, or a spec (a path to an `.adapter` file or a Spec), whose adapters
+            are fresh: most methods begin with W' = W, which loses nothing.
+        model: From `find_model`. Its example inputs are what is called; without some, tokens drawn from the seed.
+        seed: For those tokens, and the initial values of a spec's adapters.
+        dtype: Convert the base to this type first (`bfloat16`, or torch's own), as it would be served.
+        use: An `.adapter` file with methods of your own, for a checkpoint.
+
+    Returns:
+        The drift; without outputs for a model of which nothing is known that it could be called with.
+
+    Raises:
+        AdapterError: the spec, the checkpoint or the model is wrong.
+    """
+    if dtype is not None:
+        wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        model = replace(model, model=model.model.to(wanted))
+    with seeded(seed):
+        adapted = _adapted(adapters, model, use)
+        args, kwargs = _arguments(model)
+        return adapted.merge_drift(*args, **kwargs)
+
+
+def _adapted(adapters: Spec | str | PathLike[str], model: FoundModel, use: str | PathLike[str] | None) -> AdaptedModel:
+    if isinstance(adapters, Spec):
+        return apply(model.model, adapters)
+    if str(adapters).endswith(".adapter") or Path(adapters).is_file():
+        return apply(model.model, read_spec(Path(adapters)))
+    return load(model.model, adapters, use=use)
+
+
+def _arguments(found: FoundModel) -> tuple[Sequence[Any], Mapping[str, Any]]:
+    """Of a call of the model: random tokens for whatever takes tokens."""
+    given = found.example_inputs
+    if isinstance(given, torch.Tensor):
+        return (given,), {}
+    if given is not None:
+        return ((), given) if isinstance(given, Mapping) else (given, {})
+    config: Any = getattr(found.model, "config", None)
+    size = int(getattr(config, "vocab_size", None) or 2)
+    inputs = example_inputs(found.model) or {}
+    length = min(LENGTH, int(getattr(config, "max_position_embeddings", None) or LENGTH))
+    shape = (ROWS, length) if set(inputs) <= {"input_ids", "attention_mask", "decoder_input_ids"} else None
+    for name, tensor in inputs.items():
+        if name.endswith("input_ids"):
+            inputs[name] = torch.randint(size, shape or tuple(tensor.shape), device=tensor.device)
+        elif name == "attention_mask":
+            inputs[name] = torch.ones(shape or tuple(tensor.shape), dtype=tensor.dtype, device=tensor.device)
+    return (), inputs

@@ -1,0 +1,226 @@
+"""Low-rank methods."""
+
+import peft
+
+from tests.parity.cases.case import ALL, LINEAR, Case
+
+CASES = (
+    Case("lora", "", lambda **k: peft.LoraConfig(r=4, lora_alpha=10, **k), "rank = 4, alpha = 10", embeddings=True),
+    Case(
+        "lora",
+        "with bias",
+        lambda **k: peft.LoraConfig(r=4, use_rslora=True, lora_bias=True, **k),
+        "rank = 4, rslora = true, bias = true",
+    ),
+    Case(
+        "dora",
+        "",
+        lambda **k: peft.LoraConfig(r=4, lora_alpha=10, use_dora=True, **k),
+        "rank = 4, alpha = 10",
+        embeddings=True,
+    ),
+    Case(
+        "dora",
+        "orthogonal",
+        lambda **k: peft.LoraConfig(r=4, use_dora=True, init_lora_weights="orthogonal", **k),
+        'rank = 4, init = "orthogonal"',
+        start_tolerance=1e-5,
+    ),
+    Case(
+        "dora",
+        "eva",
+        lambda **k: peft.LoraConfig(r=4, use_dora=True, init_lora_weights="eva", **k),
+        'rank = 4, init = "eva"',
+        embeddings=True,
+    ),
+    Case(
+        "lora",
+        "random",
+        lambda **k: peft.LoraConfig(r=4, init_lora_weights=False, **k),
+        'rank = 4, init = "random"',
+        embeddings=True,
+        starts_as_base=False,
+    ),
+    Case(
+        "lora_orthogonal",
+        "",
+        lambda **k: peft.LoraConfig(r=4, lora_alpha=10, init_lora_weights="orthogonal", **k),
+        "rank = 4, alpha = 10",
+        embeddings=True,
+        start_tolerance=1e-5,
+    ),
+    Case(
+        "eva",
+        "",
+        lambda **k: peft.LoraConfig(r=4, lora_alpha=5, init_lora_weights="eva", **k),
+        "rank = 4, alpha = 5",
+        embeddings=True,
+    ),
+    Case("loha", "", lambda **k: peft.LoHaConfig(r=4, alpha=10, **k), "rank = 4, alpha = 10", LINEAR),
+    Case(
+        "pissa",
+        "",
+        lambda **k: peft.LoraConfig(r=4, lora_alpha=6, init_lora_weights="pissa", **k),
+        "rank = 4, alpha = 6",
+        start_tolerance=1e-5,
+    ),
+    Case(
+        "pissa",
+        "rslora",
+        lambda **k: peft.LoraConfig(r=4, use_rslora=True, init_lora_weights="pissa", **k),
+        "rank = 4, rslora = true",
+        start_tolerance=1e-5,
+    ),
+    Case(
+        "olora",
+        "",
+        lambda **k: peft.LoraConfig(r=4, lora_alpha=6, init_lora_weights="olora", **k),
+        "rank = 4, alpha = 6",
+        LINEAR,
+        targets={"llama": ["q_proj", "down_proj"]},  # on Conv1D peft wraps, and fails when called
+        start_tolerance=1e-5,
+    ),
+    Case("vera", "", lambda **k: peft.VeraConfig(r=6, vera_dropout=0.1, **k), "rank = 6, dropout = 0.1"),
+    Case(
+        "vera",
+        "unsaved projection",
+        lambda **k: peft.VeraConfig(r=6, save_projection=False, projection_prng_key=7, **k),
+        "rank = 6, keep = false, seed = 7",
+    ),
+    Case("pvera", "", lambda **k: peft.PveraConfig(r=6, pvera_dropout=0.1, **k), "rank = 6, dropout = 0.1"),
+    Case(
+        "pvera",
+        "unsaved projection",
+        lambda **k: peft.PveraConfig(r=6, save_projection=False, projection_prng_key=7, **k),
+        "rank = 6, keep = false, seed = 7",
+    ),
+    Case("lokr", "", lambda **k: peft.LoKrConfig(r=2, alpha=5, **k), "rank = 2, alpha = 5", LINEAR),
+    Case("lokr", "full", lambda **k: peft.LoKrConfig(**k), "", LINEAR),
+    Case(
+        "lokr",
+        "both factored",
+        lambda **k: peft.LoKrConfig(r=1, alpha=3, decompose_both=True, **k),
+        "rank = 1, alpha = 3, both = true",
+        LINEAR,
+    ),
+    Case(
+        "lokr",
+        "by a divisor",
+        lambda **k: peft.LoKrConfig(r=2, decompose_both=True, decompose_factor=16, **k),
+        "rank = 2, both = true, factor = 16",
+        LINEAR,
+    ),
+    Case(
+        "lokr",
+        "by what does not divide",
+        lambda **k: peft.LoKrConfig(r=2, decompose_factor=5, init_weights="lycoris", **k),
+        'rank = 2, factor = 5, init = "lycoris"',
+        LINEAR,
+    ),
+    Case(
+        "lokr",
+        "random",
+        lambda **k: peft.LoKrConfig(r=2, init_weights=False, **k),
+        'rank = 2, init = "random"',
+        LINEAR,
+        starts_as_base=False,
+    ),
+    Case(
+        "vblora",
+        "",
+        lambda **k: peft.VBLoRAConfig(r=3, num_vectors=20, vector_length=8, topk=3, **k),
+        "rank = 3, vectors = 20, length = 8, count = 3",
+        starts_as_base=False,
+    ),
+    Case(
+        "randlora",
+        "",
+        lambda **k: peft.RandLoraConfig(r=5, randlora_alpha=4, **k),
+        "rank = 5, alpha = 4",
+    ),
+    Case(
+        "randlora",
+        "unsaved projection",
+        lambda **k: peft.RandLoraConfig(r=8, randlora_alpha=1, save_projection=False, projection_prng_key=3, **k),
+        "rank = 8, alpha = 1, keep = false, seed = 3",
+    ),
+    Case(
+        "randlora",
+        "sparse",
+        lambda **k: peft.RandLoraConfig(r=8, randlora_alpha=1, sparse=True, save_projection=False, **k),
+        'rank = 8, alpha = 1, keep = false, entries = "sparse"',
+    ),
+    Case(
+        "randlora",
+        "very sparse",
+        lambda **k: peft.RandLoraConfig(r=8, randlora_alpha=1, very_sparse=True, save_projection=False, **k),
+        'rank = 8, alpha = 1, keep = false, entries = "very sparse"',
+    ),
+    Case(
+        "unilora",
+        "",
+        lambda **k: peft.UniLoraConfig(**k),
+        "",
+        starts_as_base=False,
+    ),
+    Case(
+        "unilora",
+        "saved places",
+        lambda **k: peft.UniLoraConfig(r=3, theta_d_length=100, proj_seed=7, save_indices=True, **k),
+        "rank = 3, length = 100, seed = 7, keep = true",
+        starts_as_base=False,
+    ),
+    Case(
+        "tinylora",
+        "",
+        lambda **k: peft.TinyLoraConfig(r=3, u=8, **k),
+        "rank = 3, count = 8",
+        embeddings=True,
+    ),
+    Case(
+        "tinylora",
+        "tied in part",
+        lambda **k: peft.TinyLoraConfig(r=3, u=5, weight_tying=0.5, projection_seed=9, save_projection=False, **k),
+        "rank = 3, count = 5, tying = 0.5, seed = 9, keep = false",
+    ),
+    Case(
+        "tinylora",
+        "one vector",
+        lambda **k: peft.TinyLoraConfig(u=5, weight_tying=1.0, init_weights="uniform", **k),
+        'count = 5, tying = 1, start = "uniform"',
+        starts_as_base=False,
+    ),
+    Case(
+        "adalora",
+        "",
+        lambda **k: peft.AdaLoraConfig(init_r=4, target_r=2, lora_alpha=6, total_step=100, **k),
+        "rank = 4, target = 2, alpha = 6, steps = 100",
+    ),
+    Case(
+        "adalora",
+        "random",
+        lambda **k: peft.AdaLoraConfig(init_r=4, target_r=2, total_step=100, init_lora_weights=False, **k),
+        "rank = 4, target = 2, steps = 100, start = false",
+        starts_as_base=False,
+    ),
+    Case(
+        "vblora_topk",
+        "",
+        lambda **k: peft.VBLoRAConfig(r=3, num_vectors=20, vector_length=8, topk=3, save_only_topk_weights=True, **k),
+        "rank = 3, vectors = 20, length = 8, count = 3",
+        starts_as_base=False,
+        gradients=False,  # the file has no logits to train
+    ),
+    Case("hira", "", lambda **k: peft.HiraConfig(r=4, **k), "rank = 4", ALL, embeddings=True),
+)
+
+# What peft cannot load again, and is saved in a format of our own.
+UNSAVED = (
+    Case(
+        "corda",
+        "",
+        lambda **k: peft.LoraConfig(r=4, lora_alpha=6, init_lora_weights="corda", **k),
+        "rank = 4, alpha = 6",
+        start_tolerance=1e-5,
+    ),
+)
