@@ -173,6 +173,7 @@ class _Binder(ClosedForms):
             optional=again,
             seed=seed,
             written=keep,
+            stacked_axis=stacked_axis(param) if self.place.count > 1 else None,
             group=group,
         )
 

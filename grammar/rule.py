@@ -142,6 +142,7 @@ class MethodRule:
 class BoundParam:
     """A parameter or constant at a site: everything needed to create, find and save it.
 
+    `stacked_axis` is where a stack of experts puts its tensors side by side; None: in front, or there is no stack.
     `saved` is the key it has in a file, if it can be in one. What is `optional` can be made again, from `seed` or the
     base, so that a file may lack it; what is not `written` is left out of ours.
     """
@@ -155,6 +156,7 @@ class BoundParam:
     optional: bool = False
     seed: int | None = None
     written: bool = True
+    stacked_axis: int | None = None
     group: int | str | None = None
 
 

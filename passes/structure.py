@@ -12,7 +12,6 @@ from functools import lru_cache
 import torch
 
 from peftc.grammar import algebra
-from peftc.grammar.bind import stacked_axis
 from peftc.passes.plan import AdapterPlan, PlannedSite
 from peftc.passes.site import Site
 
@@ -119,12 +118,11 @@ def _term(position: int, plan: AdapterPlan, planned: PlannedSite, dtypes: Dtypes
     bound = planned.bound
     matrix, _ = weighted(bound.weight, bound.bias)
     used, scalars, is_free = _names(matrix, bound.bias)
-    axes = {param.role: stacked_axis(param) for param in bound.rule.params} if planned.site.count > 1 else {}
     roles = tuple(
         Role(
             param.role,
             dtypes[(key := planned.key(plan.name, param)).site, key.role],
-            axes.get(param.role),
+            param.stacked_axis,
             param.shared,
             () if is_free else param.shape,
         )

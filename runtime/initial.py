@@ -7,7 +7,6 @@ import numpy
 import torch
 from torch import nn
 
-from peftc.grammar.bind import stacked_axis
 from peftc.grammar.initialisers import MEASURED
 from peftc.grammar.rule import BoundParam, Derived, Init
 from peftc.passes.materialise import Values, restack, to_logical, unstack
@@ -110,8 +109,7 @@ class _Making:
     ) -> torch.Tensor:
         if init.function in MEASURED:
             return self.calibration[at.site.module].value(init.function).to(at.site.device, _dtype(at.site))
-        rule = next(each for each in at.bound.rule.params if each.role == param.role)
-        axis, alike = stacked_axis(rule), dict(init.arguments).get("copies", 1) == 1
+        axis, alike = param.stacked_axis, dict(init.arguments).get("copies", 1) == 1
         if at.site.count == 1 or param.shared or (axis is not None and alike):
             return _fresh(param, init, at.site, generators)
         shape = list(param.shape)  # an expert starts as it would alone
@@ -150,9 +148,8 @@ class _Making:
         weight, bias = self.base(site.weight), self.base(site.bias) if site.has_bias else None
         assert weight is not None
         kind = _dtype(site)
-        rules = {each.role: each for each in at.bound.rule.params}
         params = {
-            each.role: unstack(ops, self.made[key], stacked_axis(rules[each.role]), each.shared, site)
+            each.role: unstack(ops, self.made[key], each.stacked_axis, each.shared, site)
             for each in at.bound.starts
             if (key := at.key(self.plan.name, each)) in self.made
         }
@@ -169,7 +166,7 @@ class _Making:
         if site.lead and value.shape[0] == 1 and not param.shared:
             # What is made of what sites share is the same for every expert.
             value = value.expand(site.count, *value.shape[1:])
-        value = restack(value, stacked_axis(rules[param.role]), site)
+        value = restack(value, param.stacked_axis, site)
         return value.reshape(param.shape).clone(memory_format=torch.contiguous_format)
 
 

@@ -6,7 +6,6 @@ import torch
 from torch import nn
 
 from peftc.grammar import algebra
-from peftc.grammar.bind import stacked_axis
 from peftc.grammar.diagnostics import UsageError, fail
 from peftc.passes.apply import Primes, compose, renamed
 from peftc.passes.materialise import Values, to_logical, to_stored, unstack
@@ -90,12 +89,10 @@ def merged_site(model: nn.Module, terms: Terms, *, exact: torch.dtype | None = N
     primes: list[Primes] = []
     for position, (adapter, weight, at) in enumerate(terms):
         prefix = f"{position}:"
-        rules = {each.role: each for each in at.bound.rule.params}
         for param in at.bound.params:
             tensor = adapter.tensor(at.key(adapter.plan.name, param)).detach()
             tensor = tensor if exact is None or not tensor.is_floating_point() else tensor.to(exact)
-            axis = stacked_axis(rules[param.role])
-            params[prefix + param.role] = unstack(ops, tensor, axis, param.shared, site)
+            params[prefix + param.role] = unstack(ops, tensor, param.stacked_axis, param.shared, site)
         scalar_values |= {prefix + name: value for name, value in scalars(adapter, site.name, weight).items()}
         own_bias = at.bound.bias
         matrix = weighted(at.bound.weight, own_bias)[0]

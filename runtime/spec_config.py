@@ -11,7 +11,6 @@ from os import PathLike
 from pathlib import Path
 
 from peftc.grammar import algebra, tree
-from peftc.grammar.bind import stacked_axis
 from peftc.grammar.diagnostics import CheckpointError, Diagnostic, SpecError, did_you_mean, fail
 from peftc.grammar.elaborate import elaborate, read_methods
 from peftc.grammar.format import format_file
@@ -127,8 +126,7 @@ def check_growth(plan: AdapterPlan, stored: Mapping[ParamKey, object], directory
 def _sizes(plan: AdapterPlan, at: PlannedSite, stored: Mapping[ParamKey, object]) -> Iterator[tuple[str, int, int]]:
     """What a site needs that no file holds: its name, how many numbers it has, and how many sites it is for."""
     site, bound = at.site, at.bound
-    rules = {each.role: each for each in bound.rule.params}
-    shapes = {each.role: _one_of(each, stacked_axis(rules[each.role]), site.count) for each in bound.starts}
+    shapes = {each.role: _one_of(each, site.count) for each in bound.starts}
     for each in bound.starts:
         if at.key(plan.name, each) not in stored:
             sites = len(plan.sites) if each.shared else 1
@@ -142,8 +140,9 @@ def _sizes(plan: AdapterPlan, at: PlannedSite, stored: Mapping[ParamKey, object]
             yield f"a part of {name}", part * site.count, 1
 
 
-def _one_of(param: BoundParam, axis: int | None, count: int) -> tuple[int, ...]:
+def _one_of(param: BoundParam, count: int) -> tuple[int, ...]:
     """The shape a formula sees: that of one expert, at a stack of them."""
+    axis = param.stacked_axis
     if count == 1 or param.shared:
         return param.shape
     if axis is None:

@@ -8,8 +8,6 @@ from peftc import compiler
 from peftc.compiler import console, report
 from peftc.compiler.commands import arguments
 
-DEFAULT_TOKENS = (1, 32, 1024)
-
 
 def explain(
     spec: arguments.Spec,
@@ -34,7 +32,7 @@ def explain(
         trust_remote_code=trust_remote_code,
         local_files_only=local_files_only,
     )
-    facts = compiler.explain(meant, found, tokens=tokens or DEFAULT_TOKENS, training=train)
+    facts = compiler.explain(meant, found, tokens=tokens, training=train)
     for each in facts.warnings:
         console.warn(each)
     if json:

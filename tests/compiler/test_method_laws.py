@@ -14,7 +14,6 @@ from transformers.pytorch_utils import Conv1D
 from peftc import compiler
 from peftc.compiler.driver import adapt
 from peftc.grammar import algebra
-from peftc.grammar.bind import stacked_axis
 from peftc.grammar.diagnostics import SpecError
 from peftc.grammar.library import builtin_methods
 from peftc.passes.materialise import Values, to_logical, to_stored, unstack
@@ -167,10 +166,9 @@ def move(adapter: AdapterParameters, seed: int = 2, std: float = 0.2) -> None:
 def primes(adapter: AdapterParameters, weight: torch.Tensor, bias: torch.Tensor | None) -> dict[str, torch.Tensor]:
     """W' and b' of an adapter's one site over a stored weight, with gradients: the expression's value and no more."""
     (at,), ops = adapter.plan.sites, Eager()
-    rules = {each.role: each for each in at.bound.rule.params}
     params = {
         each.role: unstack(
-            ops, adapter.tensor(at.key(adapter.plan.name, each)), stacked_axis(rules[each.role]), each.shared, at.site
+            ops, adapter.tensor(at.key(adapter.plan.name, each)), each.stacked_axis, each.shared, at.site
         )
         for each in at.bound.params
     }

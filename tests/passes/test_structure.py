@@ -3,6 +3,7 @@ import torch
 
 from peftc.grammar import algebra as al
 from peftc.grammar import tree
+from peftc.grammar.bind import stacked_axis
 from peftc.grammar.rule import ParamRule
 from peftc.passes.structure import (
     WEIGHT,
@@ -11,7 +12,6 @@ from peftc.passes.structure import (
     copy_slot,
     float_of,
     site_slot,
-    stacked_axis,
     structure_of,
     weighted,
 )
