@@ -15,6 +15,7 @@ from peftc.compiler.facts import BuildFacts, ModelFacts
 from peftc.compiler.models import FoundModel, seeded
 from peftc.compiler.output import check_target, replaced, seal
 from peftc.compiler.summary import adapter_facts
+from peftc.compiler.tokenizers import tokenizer_for
 from peftc.grammar.elaborate import read_spec
 from peftc.grammar.format import format_file
 from peftc.grammar.spec import Spec
@@ -75,7 +76,7 @@ def build(
     found = as_found(model)
     tell("resolving the spec")
     with seeded(seed):
-        adapted = apply(found.model, meant)
+        adapted = apply(found.model, meant, tokenizer=tokenizer_for(meant, found))
     tell(f"tracing {type(found.model).__name__}")
     before, after = graphs(adapted, needed_inputs(found, inputs))
     facts = _facts(adapted, found, seed)

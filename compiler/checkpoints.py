@@ -14,6 +14,7 @@ from peftc.compiler.summary import brief
 from peftc.grammar import tree
 from peftc.grammar.diagnostics import CheckpointError, Diagnostic, fail
 from peftc.grammar.rule import MethodRule, Value
+from peftc.passes.site import WHOLE
 from peftc.runtime.adapter_files import CONFIG, DEFAULT, locate, read_adapter, read_json
 from peftc.runtime.checkpoint import PREFIX
 from peftc.runtime.manifest import Manifest, read_manifest
@@ -21,7 +22,7 @@ from peftc.runtime.peft_config import ConfigFacts, read_config
 from peftc.runtime.spec_config import known_methods, spec_text
 
 # What PEFT puts between a module's name and a tensor that it saved whole.
-_WRAPPERS = re.compile(r"\.(base_layer|modules_to_save|original_module)(?=\.|$)")
+_WRAPPERS = re.compile(r"\.(base_layer|modules_to_save|original_module|token_adapter)(?=\.|$)")
 
 
 def inspect(
@@ -146,7 +147,7 @@ def _modules(tensors: Mapping[str, torch.Tensor], rule: MethodRule | None) -> tu
         held = [by_module[module] for module in modules]
         facts.append(
             ModuleFacts(
-                modules=tuple(modules),
+                modules=tuple(each or _place(rule) for each in modules),
                 values=values[alike],
                 tensors=tuple(sorted(held[0])),
                 dtypes=tuple(sorted({_dtype(each) for each in held[0].values()})),
@@ -154,6 +155,12 @@ def _modules(tensors: Mapping[str, torch.Tensor], rule: MethodRule | None) -> tu
             )
         )
     return tuple(facts)
+
+
+def _place(rule: MethodRule | None) -> str:
+    """Whose the tensors are that stand beside every module: those of a place that is no weight."""
+    kinds = rule.kinds if rule is not None else ()
+    return next((f"@{kind}" for kind in WHOLE if kind in kinds), "")
 
 
 def _split(key: str, suffixes: Mapping[str, object]) -> tuple[str, str]:

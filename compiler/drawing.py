@@ -14,8 +14,10 @@ from peftc.compiler.driver import apply, call_like
 from peftc.compiler.example_inputs import example_inputs
 from peftc.compiler.lower import specialise
 from peftc.compiler.models import FoundModel, find_model, seeded
+from peftc.compiler.tokenizers import tokenizer_for
 from peftc.grammar import tree
 from peftc.grammar.diagnostics import ModelError, SpecError, UsageError, fail
+from peftc.grammar.elaborate import read_spec
 from peftc.grammar.miss import misses
 from peftc.grammar.parse import parse
 from peftc.grammar.select import matches_inside
@@ -24,10 +26,13 @@ from peftc.grammar.spec import Spec
 from peftc.passes.resolve import survey
 from peftc.passes.structure import Structure
 from peftc.runtime.model import AdaptedModel
+from peftc.runtime.virtual import TASKS
 
 Which = Literal["before", "after", "diff"]
 Format = Literal["dot", "svg", "json"]
 Inputs = Sequence[Any] | Mapping[str, Any]
+
+PLAIN = 2  # axes of a prompt that is the same for every task
 
 
 def draw(
@@ -61,7 +66,9 @@ def draw(
     found = as_found(model)
     with seeded(found.seed or 0):
         # Any numbers do for a picture: what starts from data starts from the example, if there is one.
-        adapted = apply(found.model, spec, calibration=(needed_inputs(found, inputs) for _ in range(1)))
+        example = (needed_inputs(found, inputs) for _ in range(1))
+        meant = spec if isinstance(spec, Spec) else read_spec(spec)
+        adapted = apply(found.model, meant, calibration=example, tokenizer=tokenizer_for(meant, found))
     shown = None if focus is None else within(focus, found.model)
     before, after = graphs(adapted, needed_inputs(found, inputs))
     names = active_names(adapted)
@@ -77,11 +84,21 @@ def draw(
 
 def graphs(adapted: AdaptedModel, inputs: Inputs) -> tuple[fx.Graph, fx.Graph]:
     """The graph for calls like this one, without adapters and with the active ones. Raises ModelError."""
-    call = call_like(adapted, inputs)
+    call = call_like(adapted, _with_tasks(adapted, inputs))
     engine = adapted._adapter_state.engine
     traced = engine.traced(call)
     before = specialise(traced, Structure(), _no_slot, training=call.signature.training, autocast=False)
     return before, engine.graph(call)
+
+
+def _with_tasks(adapted: AdaptedModel, inputs: Inputs) -> Inputs:
+    """The inputs, and the first task for every row where the active adapters have tasks and the inputs name none."""
+    plans = [adapted.adapter_plan(name) for name in active_names(adapted)]
+    has_tasks = any(len(at.front) > PLAIN for plan in plans for at in plan.sites)
+    if not has_tasks or not isinstance(inputs, Mapping) or TASKS in inputs:
+        return inputs
+    rows = next((each.shape[0] for each in inputs.values() if isinstance(each, torch.Tensor) and each.dim()), 1)
+    return {**inputs, TASKS: torch.zeros(rows, dtype=torch.int64)}
 
 
 def active_names(adapted: AdaptedModel) -> tuple[str, ...]:

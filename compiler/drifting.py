@@ -11,6 +11,7 @@ import torch
 from peftc.compiler.driver import AdaptedModel, apply, load
 from peftc.compiler.example_inputs import example_inputs
 from peftc.compiler.models import FoundModel, seeded
+from peftc.compiler.tokenizers import tokenizer_for
 from peftc.grammar.elaborate import read_spec
 from peftc.grammar.spec import Spec
 from peftc.runtime.drift import MergeDrift
@@ -53,9 +54,10 @@ def drift(
 
 def _adapted(adapters: Spec | str | PathLike[str], model: FoundModel, use: str | PathLike[str] | None) -> AdaptedModel:
     if isinstance(adapters, Spec):
-        return apply(model.model, adapters)
+        return apply(model.model, adapters, tokenizer=tokenizer_for(adapters, model))
     if str(adapters).endswith(".adapter") or Path(adapters).is_file():
-        return apply(model.model, read_spec(Path(adapters)))
+        meant = read_spec(Path(adapters))
+        return apply(model.model, meant, tokenizer=tokenizer_for(meant, model))
     return load(model.model, adapters, use=use)
 
 

@@ -11,6 +11,7 @@ from peftc.compiler.lower import lower, specialise
 from peftc.compiler.trace import Tracer
 from peftc.grammar.diagnostics import ModelError, UsageError, fail
 from peftc.grammar.elaborate import read_spec
+from peftc.grammar.rule import Value
 from peftc.grammar.spec import AdapterSpec, Spec
 from peftc.passes.cost import Choice
 from peftc.passes.insert_delta import SlotValue
@@ -18,6 +19,7 @@ from peftc.passes.plan import AdapterPlan
 from peftc.passes.resolve import Ground, check_base, resolve, survey
 from peftc.passes.structure import Structure
 from peftc.passes.traced import Traced
+from peftc.passes.vocabulary import Vocabulary, enlarged, vocabulary
 from peftc.runtime import model as runtime
 from peftc.runtime.bank import AdapterParameters, trained_keys
 from peftc.runtime.base import base_tensors
@@ -27,8 +29,10 @@ from peftc.runtime.engine import Engine
 from peftc.runtime.initial import initial
 from peftc.runtime.model import STATE, adapted_class, base_view
 from peftc.runtime.program import Lowered
+from peftc.runtime.segments import Recompute
 from peftc.runtime.share import share
 from peftc.runtime.state import BANK, AdapterState, Facts
+from peftc.runtime.tokens import size_of, warn_unchosen, with_ids
 
 
 class Compiler:
@@ -51,17 +55,27 @@ class Compiler:
         training: bool,
         autocast: bool,
         choice: Choice,
+        mode: str,
     ) -> fx.Graph:
         """The trace with adapters in it. Raises ModelError."""
-        return specialise(traced, structure, slot_value, training=training, autocast=autocast, choice=choice)
+        return specialise(traced, structure, slot_value, training=training, autocast=autocast, choice=choice, mode=mode)
+
+    def takes_cache(self, call: Call) -> bool:
+        """Whether the model can be given keys and values that attention sees beside the call's own."""
+        return Tracer(base_view(self._model)).takes_cache(call)
 
     def lower(self, graph: fx.Graph, *, autocast: bool, choice: Choice) -> Lowered:
         """Copies of a specialised graph: for torch.compile to trace, and for Python to run as it is."""
         return lower(graph, autocast=autocast, choice=choice)
 
-    def plan(self, spec: AdapterSpec) -> AdapterPlan:
-        """What an adapter puts where. Raises SpecError."""
-        return resolve(spec, self.ground())
+    def plan(self, spec: AdapterSpec, *, tokens: int | None = None) -> AdapterPlan:
+        """What an adapter puts where, if need be with a vocabulary of so many tokens. Raises SpecError."""
+        ground = self.ground()
+        return resolve(spec, ground if tokens is None else enlarged(ground, tokens))
+
+    def vocabulary(self) -> Vocabulary | None:
+        """The model's vocabulary, if the model says which module embeds tokens."""
+        return vocabulary(self.ground())
 
     def ground(self) -> Ground:
         """What there is to adapt; looked at again when a weight changed its shape or place."""
@@ -101,6 +115,7 @@ def apply(
     *,
     example_inputs: Sequence[Any] | Mapping[str, Any] | None = None,
     calibration: Batches | None = None,
+    tokenizer: Any | None = None,
 ) -> AdaptedModel:
     """Put the adapters of a spec into a model.
 
@@ -113,6 +128,9 @@ def apply(
         calibration: For a method that starts from data: batches, each the named (a mapping) or positional (a sequence
             or one tensor) arguments of a call. The base runs on each once; places that an `attention_mask` leaves out
             do not count.
+        tokenizer: For tokens that the spec names by their text, and for a method that starts from a text: it takes
+            the place of the one that the spec names for it. Tokens that it has and the model has not are new: the
+            result, not the model, has its embeddings resized, as transformers does it.
 
     Returns:
         An object of the model's class with the spec's adapters, freshly initialised. The adapters that the spec
@@ -121,22 +139,46 @@ def apply(
     Raises:
         SpecError: the spec is wrong, in itself or for this model.
         ModelError: the model cannot be copied or traced.
-        UsageError: a method needs a calibration, and it is missing or reaches not every site.
+        UsageError: a method needs a calibration, and it is missing or reaches not every site; or a tokenizer.
     """
     meant = spec if isinstance(spec, Spec) else read_spec(spec)
     ground = survey(_checked(model))
     check_base(meant.base, ground)
-    plans = [resolve(each, ground) for each in meant.adapters]
+    specs, tokens = fitted(meant.adapters, ground, tokenizer)
+    plans = [resolve(each, ground if tokens is None else enlarged(ground, tokens)) for each in specs]
     adapted = adapt(model)
+    if tokens is not None:
+        adapted._enlarge(tokens)
     state: AdapterState = adapted._adapter_state
     base = dict(base_tensors(adapted, {}))
     moments = measured(adapted.unload, plans, calibration)
     for plan in plans:
-        state.add(AdapterParameters(plan, initial(plan, base.get, calibration=moments), trained_keys(plan)))
+        tensors = initial(plan, base.get, calibration=moments, tokenizer=tokenizer)
+        state.add(AdapterParameters(plan, tensors, trained_keys(plan)))
     state.activate(meant.active, trainable=True)
     if example_inputs is not None:
         prepare(adapted, example_inputs)
     return adapted
+
+
+def fitted(
+    adapters: Sequence[AdapterSpec], ground: Ground, tokenizer: Any | None
+) -> tuple[list[AdapterSpec], int | None]:
+    """The specs with ids for the texts of tokens, and how many tokens the model needs if it has not so many.
+
+    Raises SpecError.
+    """
+    specs, needed = [], None
+    known = vocabulary(ground)
+    for each in adapters:
+        spec = with_ids(each, tokenizer)
+        if known is not None:
+            spec, tokens = known.grown(spec, size_of(tokenizer))
+            if tokens is not None:
+                warn_unchosen(spec, known, tokens)
+                needed = tokens
+        specs.append(spec)
+    return specs, needed
 
 
 def load(
@@ -153,6 +195,7 @@ def load(
     allow_pickle: bool = False,
     autocast_adapter_dtype: bool = True,
     use: str | PathLike[str] | None = None,
+    values: Mapping[str, Value] | None = None,
 ) -> AdaptedModel:
     """Put an adapter from a PEFT checkpoint, ours or peft's, into a model.
 
@@ -169,6 +212,8 @@ def load(
         allow_pickle: Read an adapter_model.bin, which may come from anywhere, with torch's weights-only unpickler.
         autocast_adapter_dtype: Hold float16 and bfloat16 adapters in float32, as PEFT does.
         use: An `.adapter` file with methods of your own. What peftc saved needs none: the definition is in it.
+        values: Hyperparameters that are to be other than the file says. `{"peft_compatible": True}` has virtual tokens
+            counted and returned as PEFT does.
 
     Raises:
         CheckpointError: the checkpoint is damaged, unsupported, or does not fit the model.
@@ -187,6 +232,7 @@ def load(
         allow_pickle=allow_pickle,
         autocast_adapter_dtype=autocast_adapter_dtype,
         use=use,
+        values=values,
     )
     return adapted
 
@@ -204,6 +250,8 @@ def adapt(model: nn.Module) -> AdaptedModel:
     facts = Facts(base_name=name or None, base_revision=getattr(config, "_commit_hash", None))
     engine = Engine(Compiler(adapted), adapted)
     adapted.__dict__[STATE] = AdapterState(engine=engine, bank=bank, requires_grad=requires_grad, facts=facts)
+    if any(getattr(each, "gradient_checkpointing", False) is True for each in model.modules()):
+        engine.recompute = Recompute()
     return adapted
 
 

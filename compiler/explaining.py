@@ -8,8 +8,11 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from peftc.compiler.drawing import as_found
+from peftc.compiler.driver import fitted
 from peftc.compiler.facts import CallFacts, CostFacts, ExplainFacts, GroupFacts, TermFacts, TogetherFacts
+from peftc.compiler.inserted import inserted
 from peftc.compiler.models import FoundModel
+from peftc.compiler.tokenizers import tokenizer_for
 from peftc.grammar import algebra
 from peftc.grammar.diagnostics import UsageError, fail
 from peftc.grammar.elaborate import read_spec
@@ -18,9 +21,11 @@ from peftc.passes.cost import LOWERINGS, Sizes, alternatives, anonymous, cheapes
 from peftc.passes.plan import AdapterPlan
 from peftc.passes.resolve import check_base, resolve, survey
 from peftc.passes.structure import AdaptedSite, structure_of
+from peftc.passes.vocabulary import enlarged
 from peftc.runtime.bank import AdapterParameters, trained_keys
 from peftc.runtime.calibration import imagined
 from peftc.runtime.initial import initial
+from peftc.runtime.tokens import imagined as imagined_tokenizer
 
 TOKENS = (1, 32, 1024)
 
@@ -55,7 +60,8 @@ def explain(
     found = as_found(model)
     ground = survey(found.model)
     check_base(meant.base, ground)
-    plans = {each.name: resolve(each, ground) for each in meant.adapters}
+    specs, size = fitted(meant.adapters, ground, tokenizer_for(meant, found))
+    plans = {each.name: resolve(each, ground if size is None else enlarged(ground, size)) for each in specs}
     together = [tuple(name for name, _ in meant.active)] if meant.active else [(name,) for name in plans]
     return ExplainFacts(
         model=found.name,
@@ -63,7 +69,11 @@ def explain(
         training=training,
         tokens=tuple(tokens),
         together=tuple(
-            TogetherFacts(names, tuple(_groups(found.model, [plans[name] for name in names], tokens, training)))
+            TogetherFacts(
+                names,
+                tuple(_groups(found.model, [plans[name] for name in names], tokens, training)),
+                tuple(each for name in names for each in inserted(plans[name])),
+            )
             for names in together
         ),
         warnings=found.warnings,
@@ -123,5 +133,5 @@ def _imagined(model: nn.Module, plans: Iterable[AdapterPlan]) -> Iterator[Adapte
     tensors = {name: mode.from_tensor(each.detach()) for name, each in model.state_dict(keep_vars=True).items()}
     for plan in plans:
         with mode:
-            made = initial(plan, tensors.get, calibration=imagined(plan))
+            made = initial(plan, tensors.get, calibration=imagined(plan), tokenizer=imagined_tokenizer)
             yield AdapterParameters(plan, made, trained_keys(plan))

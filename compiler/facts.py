@@ -6,7 +6,7 @@ from typing import Any
 
 from peftc.grammar.diagnostics import Diagnostic
 
-Values = Mapping[str, int | float | bool | str | None]
+Values = Mapping[str, int | float | bool | str | tuple[int, ...] | None]
 
 
 @dataclass(frozen=True)
@@ -144,11 +144,27 @@ class GroupFacts:
 
 
 @dataclass(frozen=True)
+class InsertedFacts:
+    """What an adapter inserts beside weights: formulas and shapes of what stands in front, or of what takes a place.
+
+    `kind` is a place (prompt, cache, attention), `tokens` for trained rows, `train` for trained copies.
+    """
+
+    adapter: str
+    kind: str
+    sites: tuple[str, ...]
+    says: str
+    formulas: Mapping[str, str]
+    shapes: Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
 class TogetherFacts:
-    """Adapters that are active together, in this order, and the sites they reach."""
+    """Adapters that are active together, in this order, the sites they reach, and what they insert beside those."""
 
     adapters: tuple[str, ...]
     groups: tuple[GroupFacts, ...]
+    inserted: tuple[InsertedFacts, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -1,25 +1,36 @@
 """check against a model: does a spec fit, without tracing anything."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from torch import nn
 
+from peftc.compiler.drawing import as_found
+from peftc.compiler.driver import fitted
 from peftc.compiler.facts import AdapterFacts
+from peftc.compiler.models import FoundModel
 from peftc.compiler.summary import adapter_facts
+from peftc.compiler.tokenizers import tokenizer_for
 from peftc.grammar.diagnostics import Diagnostic, SpecError
 from peftc.grammar.spec import Base, Spec
 from peftc.passes.resolve import Ground, check_base, resolve, survey
+from peftc.passes.vocabulary import enlarged
 
 
-def check_fit(spec: Spec, model: nn.Module) -> tuple[tuple[AdapterFacts, ...], tuple[Diagnostic, ...]]:
+def check_fit(spec: Spec, model: nn.Module | FoundModel) -> tuple[tuple[AdapterFacts, ...], tuple[Diagnostic, ...]]:
     """What every adapter of a spec would put where on a model, and every diagnostic of those that do not fit."""
+    found = as_found(model)
+    model = found.model
     ground = survey(model)
     problems = list(_base_problems(spec.base, ground))
     weights = dict(spec.active)
     facts = []
     for each in spec.adapters:
         try:
-            facts.append(adapter_facts(resolve(each, ground), ground, {}, weights.get(each.name)))
+            tokenizer = tokenizer_for(replace(spec, adapters=(each,)), found)
+            (meant,), size = fitted((each,), ground, tokenizer)
+            plan = resolve(meant, ground if size is None else enlarged(ground, size))
+            facts.append(adapter_facts(plan, ground, {}, weights.get(each.name)))
         except SpecError as error:
             problems += error.diagnostics
     return tuple(facts), tuple(problems)

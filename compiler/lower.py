@@ -3,7 +3,9 @@
 from torch import fx
 
 from peftc.grammar.diagnostics import ModelError, fail
+from peftc.grammar.rule import PLACES
 from peftc.passes import driver
+from peftc.passes.add_in_place import AddInPlace
 from peftc.passes.apply import DropoutError
 from peftc.passes.clean import Clean
 from peftc.passes.cost import Choice
@@ -11,11 +13,18 @@ from peftc.passes.float_mask import FloatMask
 from peftc.passes.fuse_low_rank import FuseLowRank
 from peftc.passes.group_heads import GroupHeads
 from peftc.passes.hoist import Hoist
+from peftc.passes.insert_attention import InsertAttention
 from peftc.passes.insert_copy import InsertCopy
 from peftc.passes.insert_delta import InsertDelta, SlotValue, UnfitError
+from peftc.passes.insert_heads import InsertHeads
+from peftc.passes.insert_prefix import CarryPrompt, InsertPrefix
+from peftc.passes.insert_prompt import InsertPrompt
+from peftc.passes.insert_tokens import InsertTokens
+from peftc.passes.join_cats import JoinCats
 from peftc.passes.native import NativeCalls
 from peftc.passes.structure import Structure
 from peftc.passes.traced import Traced
+from peftc.runtime import virtual
 from peftc.runtime.program import Lowered
 
 PUSHED = Choice()
@@ -29,20 +38,29 @@ def specialise(
     training: bool,
     autocast: bool,
     choice: Choice = PUSHED,
+    mode: str = "",
 ) -> fx.Graph:
-    """A copy of the trace with adapters of this structure in it.
+    """A copy of the trace with adapters of this structure in it, widened as the mode of the call says.
 
     Raises ModelError where an adapter cannot be put in as asked.
     """
     graph = copy_graph(traced.graph)
     pipeline: list[driver.Pass] = [Clean(keep_casts=autocast)]
+    pipeline += _widening(traced, structure, slot_value, mode)
+    if structure.at("attention"):
+        pipeline.append(InsertAttention(structure, slot_value))
     if structure.sites:
         pipeline.append(InsertDelta(structure, slot_value, training, choice.dense | choice.kept))
+    if structure.rows:
+        pipeline.append(InsertTokens(structure, slot_value, autocast))
     if structure.copies:
         pipeline.append(InsertCopy(structure))
     try:
         driver.run(graph, pipeline)
     except UnfitError as error:
+        if error.site.kind in PLACES:
+            what = f"the attention of {error.site.module}" if error.site.module else f"the model's {error.site.kind}"
+            fail(ModelError, "E422", f"nothing can be put in front of {what}: {error.reason}")
         help = "choose other sites, or a method that leaves the bias alone"
         fail(ModelError, "E421", f"the adapter cannot be put in at {error.site.name}: {error.reason}", help=help)
     except DropoutError as error:
@@ -55,6 +73,22 @@ def specialise(
     return graph
 
 
+def _widening(traced: Traced, structure: Structure, slot_value: SlotValue, mode: str) -> list[driver.Pass]:
+    """The passes that put virtual tokens in front."""
+    cached, double = traced.cached, traced.encoder_decoder
+    match mode:
+        case virtual.PREFIX:
+            return [InsertPrefix(structure, slot_value, cached, double)]
+        case virtual.START:
+            return [InsertPrompt(structure, slot_value, cached, double, traced.filler)]
+        case virtual.CARRY:
+            return [CarryPrompt(structure, cached)]
+        case virtual.HEADS:
+            return [InsertHeads(structure, slot_value)]
+        case _:
+            return []
+
+
 def lower(graph: fx.Graph, *, autocast: bool, choice: Choice = PUSHED) -> Lowered:
     """Two copies of a specialised graph: for torch.compile to trace, and for Python to run as it is.
 
@@ -63,10 +97,10 @@ def lower(graph: fx.Graph, *, autocast: bool, choice: Choice = PUSHED) -> Lowere
     in-place operator is given, and its type may change from call to call.
     """
     traceable = copy_graph(graph)
-    driver.run(traceable, [GroupHeads(), FloatMask()])
+    driver.run(traceable, [JoinCats(), GroupHeads(), FloatMask()])
     plain = copy_graph(traceable)
     prologue = fx.Graph()
-    steps: list[driver.Pass] = [] if autocast else [FuseLowRank()]
+    steps: list[driver.Pass] = [] if autocast else [FuseLowRank(), AddInPlace()]
     if choice.frozen and not autocast:
         steps.append(Hoist(choice.dense, prologue))
     driver.run(plain, [*steps, NativeCalls()])

@@ -7,7 +7,7 @@ import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 from typing import Any, NoReturn
@@ -34,7 +34,8 @@ class FoundModel:
     """A model and where it is from.
 
     `origin` is weights (a directory), hub, random (a directory with only a config.json), factory or object (a module
-    that was there already); `notes` say aloud what was decided, `warnings` what looks wrong.
+    that was there already); `notes` say aloud what was decided, `warnings` what looks wrong. `tokenizer` is for tokens
+    that a spec names by their text; without one it is loaded from where the model is from, with the options `loading`.
     """
 
     model: nn.Module
@@ -44,6 +45,8 @@ class FoundModel:
     example_inputs: Sequence[Any] | Mapping[str, Any] | None = None
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    tokenizer: Any | None = None
+    loading: Mapping[str, Any] = field(default_factory=dict)
 
 
 def find_model(
@@ -80,7 +83,8 @@ def find_model(
             fail(ModelError, "E450", f"no such directory: '{text}'", help=_missing_help(path, text), where=text)
         help = _missing_help(path, text)
         model, warnings = from_hub(text, revision, trust_remote_code, local_files_only, near=help)
-    return FoundModel(model, text, "hub", warnings=warnings)
+    loading = {"revision": revision, "trust_remote_code": trust_remote_code, "local_files_only": local_files_only}
+    return FoundModel(model, text, "hub", warnings=warnings, loading=loading)
 
 
 @contextmanager
@@ -124,12 +128,13 @@ def _from_path(path: Path, text: str, seed: int, trust_remote_code: bool) -> Fou
         if CONFIG in present:
             help = "this is an adapter's directory: give its base model's, or try peftc inspect"
         fail(ModelError, "E450", "no file 'config.json': this is not a model's directory", help=help, where=text)
+    loading = {"trust_remote_code": trust_remote_code, "local_files_only": True}
     if present & set(_WEIGHTS):
         model, warnings = from_weights(path, text, trust_remote_code)
-        return FoundModel(model, text, "weights", warnings=warnings)
+        return FoundModel(model, text, "weights", warnings=warnings, loading=loading)
     model, warnings = from_config(path, text, trust_remote_code)
     note = f"{text} holds no weights: the model's weights are random, from seed {seed}"
-    return FoundModel(model, text, "random", seed, notes=(note,), warnings=warnings)
+    return FoundModel(model, text, "random", seed, notes=(note,), warnings=warnings, loading=loading)
 
 
 # --- factories ---

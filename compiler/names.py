@@ -20,6 +20,15 @@ def collapse(names: Iterable[str]) -> tuple[str, ...]:
     return _joined(list(filled))
 
 
+PLACES = {"@prompt": "the embedded text", "@cache": "the keys and values of every layer"}
+"""How places of a model that no module has are called."""
+
+
+def places(names: Iterable[str]) -> tuple[str, ...]:
+    """As `collapse`, and what is no module's name in words."""
+    return tuple(PLACES.get(each, each) for each in collapse(names))
+
+
 def _filled(template: str, numbers: Sequence[tuple[int, ...]]) -> list[str]:
     axes = [sorted({each[axis] for each in numbers}) for axis in range(template.count("#"))]
     size = 1

@@ -7,8 +7,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from peftc.compiler.facts import AdapterFacts, BuildFacts, CheckpointFacts, ExplainFacts, GroupFacts
-from peftc.compiler.names import collapse
+from peftc.compiler.facts import AdapterFacts, BuildFacts, CheckpointFacts, ExplainFacts, GroupFacts, InsertedFacts
+from peftc.compiler.names import collapse, places
 from peftc.grammar import expression
 from peftc.grammar.rule import MethodRule
 from peftc.runtime.drift import MergeDrift, TensorDrift
@@ -21,7 +21,7 @@ def adapters_report(adapters: Iterable[AdapterFacts]) -> RenderableType:
     for each in adapters:
         rows = [
             (
-                "\n".join([rule.rule, *(f"-> {sites}" for sites in collapse(rule.sites))]),
+                "\n".join([rule.rule, *(f"-> {sites}" for sites in places(rule.sites))]),
                 rule.brief,
                 str(len(rule.sites)),
                 f"{rule.parameters:,}",
@@ -73,7 +73,7 @@ def checkpoint_report(facts: CheckpointFacts) -> RenderableType:
         head.add_row("written by", "no peftc manifest")
     rows = [
         (
-            "\n".join(collapse(each.modules)),
+            "\n".join(places(each.modules)),
             ", ".join(f"{name} = {value}" for name, value in each.values.items()),
             "\n".join(each.tensors),
             ", ".join(each.dtypes),
@@ -89,7 +89,8 @@ def drift_report(drift: MergeDrift) -> RenderableType:
     """What `peftc drift` says."""
     totals = Table.grid(padding=(0, 2))
     totals.add_row("merged", " + ".join(drift.adapters))
-    totals.add_row("weights", f"at most {drift.largest:.3g} from the exact value, {drift.relative:.3g} of the largest")
+    exact = f"at most {drift.largest:.3g} from the exact value, {drift.relative:.3g} of the largest"
+    totals.add_row("weights", exact if drift.tensors else "none is computed: trained rows and copies take their places")
     outputs = drift.outputs
     if outputs is None:
         totals.add_row("outputs", "not compared: nothing is known that the model could be called with")
@@ -115,7 +116,8 @@ def drift_report(drift: MergeDrift) -> RenderableType:
         )
         for (_, dtype), group in groups.items()
     ]
-    return Group(_table(("tensors", "type"), rows, right=("#", "largest", "relative")), totals)
+    table = _table(("tensors", "type"), rows, right=("#", "largest", "relative"))
+    return Group(table, totals) if rows else totals
 
 
 def explain_report(facts: ExplainFacts) -> RenderableType:
@@ -123,10 +125,22 @@ def explain_report(facts: ExplainFacts) -> RenderableType:
     parts: list[RenderableType] = []
     for each in facts.together:
         parts.append(Text(" + ".join(each.adapters), style="bold"))
+        for inserted in each.inserted:
+            parts.append(_inserted(inserted, several=len(each.adapters) > 1))
         for group in each.groups:
             parts.append(_group(group))
             parts.append(_costs(group))
     return Group(*parts)
+
+
+def _inserted(inserted: InsertedFacts, *, several: bool) -> RenderableType:
+    head = Table.grid(padding=(0, 2))
+    head.add_row("sites", Text("\n".join(places(inserted.sites)), overflow="fold"))
+    head.add_row("", Text(inserted.says + (f" of {inserted.adapter}" if several else "")))
+    for name, formula in inserted.formulas.items():
+        head.add_row(name, Text(formula))
+    head.add_row("", Text(", ".join(f"{role} {_product(shape)}" for role, shape in inserted.shapes.items())))
+    return Group(Text(""), head)
 
 
 def _group(group: GroupFacts) -> RenderableType:
@@ -165,18 +179,27 @@ def _costs(group: GroupFacts) -> RenderableType:
 
 def methods_table(methods: Iterable[MethodRule]) -> Table:
     """Every method on a line."""
-    rows = [(each.name, ", ".join(each.kinds), first_sentence(each.doc)) for each in methods]
+    rows = [(each.name, ", ".join(each.kinds) or _beside(each), first_sentence(each.doc)) for each in methods]
     return _table(("method", "kinds", "what it is"), rows)
+
+
+def _beside(rule: MethodRule) -> str:
+    """What a method that is for no kind of weight is for."""
+    return "tokens" if rule.rows else "modules" if rule.copies else ""
 
 
 def method_report(rule: MethodRule) -> RenderableType:
     """One method: what it is, its hyperparameters, its parameters, its formula."""
     head = Table.grid(padding=(0, 2))
-    primes = (("W'", rule.weight), ("b'", rule.bias))
-    formulas = [f"{name} = {expression.text(value)}" for name, value in primes if value is not None]
+    primes = {"W'": rule.weight, "b'": rule.bias}
+    primes |= {"prompt'": rule.prompt, "gate'": rule.gate, "labels'": rule.labels}
+    formulas = [f"{name} = {expression.text(value)}" for name, value in primes.items() if value is not None]
     lets = [f"{name} = {expression.text(value)}" for name, value in rule.lets]
-    head.add_row("formula", "\n".join([*formulas, *lets]))
-    head.add_row("kinds", ", ".join(rule.kinds))
+    if rule.copies or rule.rows:
+        formulas.append("the whole module, trained" if rule.copies else "W'[tokens] = rows")
+    head.add_row("formula", Text("\n".join([*formulas, *lets])))
+    if rule.kinds:
+        head.add_row("kinds", ", ".join(rule.kinds))
     if rule.peft_type:
         head.add_row("PEFT type", rule.peft_type)
     values = [

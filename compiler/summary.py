@@ -1,6 +1,6 @@
 """A plan told by the clauses of its spec."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -12,8 +12,10 @@ from peftc.grammar.select import select
 from peftc.grammar.spec import AdapterSpec, Spec, Target
 from peftc.grammar.values import complete
 from peftc.grammar.write import to_tree
-from peftc.passes.plan import AdapterPlan
+from peftc.passes.plan import AdapterPlan, PlannedRows
 from peftc.passes.resolve import Ground
+
+SHOWN = 8  # ids of tokens that a table names
 
 
 def adapter_facts(
@@ -23,7 +25,7 @@ def adapter_facts(
     return AdapterFacts(
         name=plan.name,
         method=plan.spec.rule.name,
-        rules=(*_site_rules(plan, ground), *_copy_rules(plan)),
+        rules=(*_site_rules(plan, ground), *_copy_rules(plan), *_rows_rules(plan)),
         parameters=plan.parameter_count,
         bytes=sum(each.numel() * each.element_size() for each in tensors.values()),
         weight=weight,
@@ -67,11 +69,36 @@ def _copy_rules(plan: AdapterPlan) -> list[RuleFacts]:
     ]
 
 
+def _rows_rules(plan: AdapterPlan) -> list[RuleFacts]:
+    groups: dict[tuple[int, ...], list[PlannedRows]] = {}
+    for rows in plan.rows:
+        groups.setdefault(rows.ids, []).append(rows)
+    return [
+        RuleFacts(
+            f"tokens {listed(ids)}",
+            tuple(module for each in alike for module in each.modules),
+            {},
+            "",
+            sum(each.parameter_count for each in alike),
+        )
+        for ids, alike in groups.items()
+    ]
+
+
+def listed(ids: Sequence[int]) -> str:
+    """Ids of tokens, the first few."""
+    return f"[{', '.join(map(str, ids[:SHOWN]))}{', ...' if len(ids) > SHOWN else ''}]"
+
+
 def brief(rule: MethodRule, values: Mapping[str, Value]) -> str:
     """The sizes among the hyperparameters, and what is not the method's default: `rank = 8, alpha = 16`."""
     defaults = dict(complete(rule, ()))
     sizes = {each.name for each in rule.hyperparameters if each.type == "int"}
-    shown = {name: value for name, value in values.items() if name in sizes or value != defaults[name]}
+    shown = {
+        name: value
+        for name, value in values.items()
+        if value != defaults[name] or (name in sizes and value is not None)
+    }
     return ", ".join(f"{name} = {_short(value)}" for name, value in shown.items())
 
 
@@ -83,6 +110,8 @@ def _short(value: Value) -> str:
             return str(value).lower()
         case float():
             return f"{value:g}"
+        case tuple():
+            return f"[{', '.join(map(str, value))}]"
         case _:
             return str(value)
 

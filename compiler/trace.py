@@ -69,7 +69,19 @@ class Tracer:
             outputs=forward.form,
             cache=layout or forward.layout,
             guards=guards,
+            cached=_count(graph) - nest.count_tensors(forward.form),
+            encoder_decoder=self._is_encoder_decoder,
+            filler=int(getattr(getattr(self._source, "config", None), "pad_token_id", None) == 0),
         )
+
+    def takes_cache(self, call: Call) -> bool:
+        """Whether the model can be given keys and values that attention sees beside the call's own."""
+        parameters = inspect.signature(self._source.get_submodule(call.signature.entry).forward).parameters
+        return "past_key_values" in parameters and self._made_cache(call) is not None
+
+    @property
+    def _is_encoder_decoder(self) -> bool:
+        return bool(getattr(getattr(self._source, "config", None), "is_encoder_decoder", False))
 
     def _inputs(self, twin: Twin, call: Call, layout: caches.Layout | None) -> list[_Input]:
         names = call.signature.tensor_names
@@ -88,8 +100,7 @@ class Tracer:
             return tuple(Sample(tuple(tensor.shape), ()) for tensor in call.tensors)
         if not isinstance(self._source, PreTrainedModel):
             return plain_sample(call.tensors)
-        is_encoder_decoder = bool(getattr(self._source.config, "is_encoder_decoder", False))
-        sampler = Sampler(is_encoder_decoder, past, call.rows)
+        sampler = Sampler(self._is_encoder_decoder, past, call.rows)
         return tuple(sampler.sample(name, tensor) for name, tensor in zip(names, call.tensors, strict=True))
 
     def _twin(self, call: Call) -> Twin:
@@ -98,8 +109,22 @@ class Tracer:
         return twin
 
     def _layout(self, call: Call) -> caches.Layout:
-        """What the model's cache looks like: run a twin once without one and look at what it returns."""
+        """What the model's cache looks like."""
         assert call.signature.cache is not None
+        made = self._made_cache(call)
+        if made is None:
+            fail(ModelError, "E411", f"{type(self._source).__name__} was given a cache but returns none")
+        return caches.layout_of(made, call.signature.cache[1])
+
+    def _made_cache(self, call: Call) -> Cache | None:
+        """The cache that a twin makes when it runs without one; with labels, some models make none."""
+        output = self._run(call, use_cache=True)
+        if "labels" in dict(call.signature.arguments) and not any(isinstance(each, Cache) for each in _values(output)):
+            output = self._run(call, use_cache=True, labels=None)
+        return next((each for each in _values(output) if isinstance(each, Cache)), None)
+
+    def _run(self, call: Call, **options: Any) -> Any:
+        """What a twin returns for a call of these sizes, with other options."""
         twin = self._twin(call)
         names = call.signature.tensor_names
         tensors = [
@@ -114,15 +139,11 @@ class Tracer:
                 torch.no_grad(),
                 patch_attributes([(torch.compiler, "is_compiling", _always)]),
             ):
-                output = forward.run(tensors, None)
+                return forward.run(tensors, None, **options)
         except AdapterError:
             raise
         except Exception as error:
             _refuse(type(self._source).__name__, error)
-        made = next((each for each in _values(output) if isinstance(each, Cache)), None)
-        if made is None:
-            fail(ModelError, "E411", f"{type(self._source).__name__} was given a cache but returns none")
-        return caches.layout_of(made, call.signature.cache[1])
 
 
 class _FlatForward:
@@ -150,10 +171,12 @@ class _FlatForward:
             leaves += caches.tensors_of(made, self._layout or self.layout)  # type: ignore[arg-type]
         return leaves
 
-    def run(self, tensors: list[torch.Tensor], cache: Cache | None) -> Any:
-        """Call the model's own forward."""
+    def run(self, tensors: list[torch.Tensor], cache: Cache | None, **options: Any) -> Any:
+        """Call the model's own forward, with these options where it has them."""
         left = list(tensors)
         arguments = {name: nest.rebuild(form, left, cache) for name, form in self._arguments}
+        known = inspect.signature(type(self._module).forward).parameters
+        arguments |= {name: value for name, value in options.items() if name in known}
         if self._is_root:
             return type(self._module).forward(self._module, **arguments)
         return self._module(**arguments)
@@ -193,6 +216,11 @@ def _export(
         _refuse(kind, error)
     finally:
         model.__dict__.pop("forward", None)
+
+
+def _count(graph: fx.Graph) -> int:
+    (output,) = graph.find_nodes(op="output")
+    return len(output.args[0])
 
 
 def _guards(code: Sequence[str], names: list[str]) -> Iterator[str]:

@@ -35,6 +35,9 @@ class Twin:
                 f"{type(model).__name__} cannot be copied: {error}",
                 help="a module holds something deepcopy refuses (a lock, a file, a tensor with a history)",
             )
+        for module in self.model.modules():  # what a graph keeps is decided when it runs
+            if getattr(module, "gradient_checkpointing", False) is True:
+                module.gradient_checkpointing = False  # type: ignore[assignment]
 
     def fake(self, tensor: torch.Tensor) -> torch.Tensor:
         """A fake tensor like this one."""

@@ -23,13 +23,16 @@ from peftc.passes.plan import AdapterPlan, PlannedCopy, PlannedSite
 from peftc.passes.site import Site
 from peftc.runtime.allocating import Allocating
 from peftc.runtime.drift import MergeDrift, OutputDrift, TensorDrift
+from peftc.runtime.kv_prefix import KvPrefix
 from peftc.runtime.lifecycle import Lifecycle
 from peftc.runtime.model import AdaptedModel
+from peftc.runtime.recomputing import Recomputing
 from peftc.runtime.saving import Saving
 
 PAGE = Path(__file__).parent / "api.md"
 WIDTH = 100  # of a signature on one line
 
+OWNERS = (Lifecycle, Saving, Allocating, Recomputing, KvPrefix, AdaptedModel)
 ERRORS = (AdapterError, SpecError, CheckpointError, ModelError, UsageError, Diagnostic, Span, Source)
 DATA = (
     Spec,
@@ -61,7 +64,7 @@ def page() -> str:
         "## `AdaptedModel`",
         docstring(AdaptedModel),
         "Methods of the model's own class are there too: `generate`, `to`, `train`, `state_dict` and the rest.",
-        *(part for owner in (Lifecycle, Saving, Allocating, AdaptedModel) for part in methods(owner)),
+        *(part for owner in OWNERS for part in methods(owner)),
         "## Errors",
         "All are exported by `peftc.compiler`, except `Span` and `Source`, which a diagnostic points with.",
         *(part for each in ERRORS for part in class_parts(each)),

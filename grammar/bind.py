@@ -8,7 +8,7 @@ from peftc.grammar.allocate import bound_allocation, check_schedule
 from peftc.grammar.closed import ClosedForms, Place
 from peftc.grammar.diagnostics import SpecError, fail
 from peftc.grammar.functions import MisfitError
-from peftc.grammar.initialisers import INITIALISERS, initialiser, match_arguments
+from peftc.grammar.initialisers import INITIALISERS, TYPED, initialiser, match_arguments
 from peftc.grammar.measure import sizes_of
 from peftc.grammar.peft_item import names_in
 from peftc.grammar.rule import BoundParam, BoundRule, Derived, Init, MethodRule, ParamRule, Value
@@ -57,10 +57,13 @@ def bind(rule: MethodRule, values: Values, place: Place, *, span: Span | None = 
         "kind": place.kind,
         "channels": place.in_features // place.kernel,
         "kernel": place.kernel,
+        "num_layers": place.layers,
+        "num_heads": place.heads,
+        "num_stacks": place.stacks,
     }
     binder = _Binder(rule, scope, span, place)
     binder.check_requirements()
-    if strict:
+    if strict and rule.prompt is None:
         _check_rank(rule, scope, span, place)
     bound = binder.rule_at()
     if strict and bound.allocation is not None:
@@ -95,7 +98,8 @@ class _Binder(ClosedForms):
         for test in self.rule.requires:
             if not self.scalar(test):
                 names = [name for name in sorted(names_in(test)) if name in self.scope]
-                given = " and ".join(f"{name} = {self.scope[name]}" for name in names)
+                values = {name: expression.text(expression.literal(self.scope[name])) for name in names}
+                given = " and ".join(f"{name} = {value}" for name, value in values.items())
                 message = f"'{self.rule.name}' does not fit {self.place}: it needs {expression.text(test)}"
                 fail(SpecError, "E216", message, self.span or test.span, help=f"there {given}")
 
@@ -112,10 +116,13 @@ class _Binder(ClosedForms):
                 message = f"'{self.rule.name}' adapts a bias, and {self.place} of kind '{self.place.kind}' has none"
                 fail(SpecError, "E217", message, self.span)
             self._measured(bias, base[:1], shapes)
-        scalars = self._scalars_of(weight, *(() if bias is None else (bias,)))
+        prompt, gate = self._prompt(), None if self.rule.gate is None else self.matrix(self.rule.gate)
+        labels = None if prompt is None or self.rule.labels is None else self._labels(self.rule.labels, prompt)
+        formulas = [each for each in (weight, bias, prompt, gate, labels) if each is not None]
+        scalars = self._scalars_of(*formulas)
         params = tuple(self.param(each, shapes) for each in self.present.values())
         self._keys_differ(params)
-        nodes = [*algebra.walk(weight), *(() if bias is None else algebra.walk(bias))]
+        nodes = [node for each in formulas for node in algebra.walk(each)]
         read = {each.role for each in nodes if isinstance(each, algebra.Param)}
         drafts = tuple(each for each in params if not (each.trained or each.saved or each.role in read))
         params = tuple(each for each in params if each not in drafts)
@@ -125,7 +132,56 @@ class _Binder(ClosedForms):
         if budgeted is not None and not {role for role, _ in budgeted.axes} <= set(self.present):
             budgeted = None
         allocation = None if budgeted is None else bound_allocation(budgeted, self.scalar)
-        return BoundRule(self.rule, values, weight, scalars, params, None if unchanged else bias, drafts, allocation)
+        return BoundRule(
+            self.rule,
+            values,
+            weight,
+            scalars,
+            params,
+            None if unchanged else bias,
+            drafts,
+            allocation,
+            prompt=prompt,
+            gate=gate,
+            settled=self._settled(prompt),
+            labels=labels,
+        )
+
+    def _settled(self, prompt: algebra.Matrix | None) -> tuple[algebra.Matrix, tuple[int, ...], str] | None:
+        """The part of the prompt that is saved as a value too, its shape and key."""
+        name, key = self.rule.settled
+        part = self.matrices.get(name)
+        if prompt is None or part is None or part not in algebra.walk(prompt):
+            return None
+        return part, sizes_of(part, self.shapes, self.place.sizes), key
+
+    def _prompt(self) -> algebra.Matrix | None:
+        if self.rule.prompt is None:
+            return None
+        prompt, place = self._known_bias(self.rule.prompt, self.rule.prompt), self.place
+        if place.kind != "prompt" and any(isinstance(each, algebra.Weight) for each in algebra.walk(prompt)):
+            fail(SpecError, "E217", f"'{self.rule.name}' uses W, and there is no weight in '{place.kind}'", self.span)
+        try:
+            found = sizes_of(prompt, self.shapes, place.sizes)
+        except MisfitError as misfit:
+            fail(SpecError, "E216", f"'{self.rule.name}' does not fit {place}: {misfit}", self.span)
+        if found[-1] != place.out_features:
+            message = f"prompt' of '{self.rule.name}' has {found[-1]} columns, and {place} takes {place.out_features}"
+            fail(SpecError, "E216", message, self.span)
+        return prompt
+
+    def _labels(self, expr: tree.Expr, prompt: algebra.Matrix) -> algebra.Matrix:
+        labels = self.matrix(expr)
+        if any(isinstance(each, algebra.Weight | algebra.Bias) for each in algebra.walk(labels)):
+            fail(SpecError, "E217", f"labels' of '{self.rule.name}' are whole numbers, and W is not", self.span)
+        try:
+            (found,) = sizes_of(labels, self.shapes, self.place.sizes)
+            length = sizes_of(prompt, self.shapes, self.place.sizes)[-2]
+            if found != length:
+                raise MisfitError(f"labels' are {found}, and prompt' is {length} long")
+        except MisfitError as misfit:
+            fail(SpecError, "E216", f"'{self.rule.name}' does not fit {self.place}: {misfit}", self.span)
+        return labels
 
     def _scalars_of(self, *matrices: algebra.Matrix) -> tuple[tuple[str, float], ...]:
         nodes = [node for each in matrices for node in algebra.walk(each)]
@@ -211,9 +267,22 @@ class _Binder(ClosedForms):
             self._measured(matrix, shape, shapes)
             return Derived(matrix, self._scalars_of(matrix))
         given = match_arguments(expr)
-        arguments: list[tuple[str, float]] = []
+        arguments: list[tuple[str, float | str | tuple[int, ...]]] = []
         for argument, default in INITIALISERS[name]:
             value = self.scalar(given[argument]) if argument in given else default
+            if value is None and default is not None:
+                value = default
+            if value is None and name in TYPED:
+                what = {"text": "the tokens of a text", "ints": "a list of numbers"}[TYPED[name]]
+                message = f"'{self.rule.name}' starts from {what}, and there is none"
+                fail(SpecError, "E216", message, self.span, help=f"give it: {expression.text(given[argument])} = ...")
+            if isinstance(value, tuple) and len(value) != math.prod(shape):
+                message = f"'{self.rule.name}' takes {math.prod(shape)} numbers there, and "
+                message += f"{expression.text(given[argument])} has {len(value)}"
+                fail(SpecError, "E216", message, self.span)
+            if isinstance(value, str | tuple):
+                arguments.append((argument, value))
+                continue
             assert isinstance(value, int | float), value
             arguments.append((argument, float(value)))
         return Init(name, tuple(arguments))

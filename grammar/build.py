@@ -14,7 +14,7 @@ from peftc.grammar.source import Source, Span
 MAX_SELECTORS = 10_000
 MAX_PATTERN = 500
 
-TYPES = ("int", "float", "bool", "text")
+TYPES = ("int", "float", "bool", "text", "ints")
 
 
 class Builder(ExpressionBuilder):
@@ -57,7 +57,7 @@ class Builder(ExpressionBuilder):
             "on": self._on,
             "refine": self._refine,
             "skip": self._skip,
-            "train": lambda each: tree.TrainClause(self._selector_list(each.children[0]), span=self._span(each)),
+            "train": self._train,
             "bias": self._bias,
             "tokens": self._tokens,
         }
@@ -109,9 +109,17 @@ class Builder(ExpressionBuilder):
             fail(SpecError, "E149", f"'{token}' is not a choice of biases", self._of(token), help=hint)
         return tree.BiasClause(cast(Literal["none", "all", "adapter"], str(token)), span=self._span(node))
 
+    def _train(self, node: LarkTree) -> tree.TrainClause:
+        selectors, tied = node.children
+        return tree.TrainClause(self._selector_list(selectors), tied is not None, span=self._span(node))
+
     def _tokens(self, node: LarkTree) -> tree.TokensClause:
-        tokens = tuple(cast(tree.Text | tree.Number, self._expr(each)) for each in trees_of(node))
-        return tree.TokensClause(tokens, span=self._span(node))
+        listed, modules = list(trees_of(node)), node.children[-1]
+        if modules is not None:
+            listed.pop()
+        tokens = tuple(cast(tree.Text | tree.Number, self._expr(each)) for each in listed)
+        chosen = () if modules is None else self._selector_list(modules)
+        return tree.TokensClause(tokens, chosen, span=self._span(node))
 
     # --- selectors ---
 
@@ -206,10 +214,11 @@ class Builder(ExpressionBuilder):
             "param": self._param,
             "const": self._const,
             "require": lambda each: tree.RequireItem(self._expr(each.children[0]), span=self._span(each)),
-            "let": lambda each: tree.LetItem(*self._named(each), span=self._span(each)),
+            "let": self._let,
             "prime": self._prime,
             "allocate": self._allocate,
             "copies": lambda each: tree.CopiesItem(self._string(token_of(each, 0)), span=self._span(each)),
+            "rows": lambda each: tree.RowsItem(self._string(token_of(each, 0)), span=self._span(each)),
             "unread": lambda each: tree.UnreadItem(
                 tuple(self._string(key) for key in tokens_of(each)), span=self._span(each)
             ),
@@ -228,7 +237,7 @@ class Builder(ExpressionBuilder):
         values = () if choices is None else tuple(self._string(each) for each in tokens_of(choices))
         return tree.Hyperparameter(
             str(name),
-            cast(Literal["int", "float", "bool", "text"], str(type_name)),
+            cast(Literal["int", "float", "bool", "text", "ints"], str(type_name)),
             self._expr(default),
             values,
             span=self._span(node),
@@ -289,17 +298,24 @@ class Builder(ExpressionBuilder):
             span=self._span(node),
         )
 
+    def _let(self, node: LarkTree) -> tree.LetItem:
+        saved = "" if node.children[2] is None else self._string(token_of(node, 2))
+        return tree.LetItem(*self._named(node), saved, span=self._span(node))
+
     def _prime(self, node: LarkTree) -> tree.PrimeItem:
         target = token_of(node, 0)
-        if target not in ("W'", "b'"):
-            fail(
-                SpecError,
-                "E144",
-                f"{target} cannot be defined",
-                self._of(target),
-                help="a method says what W' is, the adapted weight, and may say what b' is, the adapted bias",
-            )
-        return tree.PrimeItem("W" if target == "W'" else "b", self._expr(node.children[1]), span=self._span(node))
+        primes: dict[str, Literal["W", "b", "prompt", "gate", "labels"]] = {
+            "W'": "W",
+            "b'": "b",
+            "prompt'": "prompt",
+            "gate'": "gate",
+            "labels'": "labels",
+        }
+        if target not in primes:
+            help = "a method says what W' is, the adapted weight, and may say what b' is, the adapted bias\n"
+            help += "or it says what prompt' is, which is put in front, and may say what gate' or labels' is"
+            fail(SpecError, "E144", f"{target} cannot be defined", self._of(target), help=help)
+        return tree.PrimeItem(primes[target], self._expr(node.children[1]), span=self._span(node))
 
     def _allocate(self, node: LarkTree) -> tree.AllocateItem:
         vector, *partners = map(str, tokens_of(node))

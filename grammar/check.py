@@ -4,11 +4,11 @@ from collections.abc import Mapping, Sequence
 
 from peftc.grammar import expression, tree
 from peftc.grammar.allocate import check_allocation
-from peftc.grammar.check_tensors import COUNTED, TOGETHER, TensorChecks, check_key, check_kind
+from peftc.grammar.check_tensors import COUNTED, OF_PLACES, TOGETHER, TensorChecks, check_key, check_kind
 from peftc.grammar.diagnostics import SpecError, did_you_mean, fail
 from peftc.grammar.infer import BOOL, TEXT, Scalar, Type, need, type_of
 from peftc.grammar.peft_item import check_field, names_in
-from peftc.grammar.rule import KINDS, AllocationRule, DefaultTargets, MethodRule, ParamRule
+from peftc.grammar.rule import COMPATIBLE, KINDS, LAST, PLACES, AllocationRule, DefaultTargets, MethodRule, ParamRule
 from peftc.grammar.scalar import evaluate
 from peftc.grammar.shapes import Dim, Shape, differ
 from peftc.grammar.source import Span
@@ -22,6 +22,15 @@ def check_method(method: tree.Method, methods: Mapping[str, MethodRule] | None =
     return _Checker(method, methods or {}).rule()
 
 
+# What a method for a place defines, or for weights.
+_PRIMES = {
+    "": ("W", "b"),
+    "attention": ("prompt", "gate"),
+    "cache": ("prompt",),
+    "prompt": ("prompt", "labels"),
+}
+
+
 class _Checker(TensorChecks):
     def __init__(self, method: tree.Method, methods: Mapping[str, MethodRule]):
         super().__init__()
@@ -30,10 +39,12 @@ class _Checker(TensorChecks):
         self.lets: list[tuple[str, tree.Expr]] = []
         self.defaults: dict[str, tuple[DefaultTargets, ...]] = {}
         self.primes: dict[str, tree.Expr] = {}
+        self.settled = ("", "")
         self.requires: list[tree.Expr] = []
         self.peft: tree.PeftItem | None = None
         self.allocation: AllocationRule | None = None
         self.copies = ""
+        self.rows = ""
         self.unread: tuple[str, ...] = ()
 
     def rule(self) -> MethodRule:
@@ -50,6 +61,8 @@ class _Checker(TensorChecks):
         self.names["W"] = Shape((Dim.atom("out"), Dim.atom("in")))
         self.names["b"] = Shape((Dim.atom("out"),))
         kinds = self._kinds()
+        if set(kinds) & set(PLACES):
+            self.names |= {name: Scalar("int", dim=Dim.atom(name)) for name in OF_PLACES}
         for item in method.items:
             match item:
                 case tree.ParamItem():
@@ -60,6 +73,8 @@ class _Checker(TensorChecks):
                     # A scalar is a number wherever it is used.
                     self.extents[item.name] = (1 if isinstance(self.names[item.name], Scalar) else nodes, depth)
                     self.lets.append((item.name, item.value))
+                    if item.saved:
+                        self._settled(item, kinds)
                 case tree.ConstItem():
                     self._const(item)
                 case tree.RequireItem(test):
@@ -68,7 +83,7 @@ class _Checker(TensorChecks):
                 case tree.DefaultItem() | tree.DefaultAsItem():
                     self._default(item)
                 case tree.PrimeItem():
-                    self._prime(item)
+                    self._prime(item, kinds)
                 case tree.AllocateItem():
                     if self.allocation is not None:
                         fail(SpecError, "E131", "'allocate' is said twice", item.span)
@@ -76,6 +91,9 @@ class _Checker(TensorChecks):
                 case tree.CopiesItem(key):
                     check_key(key, item)
                     self.copies = key
+                case tree.RowsItem(key):
+                    check_key(key, item)
+                    self.rows = key
                 case tree.UnreadItem(keys):
                     for key in keys:
                         check_key(key, item)
@@ -84,12 +102,11 @@ class _Checker(TensorChecks):
                     self._peft(item)
                 case _:
                     pass
-        if self.copies and (self.primes or self.params or kinds):
-            message = f"'{method.name}' trains copies of whole modules: it has no kinds, parameters or formula"
+        if (self.copies or self.rows) and (self.primes or self.params or kinds or (self.copies and self.rows)):
+            what = "rows of embeddings" if self.rows else "copies of whole modules"
+            message = f"'{method.name}' trains {what}: it has no kinds, parameters or formula"
             fail(SpecError, "E135", message, method_name(method))
-        if not self.primes and not self.copies:
-            help = "say what the adapted weight is: W' = W + ..."
-            fail(SpecError, "E135", f"the method '{method.name}' does not define W'", method_name(method), help=help)
+        self._check_primes(kinds)
         self._all_used()
         self._keys_differ(kinds)
         return MethodRule(
@@ -103,17 +120,44 @@ class _Checker(TensorChecks):
             ),
             weight=self.primes.get("W"),
             bias=self.primes.get("b"),
+            prompt=self.primes.get("prompt"),
+            gate=self.primes.get("gate"),
+            labels=self.primes.get("labels"),
+            settled=self.settled,
             requires=tuple(self.requires),
             defaults=tuple(self.defaults.items()),
             peft_type=self.peft.type if self.peft else "",
             peft_fields=self.peft.fields if self.peft else (),
             copies=self.copies,
+            rows=self.rows,
             unread=self.unread,
             allocation=self.allocation,
             counts_sites=not self.used.isdisjoint((*COUNTED, "category")),
             doc=method.doc,
             span=method.span,
         )
+
+    def _settled(self, item: tree.LetItem, kinds: Sequence[str]) -> None:
+        check_key(item.saved, item)
+        if not set(kinds) & set(PLACES):
+            help = "a weight's parameters are saved as they are"
+            fail(SpecError, "E135", "what is computed is saved for a prompt' only", item.span, help)
+        if self.settled[0]:
+            fail(SpecError, "E131", f"'{self.settled[0]}' is saved as a value already", item.span)
+        if not isinstance(self.names[item.name], Shape):
+            fail(SpecError, "E132", f"'{item.name}' is a number: only a tensor is saved", item.span)
+        self.settled = (item.name, item.saved)
+
+    def _check_primes(self, kinds: Sequence[str]) -> None:
+        """Raise E135 unless the method defines what methods for its kinds define."""
+        name, defined = self.method.name, set(self.primes)
+        if not set(kinds) & set(PLACES):
+            if not defined & {"W", "b"} and not (self.copies or self.rows):
+                help = "say what the adapted weight is: W' = W + ..."
+                fail(SpecError, "E135", f"the method '{name}' does not define W'", method_name(self.method), help=help)
+        elif "prompt" not in defined:
+            help = "say what is put in front: prompt' = ..."
+            fail(SpecError, "E135", f"'{name}' does not define prompt'", method_name(self.method), help=help)
 
     def _hyperparameter(self, item: tree.Hyperparameter) -> None:
         if item.choices and item.type != "text":
@@ -134,13 +178,22 @@ class _Checker(TensorChecks):
         reached = self._reached()
         for param in self.params:
             if param.role not in reached:
-                help = "a parameter that W' does not depend on would never be trained" if param.trained else ""
+                made = "prompt'" if "prompt" in self.primes else "W'"
+                help = f"a parameter that {made} does not depend on would never be trained" if param.trained else ""
                 what = "parameter" if param.trained else "constant"
                 message = f"the {what} '{param.role}' is never used"
                 fail(SpecError, "E134", message, self.places[param.role], help=help)
         for name, _ in self.lets:
             if name not in self.used:
                 fail(SpecError, "E134", f"'let {name}' is never used", self.places[name])
+        if "prompt" in self.primes:
+            self.used.add(COMPATIBLE)
+        for each in self.method.hyperparameters if self._kinds() == ("attention",) else ():
+            if each.name == LAST:
+                self.used.add(LAST)
+                if each.type != "int":
+                    message = f"'{LAST}' of a method for attention is a whole number: how many modules it is for"
+                    fail(SpecError, "E132", message, each.span)
         for each in self.method.hyperparameters:
             if each.name not in self.used:
                 fail(SpecError, "E134", f"the hyperparameter '{each.name}' is never used", each.span)
@@ -178,12 +231,16 @@ class _Checker(TensorChecks):
             if isinstance(item, tree.KindsItem):
                 for kind in item.kinds:
                     check_kind(kind, item)
+                if set(item.kinds) & set(PLACES) and len(item.kinds) > 1:
+                    place = next(each for each in item.kinds if each in PLACES)
+                    help = f"{', '.join(PLACES)} are no weights: each takes methods of its own"
+                    fail(SpecError, "E139", f"a method for {place} is for nothing else", item.span, help)
                 if len(set(item.kinds)) != len(item.kinds):
                     fail(SpecError, "E131", "a kind is named twice", item.span)
                 return item.kinds
-        if any(isinstance(item, tree.CopiesItem) for item in self.method.items):
+        if any(isinstance(item, tree.CopiesItem | tree.RowsItem) for item in self.method.items):
             return ()
-        help = f"begin with 'on' and some of: {', '.join(KINDS)}"
+        help = f"begin with 'on' and some of: {', '.join(KINDS)}\nor one of: {', '.join(PLACES)}"
         message = f"the method '{self.method.name}' does not say which kinds of module it fits"
         fail(SpecError, "E139", message, method_name(self.method), help=help)
 
@@ -218,16 +275,37 @@ class _Checker(TensorChecks):
                     fail(SpecError, "E137", message, self.places[param.role], help="give each its own key")
                 owners[key] = param
 
-    def _prime(self, item: tree.PrimeItem) -> None:
+    def _prime(self, item: tree.PrimeItem, kinds: Sequence[str]) -> None:
         if item.target in self.primes:
             fail(SpecError, "E131", f"{item.target}' is defined twice", item.span)
-        found, wanted = self._type(item.value), self.names[item.target]
-        assert isinstance(wanted, Shape)
-        fits = isinstance(found, Shape) and len(found.sizes) == len(wanted.sizes)
-        if not fits or any(map(differ, found.sizes, wanted.sizes)):  # type: ignore[union-attr]
-            what = f"a tensor {found}" if isinstance(found, Shape) else str(found)
-            message = f"{item.target}' is of shape {wanted}, as {item.target} is, and this is {what}"
-            fail(SpecError, "E133", message, item.value.span)
+        place = next((each for each in kinds if each in PLACES), "")
+        allowed = _PRIMES[place]
+        if kinds and item.target not in allowed:
+            help = f"it defines {' and perhaps '.join(each + chr(39) for each in allowed)}"
+            others = [each for each, names in _PRIMES.items() if each and item.target in names]
+            help += "; it changes no weight" if place else f"; one for {' or '.join(others)} defines {item.target}'"
+            fail(SpecError, "E135", f"a method for {kinds[0]} cannot define {item.target}'", item.span, help)
+        found = self._type(item.value)
+        what = f"a tensor {found}" if isinstance(found, Shape) else str(found)
+        if item.target == "prompt":
+            rows = isinstance(found, Shape) and len(found.sizes) in (2, 3)
+            if not rows or differ(found.sizes[-1], Dim.atom("out")):  # type: ignore[union-attr]
+                message = f"prompt' is of shape [length, out], or [tasks, length, out], and this is {what}"
+                fail(SpecError, "E133", message, item.value.span)
+        elif item.target == "gate":
+            if not isinstance(found, Shape) or found.sizes != (Dim.constant(1),):
+                fail(SpecError, "E133", f"gate' is of shape [1], and this is {what}", item.value.span)
+        elif item.target == "labels":
+            if not isinstance(found, Shape) or len(found.sizes) != 1:
+                message = f"labels' is of shape [length], as long as prompt' is, and this is {what}"
+                fail(SpecError, "E133", message, item.value.span)
+        else:
+            wanted = self.names[item.target]
+            assert isinstance(wanted, Shape)
+            fits = isinstance(found, Shape) and len(found.sizes) == len(wanted.sizes)
+            if not fits or any(map(differ, found.sizes, wanted.sizes)):  # type: ignore[union-attr]
+                message = f"{item.target}' is of shape {wanted}, as {item.target} is, and this is {what}"
+                fail(SpecError, "E133", message, item.value.span)
         self._extent(item.value)
         self.primes[item.target] = item.value
 
@@ -241,7 +319,8 @@ class _Checker(TensorChecks):
                 fail(SpecError, "E131", f"the field '{each.name}' is given twice", each.span)
             seen.add(each.name)
             vector = self.allocation.axes[0][0] if self.allocation else ""
-            self.used |= check_field(each, self.method.hyperparameters, vector)
+            placed = (*OF_PLACES, "in", "out") if "prompt" in self.primes else ()
+            self.used |= check_field(each, self.method.hyperparameters, vector, placed)
 
 
 WHERE_NAMES: Mapping[str, Type] = {

@@ -9,8 +9,8 @@ from peftc.grammar.diagnostics import SpecError, did_you_mean, fail
 from peftc.grammar.functions import FUNCTIONS, MAX_AXES
 from peftc.grammar.infer import BOOL, DROP, INT, TEXT, Scalar, Type, need, size_of, type_of
 from peftc.grammar.infer import number as need_number
-from peftc.grammar.initialisers import MEASURED, branches, initialiser, match_arguments, unknown_initialiser
-from peftc.grammar.rule import KINDS, ParamRule
+from peftc.grammar.initialisers import MEASURED, TYPED, branches, initialiser, match_arguments, unknown_initialiser
+from peftc.grammar.rule import KINDS, PLACES, ParamRule
 from peftc.grammar.scalar import SCALAR_FUNCTIONS
 from peftc.grammar.shapes import Shape, differ
 from peftc.grammar.source import Span
@@ -22,6 +22,9 @@ TOGETHER = ("max_in", "max_out", "sites", "total", "total_in", "total_out")
 COUNTED = ("site", "before_in", "before_out", "members", "tallest")
 # `in` of a convolution is the product of these; elsewhere the kernel is 1.
 UNDER_KERNEL = ("channels", "kernel")
+# Of a place that is no weight: how many layers its model has, how many heads of keys each, and how many stacks of
+# layers: two where an encoder stands beside the decoder.
+OF_PLACES = ("num_layers", "num_heads", "num_stacks")
 
 _RESERVED = frozenset(
     {
@@ -147,6 +150,8 @@ class TensorChecks:
         if (item.shared or seeded) and any(initialiser(each) in MEASURED for each in branches(item.init)):
             message = f"'{item.name}' is made of the inputs of a site: it can be neither shared nor seeded"
             fail(SpecError, "E136", message, item.init.span)
+        if seeded and any(initialiser(each) in TYPED for each in branches(item.init)):
+            fail(SpecError, "E136", f"nothing of '{item.name}' is drawn, so there is nothing to seed", item.init.span)
         return Shape(tuple(size_of(each, self._type(each)) for each in item.shape))
 
     def _init(self, expr: tree.Expr, shape: Shape) -> None:
@@ -172,7 +177,11 @@ class TensorChecks:
             message = f"a {initialiser(expr)} of inputs is of shape [in, in], and this is to be {shape}"
             fail(SpecError, "E133", message, expr.span)
         for argument, value in match_arguments(expr).items():
-            need_number(value, self._type(value), f"'{argument}' of '{initialiser(expr)}'")
+            if initialiser(expr) in TYPED:
+                wanted = Scalar(TYPED[initialiser(expr)], True)
+                need(value, self._type(value), wanted, f"'{argument}' of '{initialiser(expr)}'")
+            else:
+                need_number(value, self._type(value), f"'{argument}' of '{initialiser(expr)}'")
 
     def _known(self, expr: tree.Name | tree.Call) -> bool:
         return expr.id in self.names if isinstance(expr, tree.Name) else expr.function in FUNCTIONS
@@ -190,7 +199,7 @@ class TensorChecks:
 
 def _is_chance(expr: tree.Expr) -> bool:
     """Whether a start is not the same the next time."""
-    return initialiser(expr) not in ("", "zeros", "ones", "constant")
+    return initialiser(expr) not in ("", "zeros", "ones", "constant", "listed")
 
 
 def _operands(expr: tree.Expr) -> tuple[tree.Expr, ...]:
@@ -218,6 +227,6 @@ def check_key(key: str, node: tree.Node) -> None:
 
 def check_kind(kind: str, node: tree.Node) -> None:
     """Raise E139 unless the word is a kind of module."""
-    if kind not in KINDS:
-        help = did_you_mean(kind, KINDS) or f"the kinds are {', '.join(KINDS)}"
+    if kind not in KINDS + PLACES:
+        help = did_you_mean(kind, KINDS + PLACES) or f"the kinds are {', '.join(KINDS + PLACES)}"
         fail(SpecError, "E139", f"'{kind}' is not a kind of module", node.span, help=help)

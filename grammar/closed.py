@@ -7,7 +7,7 @@ from peftc.grammar.diagnostics import SpecError, fail
 from peftc.grammar.functions import FUNCTIONS, MisfitError
 from peftc.grammar.measure import sizes_of
 from peftc.grammar.peft_item import names_in
-from peftc.grammar.rule import MethodRule, ParamRule, Value
+from peftc.grammar.rule import PLACES, MethodRule, ParamRule, Value
 from peftc.grammar.scalar import SCALAR_FUNCTIONS, evaluate
 from peftc.grammar.source import Span
 
@@ -36,6 +36,9 @@ class Place:
     members: int = 1
     tallest: int = 0
     kernel: int = 1  # how many numbers of each channel a convolution's kernel covers
+    layers: int = 0  # of the model, `heads` of keys of each, in so many `stacks`: at a place that is no weight
+    heads: int = 0
+    stacks: int = 1
     name: str = field(default="", compare=False)
 
     @property
@@ -44,6 +47,8 @@ class Place:
         return self.out_features, self.in_features
 
     def __str__(self) -> str:
+        if self.name == f"@{self.kind}":  # a place that is the whole model's
+            return f"the model's {self.kind}"
         return f"'{self.name}'" if self.name else "a weight"
 
 
@@ -265,5 +270,8 @@ class ClosedForms:
             return operand
         if self.place.kind == "parameter":
             message = f"{expression.text(p)} = {value:g}: a raw parameter has no input of its own to drop from"
+            fail(SpecError, "E212", message, self.span or p.span, help="use no dropout there")
+        if self.place.kind in PLACES:
+            message = f"{expression.text(p)} = {value:g}: what is put in front has no input to drop from"
             fail(SpecError, "E212", message, self.span or p.span, help="use no dropout there")
         return algebra.Dropped(operand, float(value))

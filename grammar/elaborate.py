@@ -15,11 +15,8 @@ from peftc.grammar.methods_of import Loader, Methods, methods_of
 from peftc.grammar.parse import parse
 from peftc.grammar.rule import KINDS, MethodRule
 from peftc.grammar.source import Source, Span
-from peftc.grammar.spec import AdapterSpec, Base, Spec, Target
+from peftc.grammar.spec import AdapterSpec, Base, Spec, Target, Tokens
 from peftc.grammar.values import complete, partial
-
-# Methods that are no weight expressions; each is a rewrite of its own.
-STRUCTURAL = ("prefix", "prompt", "ptuning")
 
 MAX_NAME = 64
 
@@ -118,7 +115,8 @@ def _adapter(statement: tree.Adapter, methods: Methods) -> AdapterSpec:
     refine: list[Target] = []
     skip: list[Target] = []
     train: list[tree.Selector] = []
-    tokens: list[str | int] = []
+    tied: list[tree.Selector] = []
+    tokens: list[Tokens] = []
     bias: Literal["none", "all", "adapter"] | None = None
     for clause in statement.clauses:
         match clause:
@@ -129,18 +127,18 @@ def _adapter(statement: tree.Adapter, methods: Methods) -> AdapterSpec:
             case tree.SkipClause(selectors, where):
                 _check_target(selectors, where)
                 skip.append(Target(selectors, where, (), clause.span))
-            case tree.TrainClause(selectors):
-                for each in selectors:
-                    if isinstance(each, tree.AllSelector):
-                        help = "name them, or write a pattern"
-                        fail(SpecError, "E149", "'train' takes modules by name, not by kind", each.span, help=help)
+            case tree.TrainClause(selectors, ties):
+                _check_named(selectors, "'train'")
                 train += selectors
+                tied += selectors if ties else ()
             case tree.BiasClause(mode):
                 if bias is not None:
                     fail(SpecError, "E147", "'bias' is said twice", clause.span)
                 bias = mode
-            case tree.TokensClause(listed):
-                tokens += _tokens(listed, tokens)
+            case tree.TokensClause(listed, modules):
+                _check_named(modules, "'tokens ... in'")
+                before = [token for each in tokens if each.modules == modules for token in each.tokens]
+                tokens.append(Tokens(tuple(_tokens(listed, before)), modules, clause.span))
     return AdapterSpec(
         name=statement.name,
         rule=rule,
@@ -149,6 +147,7 @@ def _adapter(statement: tree.Adapter, methods: Methods) -> AdapterSpec:
         refine=tuple(refine),
         skip=tuple(skip),
         train=tuple(train),
+        tied=tuple(tied),
         bias=bias or "none",
         tokens=tuple(tokens),
         span=statement.span,
@@ -157,8 +156,6 @@ def _adapter(statement: tree.Adapter, methods: Methods) -> AdapterSpec:
 
 def _unknown_method(call: tree.Call, known: Mapping[str, MethodRule]) -> NoReturn:
     span = call.span and Span(call.span.source, call.span.start, call.span.start + len(call.function))
-    if call.function in STRUCTURAL:
-        fail(SpecError, "E144", f"'{call.function}' is not supported yet", span)
     help = did_you_mean(call.function, known) or f"known methods: {', '.join(sorted(known))}"
     fail(SpecError, "E140", f"there is no method '{call.function}'", span, help=help)
 
@@ -175,6 +172,13 @@ def _check_target(selectors: tuple[tree.Selector, ...], where: tree.Expr | None)
             fail(SpecError, "E139", f"'{each.kind}' is not a kind of module", each.span, help=help)
     if where is not None:
         check_where(where)
+
+
+def _check_named(selectors: tuple[tree.Selector, ...], what: str) -> None:
+    for each in selectors:
+        if isinstance(each, tree.AllSelector):
+            help = "name them, or write a pattern"
+            fail(SpecError, "E149", f"{what} takes modules by name, not by kind", each.span, help=help)
 
 
 def _tokens(listed: tuple[tree.Text | tree.Number, ...], before: list[str | int]) -> list[str | int]:

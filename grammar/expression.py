@@ -36,7 +36,7 @@ def arguments(items: tuple[tree.Argument, ...]) -> str:
     return ", ".join(text(each.value) if each.name is None else f"{each.name} = {text(each.value)}" for each in items)
 
 
-def literal(value: int | float | bool | str | None) -> tree.Expr:
+def literal(value: int | float | bool | str | tuple[int, ...] | None) -> tree.Expr:
     """The tree a value is written as."""
     match value:
         case None:
@@ -45,6 +45,8 @@ def literal(value: int | float | bool | str | None) -> tree.Expr:
             return tree.Flag(value)
         case str():
             return tree.Text(value)
+        case tuple():
+            return tree.Sequence(tuple(map(literal, value)))
         case _ if value < 0:
             return tree.Unary("-", tree.Number(-value))
         case _:

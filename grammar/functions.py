@@ -231,6 +231,16 @@ def _wavelet(sizes: Sizes, family: str | None) -> Sizes:
     return _need(sizes, 2, "'inverse_wavelet'")
 
 
+def _choose(test: Sizes, chosen: Sizes, _: Dim) -> Sizes:
+    return broadcast(test, chosen)
+
+
+def _remainder(sizes: Sizes, divisor: Dim) -> Sizes:
+    if divisor.value is not None and divisor.value < 1:
+        raise MisfitError(f"a divisor is at least 1, not {divisor}")
+    return sizes
+
+
 def _circulant(sizes: Sizes) -> Sizes:
     return (*sizes, sizes[-1])
 
@@ -301,6 +311,9 @@ FUNCTIONS: Mapping[str, Function] = {
     },
     "activation": Function(_activation, options=(("name", "text"),)),
     "rounded": Function(_same, options=(("digits", "int"),)),  # to so many binary digits
+    "equal": Function(_same, options=(("number", "int"),)),  # 1 where x is the number, else 0
+    "remainder": Function(_remainder, options=(("divisor", "int"),)),
+    "choose": Function(_choose, operands=2, options=(("otherwise", "int"),)),  # y where x is not 0
     "clamp": Function(_same, options=(("low", "float"), ("high", "float"))),
     # along an axis, which stays with size 1
     "mean": Function(_reduced, options=_AXIS),

@@ -7,30 +7,38 @@ from typing import NoReturn
 from peftc.grammar import expression, tree
 from peftc.grammar.diagnostics import SpecError, did_you_mean, fail
 from peftc.grammar.functions import FUNCTIONS, MAX_AXES, MisfitError, Sizes, broadcast, matmul, result, transposed
-from peftc.grammar.scalar import ROUNDING, SCALAR_FUNCTIONS
+from peftc.grammar.scalar import LEN, OF_LISTS, ROUNDING, SCALAR_FUNCTIONS
 from peftc.grammar.shapes import Dim, Shape, differ
+
+NAMED = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "text": "a text",
+    "ints": "a list of whole numbers",
+}
 
 
 @dataclass(frozen=True)
 class Scalar:
-    """One number, flag or text, known once the hyperparameters have values.
+    """One number, flag, text or list of numbers, known once the hyperparameters have values.
 
     `choices` are the texts it can be, `dim` its size in normal form where it is a whole number made of sizes.
     """
 
-    kind: str  # int, float, bool, text
+    kind: str  # int, float, bool, text, ints
     optional: bool = False
     choices: tuple[str, ...] = ()
     dim: Dim | None = None
 
     def __str__(self) -> str:
-        name = {"int": "a whole number", "float": "a number", "bool": "true or false", "text": "a text"}[self.kind]
+        name = NAMED[self.kind]
         return f"{name} or none" if self.optional else name
 
 
 Type = Scalar | Shape
 
-INT, FLOAT, BOOL, TEXT = Scalar("int"), Scalar("float"), Scalar("bool"), Scalar("text")
+INT, FLOAT, BOOL, TEXT, INTS = Scalar("int"), Scalar("float"), Scalar("bool"), Scalar("text"), Scalar("ints")
 
 DROP = "drop"
 
@@ -55,8 +63,10 @@ def type_of(expr: tree.Expr, names: Mapping[str, Type], used: set[str] | None = 
             return BOOL
         case tree.Null():
             _wrong(expr, "'none' has no place in an expression")
-        case tree.Sequence():
-            _wrong(expr, "a list has no place in an expression")
+        case tree.Sequence(items):
+            for each in items:
+                need(each, rec(each), INT, "a list")
+            return INTS
         case tree.Name(name):
             if name not in names:
                 unknown_name(expr, names)
@@ -265,8 +275,11 @@ def _call(expr: tree.Call, rec: Callable[[tree.Expr], Type]) -> Type:
     if expr.function in FUNCTIONS and not (expr.function in SCALAR_FUNCTIONS and _is_number(values, rec)):
         return _tensor_call(expr, values, rec)
     low, high, _ = SCALAR_FUNCTIONS[expr.function]
-    _count(expr, len(values), low, high)
     found = [rec(each) for each in values]
+    if expr.function == LEN or (len(found) == 1 and found[0] == INTS and expr.function in OF_LISTS):
+        need(values[0], found[0], INTS, f"'{expr.function}'")
+        return Scalar("int", dim=Dim.atom(expression.text(expr)))
+    _count(expr, len(values), low, high)
     for value, type in zip(values, found, strict=True):
         number(value, type, f"'{expr.function}'")
     whole = expr.function in ROUNDING or (

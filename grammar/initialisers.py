@@ -7,7 +7,7 @@ from peftc.grammar import expression, tree
 from peftc.grammar.diagnostics import SpecError, did_you_mean, fail
 
 # Arguments of the initialisers with their defaults; None means it must be given.
-INITIALISERS: Mapping[str, tuple[tuple[str, float | None], ...]] = {
+INITIALISERS: Mapping[str, tuple[tuple[str, float | str | None], ...]] = {
     "zeros": (),
     "ones": (),
     "constant": (("value", None),),
@@ -20,9 +20,13 @@ INITIALISERS: Mapping[str, tuple[tuple[str, float | None], ...]] = {
     "distinct": (("limit", None),),
     "places": (("rows", None), ("columns", None)),
     "off_diagonal": (("size", None),),
+    "randint": (("limit", None),),
+    "encoded": (("text", None), ("tokenizer", "")),
+    "listed": (("values", None),),
     "covariance": (),
     "second_moment": (),
 }
+TYPED = {"encoded": "text", "listed": "ints"}  # what takes no numbers: the type of its arguments
 MEASURED = ("covariance", "second_moment")  # of the inputs a site sees
 
 

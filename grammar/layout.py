@@ -135,10 +135,11 @@ def _clause(clause: tree.Clause, width: int) -> str:
     match clause:
         case tree.BiasClause(mode):
             return head + mode
-        case tree.TokensClause(tokens):
-            return f"{head}[{_list(expression.text(each) for each in tokens)}]"
-        case tree.TrainClause(selectors):
-            return head + _list(map(selector, selectors))
+        case tree.TokensClause(tokens, modules):
+            where = f"{_BREAK}in {_list(map(selector, modules))}" if modules else ""
+            return f"{head}[{_list(expression.text(each) for each in tokens)}]{where}"
+        case tree.TrainClause(selectors, tied):
+            return head + _list(map(selector, selectors)) + (f"{_BREAK}tied" if tied else "")
         case tree.SkipClause(selectors, where):
             return head + _list(map(selector, selectors)) + _where(where)
         case tree.OnClause(selectors, where, overrides) | tree.RefineClause(selectors, where, overrides):
@@ -233,6 +234,7 @@ def _items(items: Sequence[tree.MethodItem]) -> list[Unit]:
         tree.PrimeItem: "W'",
         tree.AllocateItem: "allocate",
         tree.CopiesItem: "copies",
+        tree.RowsItem: "rows",
         tree.UnreadItem: "unread",
         tree.PeftItem: "peft",
     }
@@ -270,14 +272,15 @@ def _items(items: Sequence[tree.MethodItem]) -> list[Unit]:
                     text += f"\n{INDENT}on {each.kind} = {expression.text(each.init)} "
                     text += f"saved {expression.quoted(each.saved)}"
                 text += _condition(item)
-            case tree.LetItem(name, value):
+            case tree.LetItem(name, value, saved):
                 text = f"{name} = {expression.text(value)}"
+                text += f"{_BREAK}saved {expression.quoted(saved)}" if saved else ""
             case tree.PrimeItem(_, value):
                 text = f"= {expression.text(value)}"
             case tree.AllocateItem(vector, partners, settings):
                 given = _list(expression.arguments((each,)) for each in settings)
                 text = f"{vector} with {_list(partners)} " + (f"{{ {given} }}" if given else "{ }")
-            case tree.CopiesItem(saved):
+            case tree.CopiesItem(saved) | tree.RowsItem(saved):
                 text = f"saved {expression.quoted(saved)}"
             case tree.UnreadItem(keys):
                 text = _list(map(expression.quoted, keys))

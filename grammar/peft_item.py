@@ -10,17 +10,25 @@ from peftc.grammar.scalar import evaluate
 
 ANY = "any"  # a field that changes nothing here, whatever it says
 MASKS = "masks"  # lists of which entries of a budgeted vector are kept, by parameter
+TOKENS = "tokens"  # the ids of the tokens whose rows are trained
 MODULES = "modules"  # a list of the modules at which a hyperparameter is true
 
 
-def check_field(field: tree.PeftField, hyperparameters: Sequence[tree.Hyperparameter], budgeted: str = "") -> set[str]:
+def check_field(
+    field: tree.PeftField,
+    hyperparameters: Sequence[tree.Hyperparameter],
+    budgeted: str = "",
+    placed: Sequence[str] = (),
+) -> set[str]:
     """The hyperparameters a field stands for. Raises SpecError (E13x) where it could not be read back.
 
-    `budgeted` is the vector of the method's `allocate` item.
+    `budgeted` is the vector of the method's `allocate` item; `placed` are sizes of the place that a field may tell.
     """
     known = {each.name: each for each in hyperparameters}
     value = field.value
-    if isinstance(value, tree.Name) and value.id == ANY:
+    if isinstance(value, tree.Name) and (value.id == ANY or (value.id == TOKENS and TOKENS not in known)):
+        return set()
+    if isinstance(value, tree.Name) and value.id in placed and value.id not in known:
         return set()
     masked = masked_vector(field)
     if masked:
@@ -67,6 +75,11 @@ def listed_flag(field: tree.PeftField) -> str:
             return name
         case _:
             return ""
+
+
+def lists_tokens(field: tree.PeftField) -> bool:
+    """Whether the field is `field = tokens`."""
+    return isinstance(field.value, tree.Name) and field.value.id == TOKENS
 
 
 def masked_vector(field: tree.PeftField) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from peftc.grammar import algebra, tree
 from peftc.grammar.source import Span
 
-Value = int | float | bool | str | None
+Value = int | float | bool | str | tuple[int, ...] | None
 
 KINDS = (
     "linear",
@@ -19,6 +19,18 @@ KINDS = (
     "parameter",
 )
 
+# Places in a model that are no weight, each with what a method for it defines: `prompt'`, in front of what is there.
+#   prompt: the embedded tokens; in = the vocabulary's size, out = an embedding's, W = the embeddings, transposed
+#   cache: the keys and values of all layers; in = one layer's keys of a token, out = all keys and values of a token
+#   attention: what the heads of one attention module attend to; in = out = the hidden size
+PLACES = ("attention", "cache", "prompt")
+
+# The hyperparameter of a method for `prompt` that asks for PEFT's positions and lengths.
+COMPATIBLE = "peft_compatible"
+
+# The hyperparameter of a method for `attention` that says how many modules, the last ones, it is for.
+LAST = "layers"
+
 
 @dataclass(frozen=True)
 class Init:
@@ -26,14 +38,15 @@ class Init:
 
     Known: zeros, ones, constant(value), normal(mean, std), uniform(low, high, digits), kaiming_uniform(a),
     xavier_uniform(), randperm(limit), balanced(limit): whole numbers below it, each as often as any other,
-    in random order, distinct(limit): whole numbers below it, none twice along the last axis,
+    in random order, randint(limit): any whole numbers below it, distinct(limit): none twice along the last axis,
+    listed(values): those of a list, encoded(text, tokenizer): the ids of its tokens, again and again until it is full,
     places(rows, columns): distinct places of a matrix, in order, row above column,
     off_diagonal(size): distinct places beside the diagonal of a square matrix,
     covariance(), second_moment(): of the inputs that a site sees while the adapter is calibrated.
     """
 
     function: str
-    arguments: tuple[tuple[str, float], ...] = ()
+    arguments: tuple[tuple[str, float | str | tuple[int, ...]], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -111,6 +124,8 @@ class MethodRule:
     """A checked method definition; hashable, so that two files defining the same method agree.
 
     One with `copies` has no formula: it trains copies of modules, saved with this between module and tensor.
+    One with `rows` trains rows of embeddings, the tokens of the spec, saved under this key.
+    One with a `prompt` changes no weight: it is for one of PLACES.
     `unread` are keys that a file may have at a site and that change nothing.
     """
 
@@ -121,6 +136,10 @@ class MethodRule:
     lets: tuple[tuple[str, tree.Expr], ...]
     weight: tree.Expr | None
     bias: tree.Expr | None = None
+    prompt: tree.Expr | None = None
+    gate: tree.Expr | None = None  # what the attention to `prompt` is multiplied by
+    labels: tree.Expr | None = None  # the ids a loss expects the model to say of `prompt`; -100: none
+    settled: tuple[str, str] = ("", "")  # the `let` whose value is saved beside what it is made of, and its key
     requires: tuple[tree.Expr, ...] = ()
     order: tuple[str, ...] = ()  # of the params and lets, as defined
     defaults: tuple[tuple[str, tuple[DefaultTargets, ...]], ...] = ()  # by model_type
@@ -128,6 +147,7 @@ class MethodRule:
     peft_fields: tuple[tree.PeftField, ...] = ()
     counts_sites: bool = False  # whether sites that are alike differ by their place among the others
     copies: str = ""
+    rows: str = ""
     unread: tuple[str, ...] = ()
     allocation: AllocationRule | None = None
     doc: str = ""
@@ -176,12 +196,17 @@ class BoundRule:
     bias: algebra.Matrix | None = None
     drafts: tuple[BoundParam, ...] = ()
     allocation: Allocation | None = None
+    prompt: algebra.Matrix | None = None
+    gate: algebra.Matrix | None = None
+    settled: tuple[algebra.Matrix, tuple[int, ...], str] | None = None  # what is saved as a value, its shape and key
+    labels: algebra.Matrix | None = None
 
     @property
     def starts(self) -> tuple[BoundParam, ...]:
         """Everything that is made at the start, in the order of definition."""
         made = {each.role: each for each in (*self.params, *self.drafts)}
-        return tuple(made[each.role] for each in self.rule.params if each.role in made)
+        order = dict.fromkeys(each.role for each in self.rule.params if each.role in made)
+        return tuple(made[each] for each in (*order, *(each for each in made if each not in order)))
 
     def sources(self, roles: Iterable[str]) -> frozenset[str]:
         """The roles of the tensors that these start from."""

@@ -51,9 +51,12 @@ def _largest_divisor(number: _Number, limit: _Number) -> int:
     return max((each for each in _divisors(number) if each <= limit), default=1)
 
 
+LEN = "len"
+
 # name -> fewest and most arguments, and the function
 SCALAR_FUNCTIONS: Mapping[str, tuple[int, int, Callable[..., _Number]]] = {
     "floor": (1, 1, math.floor),
+    LEN: (1, 1, len),  # of a list
     "largest_divisor": (2, 2, _largest_divisor),
     "max": (2, 8, max),
     "min": (2, 8, min),
@@ -61,6 +64,8 @@ SCALAR_FUNCTIONS: Mapping[str, tuple[int, int, Callable[..., _Number]]] = {
     "round": (1, 1, round),
     "sqrt": (1, 1, math.sqrt),
 }
+
+OF_LISTS = frozenset({LEN, "max", "min"})  # what also takes a list alone
 
 # What these give is a whole number, of any number; what others give is one if all their arguments are.
 ROUNDING = frozenset({"floor", "round"})
@@ -100,15 +105,19 @@ def evaluate(expr: tree.Expr, values: Mapping[str, Value], span: Span | None = N
             return _COMPARISON[sign](_number(rec(left)), _number(rec(right)))
         case tree.Binary(sign, left, right):
             return _guarded(expr, span, _ARITHMETIC[sign], _number(rec(left)), _number(rec(right)))
+        case tree.Sequence(items):
+            return tuple(_whole(rec(each)) for each in items)
         case tree.Call(function, arguments):
-            return _guarded(
-                expr, span, SCALAR_FUNCTIONS[function][2], *(_number(rec(each.value)) for each in arguments)
-            )
+            given = [rec(each.value) for each in arguments]
+            numbers = [each if isinstance(each, tuple) else _number(each) for each in given]
+            return _guarded(expr, span, SCALAR_FUNCTIONS[function][2], *numbers)
         case _:
             raise AssertionError(f"not a scalar: {expr}")
 
 
-def _guarded(expr: tree.Expr, span: Span | None, function: Callable[..., _Number], *operands: _Number) -> _Number:
+def _guarded(
+    expr: tree.Expr, span: Span | None, function: Callable[..., _Number], *operands: _Number | tuple[int, ...]
+) -> _Number:
     try:
         result = function(*operands)
     except ZeroDivisionError:
@@ -122,6 +131,11 @@ def _guarded(expr: tree.Expr, span: Span | None, function: Callable[..., _Number
 
 def _fail(expr: tree.Expr, span: Span | None, what: str) -> NoReturn:
     fail(SpecError, "E213", f"'{expression.text(expr)}' {what}", span or expr.span)
+
+
+def _whole(value: Value) -> int:
+    assert isinstance(value, int), value
+    return value
 
 
 def _number(value: Value) -> _Number:

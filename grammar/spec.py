@@ -21,11 +21,21 @@ class Target:
 
 
 @dataclass(frozen=True)
+class Tokens:
+    """Tokens, by text or id, whose rows are trained: of the input embedding, or of the modules named."""
+
+    tokens: tuple[str | int, ...]
+    modules: tuple[tree.Selector, ...] = ()
+    span: Span | None = field(default=None, compare=False, repr=False)
+
+
+@dataclass(frozen=True)
 class AdapterSpec:
     """One adapter: a method, its hyperparameters (every one has a value) and where it goes.
 
     An empty `on` with an empty `train` means the method's own default for the model's type. Of several `on` clauses
-    that choose a site the last one's overrides win; then every matching `refine`, in order.
+    that choose a site the last one's overrides win; then every matching `refine`, in order. `tied` are those of `train`
+    whose copies take the place of what is tied to them, too.
     `strict` is False for adapters read from a checkpoint: there a refinement that matches nothing is PEFT's normal.
     """
 
@@ -36,8 +46,9 @@ class AdapterSpec:
     refine: tuple[Target, ...] = ()
     skip: tuple[Target, ...] = ()
     train: tuple[tree.Selector, ...] = ()
+    tied: tuple[tree.Selector, ...] = ()
     bias: Literal["none", "all", "adapter"] = "none"
-    tokens: tuple[str | int, ...] = ()
+    tokens: tuple[Tokens, ...] = ()
     strict: bool = True
     span: Span | None = field(default=None, compare=False, repr=False)
 

@@ -66,6 +66,7 @@ __all__ = [
     "PrimeItem",
     "RefineClause",
     "RequireItem",
+    "RowsItem",
     "Segment",
     "Selector",
     "Sequence",
@@ -112,9 +113,10 @@ class SkipClause(Node):
 
 @dataclass(frozen=True)
 class TrainClause(Node):
-    """`train lm_head`: fully trained copies of modules, saved with the adapter."""
+    """`train lm_head`: fully trained copies of modules, saved with the adapter; `tied`: of what is tied to them too."""
 
     selectors: tuple[Selector, ...]
+    tied: bool = False
 
 
 @dataclass(frozen=True)
@@ -126,9 +128,10 @@ class BiasClause(Node):
 
 @dataclass(frozen=True)
 class TokensClause(Node):
-    """`tokens ["<tool>", 17]`: trainable rows of the embedding, by token or id."""
+    """`tokens ["<tool>", 17]`: trainable rows of the embedding, or of modules it names, by token or id."""
 
     tokens: tuple[Text | Number, ...]
+    modules: tuple[Selector, ...] = ()
 
 
 Clause = OnClause | RefineClause | SkipClause | TrainClause | BiasClause | TokensClause
@@ -185,10 +188,10 @@ class Activate(Node):
 
 @dataclass(frozen=True)
 class Hyperparameter(Node):
-    """`rank: int = 8`. `type` is int, float, bool or text; `choices` limits a text."""
+    """`rank: int = 8`. `type` is int, float, bool, text or ints, a list of int; `choices` limits a text."""
 
     name: str
-    type: Literal["int", "float", "bool", "text"]
+    type: Literal["int", "float", "bool", "text", "ints"]
     default: Expr
     choices: tuple[str, ...] = ()
 
@@ -275,23 +278,34 @@ class RequireItem(Node):
 
 @dataclass(frozen=True)
 class LetItem(Node):
-    """`let s = alpha / rank`."""
+    """`let s = alpha / rank`. A tensor that is computed may be `saved` as the value it has, for a prompt'."""
 
     name: str
     value: Expr
+    saved: str = ""
 
 
 @dataclass(frozen=True)
 class PrimeItem(Node):
-    """`W' = ...`: the adapted weight; `b' = ...`: the adapted bias."""
+    """`W' = ...`: the adapted weight; `b' = ...`: the adapted bias; `prompt' = ...`: what is put in front.
 
-    target: Literal["W", "b"]
+    `gate' = ...` multiplies the attention to it, `labels' = ...` are the ids that a loss expects of it.
+    """
+
+    target: Literal["W", "b", "prompt", "gate", "labels"]
     value: Expr
 
 
 @dataclass(frozen=True)
 class CopiesItem(Node):
     """`copies saved "norms"`: the method trains copies of whole modules, saved under this key."""
+
+    saved: str
+
+
+@dataclass(frozen=True)
+class RowsItem(Node):
+    """`rows saved "delta"`: the method trains rows of embeddings, those of `tokens`, saved under this key."""
 
     saved: str
 
@@ -342,6 +356,7 @@ MethodItem = (
     | RequireItem
     | PrimeItem
     | CopiesItem
+    | RowsItem
     | UnreadItem
     | AllocateItem
     | PeftItem

@@ -64,6 +64,8 @@ def _convert(hyperparameter: tree.Hyperparameter, value: Value, place: tree.Expr
             return value
         case float(), "int" if value.is_integer():
             return int(value)
+        case tuple(), "ints":
+            return value
         case str(), "text":
             if not hyperparameter.choices or value in hyperparameter.choices:
                 return value

@@ -4,7 +4,7 @@ import itertools
 
 from peftc.grammar import expression, tree
 from peftc.grammar.library import builtin_methods
-from peftc.grammar.rule import MethodRule, ParamRule
+from peftc.grammar.rule import MethodRule, ParamRule, Value
 from peftc.grammar.spec import AdapterSpec, Spec, Target, Values
 from peftc.grammar.values import complete
 
@@ -32,13 +32,15 @@ def _adapter(spec: AdapterSpec) -> tree.Adapter:
     ]
     clauses += [tree.RefineClause(*_refined(each)) for each in spec.refine]
     clauses += [tree.SkipClause(each.selectors, each.where) for each in spec.skip]
-    if spec.train:
-        clauses.append(tree.TrainClause(spec.train))
+    for tied in (False, True):
+        chosen = tuple(each for each in spec.train if (each in spec.tied) is tied)
+        if chosen:
+            clauses.append(tree.TrainClause(chosen, tied))
     if spec.bias != "none":
         clauses.append(tree.BiasClause(spec.bias))
-    if spec.tokens:
-        tokens = (tree.Text(each) if isinstance(each, str) else tree.Number(each) for each in spec.tokens)
-        clauses.append(tree.TokensClause(tuple(tokens)))
+    for each in spec.tokens:
+        tokens = (tree.Text(token) if isinstance(token, str) else tree.Number(token) for token in each.tokens)
+        clauses.append(tree.TokensClause(tuple(tokens), each.modules))
     return tree.Adapter(spec.name, tree.Call(spec.rule.name, _arguments(given)), tuple(clauses))
 
 
@@ -50,7 +52,7 @@ def _arguments(values: Values) -> tuple[tree.Argument, ...]:
     return tuple(tree.Argument(name, expression.literal(_short(value))) for name, value in values)
 
 
-def _short(value: int | float | bool | str | None) -> int | float | bool | str | None:
+def _short(value: Value) -> Value:
     """`32`, not `32.0`: a hyperparameter's type makes it a float again."""
     whole = isinstance(value, float) and value.is_integer() and abs(value) < 1e15
     return int(value) if whole and isinstance(value, float) else value
@@ -62,18 +64,30 @@ def _method(rule: MethodRule) -> tree.Method:
         model_types = tuple(model_type for model_type, _ in group)
         items += [tree.DefaultItem(targets, model_types, _arguments(overrides)) for targets, overrides in found]
     params, lets = {each.role: each for each in rule.params}, dict(rule.lets)
-    items += [tree.LetItem(name, lets[name]) if name in lets else _tensor(params[name]) for name in rule.order]
+    settled = dict([rule.settled])
+    items += [
+        tree.LetItem(name, lets[name], settled.get(name, "")) if name in lets else _tensor(params[name])
+        for name in rule.order
+    ]
     items += [tree.RequireItem(each) for each in rule.requires]
     if rule.weight is not None:
         items.append(tree.PrimeItem("W", rule.weight))
     if rule.bias is not None:
         items.append(tree.PrimeItem("b", rule.bias))
+    if rule.prompt is not None:
+        items.append(tree.PrimeItem("prompt", rule.prompt))
+    if rule.gate is not None:
+        items.append(tree.PrimeItem("gate", rule.gate))
+    if rule.labels is not None:
+        items.append(tree.PrimeItem("labels", rule.labels))
     if rule.allocation is not None:
         (vector, _), *partners = rule.allocation.axes
         settings = tuple(tree.Argument(name, value) for name, value in rule.allocation.settings)
         items.append(tree.AllocateItem(vector, tuple(role for role, _ in partners), settings))
     if rule.copies:
         items.append(tree.CopiesItem(rule.copies))
+    if rule.rows:
+        items.append(tree.RowsItem(rule.rows))
     if rule.unread:
         items.append(tree.UnreadItem(rule.unread))
     if rule.peft_type:

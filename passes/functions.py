@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 
 from peftc.grammar.algebra import Option
+from peftc.passes.activations import activation
 from peftc.passes.scene import Scene
 from peftc.passes.wavelets import low_pass
 
@@ -46,6 +47,20 @@ def _rounded(scene: Scene[T], operands: Sequence[T], options: Sequence[Option]) 
     return scene.call(aten.ldexp.Tensor, scene.call(aten.mul.Tensor, whole, 1 / scale), exponent)
 
 
+def _equal(scene: Scene[T], operands: Sequence[T], options: Sequence[Option]) -> T:
+    """In the type of what is compared, so that whole numbers stay whole."""
+    (x,) = operands
+    return scene.call(aten.to.dtype, scene.call(aten.eq.Scalar, x, options[0]), scene.kind(x)["dtype"])
+
+
+def _choose(scene: Scene[T], operands: Sequence[T], options: Sequence[Option]) -> T:
+    axes = max(map(scene.own, operands))
+    test, x = (
+        scene.reshape(each, [*[1] * (axes - scene.own(each)), *scene.sizes(each)[scene.lead :]]) for each in operands
+    )
+    return scene.call(aten.where.ScalarOther, scene.call(aten.ne.Scalar, test, 0), x, options[0])
+
+
 def _count(scene: Scene[T], operands: Sequence[T], options: Sequence[Option]) -> T:
     (x,), (limit,) = operands, options
     sizes = scene.sizes(x)
@@ -62,39 +77,6 @@ def _softmax(scene: Scene[T], operands: Sequence[T], _: Sequence[Option]) -> T:
 def _largest(scene: Scene[T], operands: Sequence[T], options: Sequence[Option]) -> T:
     flat = scene.reshape(operands[0], [math.prod(scene.sizes(operands[0])[scene.lead :])])
     return scene.call(operator.getitem, scene.call(aten.topk.default, flat, options[0]), 1)
-
-
-def _quick_gelu(scene: Scene[T], x: T) -> T:
-    gate = scene.call(aten.sigmoid.default, scene.call(aten.mul.Tensor, x, 1.702))
-    return scene.call(aten.mul.Tensor, x, gate)
-
-
-# Those that are an operator and its arguments; the others are a few lines.
-_ACTIVATIONS: Mapping[str, tuple[Callable[..., Any], Mapping[str, Any]]] = {
-    "gelu": (aten.gelu.default, {}),
-    "gelu_new": (aten.gelu.default, {"approximate": "tanh"}),
-    "leaky_relu": (aten.leaky_relu.default, {}),
-    "mish": (aten.mish.default, {}),
-    "relu": (aten.relu.default, {}),
-    "relu6": (aten.hardtanh.default, {"min_val": 0.0, "max_val": 6.0}),
-    "sigmoid": (aten.sigmoid.default, {}),
-    "silu": (aten.silu.default, {}),
-    "softplus": (aten.softplus.default, {}),
-    "swish": (aten.silu.default, {}),
-    "tanh": (aten.tanh.default, {}),
-}
-
-
-def _activation(scene: Scene[T], operands: Sequence[T], options: Sequence[Option]) -> T:
-    (x,), (name,) = operands, options
-    match name:
-        case "linear":
-            return x
-        case "quick_gelu":
-            return _quick_gelu(scene, x)
-        case _:
-            op, arguments = _ACTIVATIONS[str(name)]
-            return scene.call(op, x, **arguments)
 
 
 def _topk(scene: Scene[T], operands: Sequence[T], options: Sequence[Option]) -> T:
@@ -342,10 +324,11 @@ def _tile(scene: Scene[T], operands: Sequence[T], options: Sequence[Option]) -> 
 
 LOWERINGS: Mapping[str, Lowering] = {
     "abs": _plain(aten.abs.default),
-    "activation": _activation,
+    "activation": activation,
     "block_diag": _block_diag,
     "blocks": _blocks,
     "cayley": _cayley,
+    "choose": _choose,
     "circulant": _circulant,
     "clamp": _plain(aten.clamp.default),
     "common_basis": _common_basis,
@@ -354,6 +337,7 @@ LOWERINGS: Mapping[str, Lowering] = {
     "count": _count,
     "cycle": _cycle,
     "diag": _diag,
+    "equal": _equal,
     "exp": _plain(aten.exp.default),
     "expm": _plain(aten.linalg_matrix_exp.default),
     "eye": _eye,
@@ -373,6 +357,7 @@ LOWERINGS: Mapping[str, Lowering] = {
     "range_basis": _range_basis,
     "reciprocal": _plain(aten.reciprocal.default),
     "relu": _plain(aten.relu.default),
+    "remainder": _plain(aten.remainder.Scalar),
     "reshape": _reshape,
     "right_singular": _singular(2),
     "roll": _roll,

@@ -97,7 +97,9 @@ class Values(Generic[T]):
 
 
 def to_logical(ops: Ops[T], weight: T, site: Site) -> T:
-    """A stored weight as `[.., out, in]`."""
+    """A stored weight as `[.., out, in]`, with the scale that its module applies."""
+    if site.scale != 1.0:
+        weight = ops.call(aten.mul.Tensor, weight, site.scale)
     if site.kernel:
         return ops.call(aten.reshape.default, weight, [site.out_features, -1])
     return ops.call(aten.transpose.int, weight, -1, -2) if site.transposed else weight

@@ -37,6 +37,9 @@ def places(sites: Sequence[Site]) -> list[Place]:
                 category=own,
                 members=len(alike[own]),
                 tallest=max(map(_out, alike[own])),
+                layers=site.layers,
+                heads=site.heads,
+                stacks=site.stacks,
             )
         )
         before = (before[0] + site.in_features, before[1] + site.out_features)

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 from peftc.grammar import tree
+from peftc.grammar.measure import sizes_of
 from peftc.grammar.rule import BoundParam, BoundRule
 from peftc.grammar.spec import AdapterSpec
 from peftc.passes.site import Site
@@ -30,8 +31,10 @@ class PlannedSite:
 
         A last size of `kernel` becomes them, at least two; one of `n * kernel`, as is `in`, becomes n and them.
         """
+        if not self.site.kernel:
+            return param.shape
         rule = next(each for each in self.bound.rule.params if each.role == param.role)
-        if not (rule.kernel and self.site.kernel):
+        if not rule.kernel:
             return param.shape
         kernel, before = self.site.kernel, param.shape[:-1]
         ones = (1,) * len(kernel)
@@ -46,6 +49,14 @@ class PlannedSite:
     def parameter_count(self) -> int:
         """How many numbers are trained here alone."""
         return sum(math.prod(each.shape) for each in self.own if each.trained)
+
+    @property
+    def front(self) -> tuple[int, ...]:
+        """The sizes of the `prompt'` of a place that is no weight; empty elsewhere."""
+        if self.bound.prompt is None:
+            return ()
+        shapes = {each.role: each.shape for each in self.bound.starts}
+        return sizes_of(self.bound.prompt, shapes, (self.site.out_features, self.site.in_features))
 
     @property
     def own(self) -> tuple[BoundParam, ...]:
@@ -63,13 +74,21 @@ class PlannedCopy:
     """A trained copy of some of a module's own tensors (`train`, modules_to_save, `bias`).
 
     `tensors` are (name within the module, shape, whether it is a parameter); buffers are copied and saved, not trained.
-    `saved` is what a method that trains copies has between the module's name and the tensor's in a file.
+    `saved` is what a method that trains copies has between the module's name and the tensor's in a file. `tied` are
+    tensors, by name within the module, and the full names of others that the copy takes the place of too; a copy that
+    is `parted` takes the place of a tensor in one of its uses only.
     """
 
     module: str
     tensors: tuple[tuple[str, tuple[int, ...], bool], ...]
     is_bias: bool = False
     saved: str = ""
+    tied: tuple[tuple[str, str], ...] = ()
+    parted: bool = False
+
+    def names(self, tensor: str) -> tuple[str, ...]:
+        """The full names of the base's tensors that the copy of one takes the place of."""
+        return (f"{self.module}.{tensor}".lstrip("."), *(full for own, full in self.tied if own == tensor))
 
     @property
     def parameter_count(self) -> int:
@@ -83,6 +102,40 @@ class PlannedCopy:
         return total
 
 
+ROWS, IDS, ORDER = "@rows", "@ids", "@order"
+"""The roles of trained rows: the rows as the spec orders them, their ids in ascending order, and each one's row."""
+
+
+@dataclass(frozen=True)
+class PlannedRows:
+    """Trained rows of a module's weight, `[tokens, width]`: values that take the place of the weight's own.
+
+    `tied` are the other modules that read the same weight and the same rows. `saved` is what a file has between the
+    module's name and the end of the key, `ids` are in the order of the file's rows.
+    """
+
+    module: str
+    ids: tuple[int, ...]
+    width: int
+    tied: tuple[str, ...] = ()
+    saved: str = ""
+
+    @property
+    def parameter_count(self) -> int:
+        """How many numbers are trained."""
+        return len(self.ids) * self.width
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Every module that reads the rows."""
+        return (self.module, *self.tied)
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """The rows by ascending id."""
+        return tuple(sorted(range(len(self.ids)), key=self.ids.__getitem__))
+
+
 @dataclass(frozen=True)
 class AdapterPlan:
     """Everything one adapter needs on one model."""
@@ -90,6 +143,7 @@ class AdapterPlan:
     spec: AdapterSpec
     sites: tuple[PlannedSite, ...]
     copies: tuple[PlannedCopy, ...] = ()
+    rows: tuple[PlannedRows, ...] = ()
 
     @property
     def name(self) -> str:
@@ -110,5 +164,5 @@ class AdapterPlan:
     def parameter_count(self) -> int:
         """How many numbers are trained."""
         shared = sum(math.prod(each.shape) for each in self.shared if each.trained)
-        parts: list[PlannedSite | PlannedCopy] = [*self.sites, *self.copies]
+        parts: list[PlannedSite | PlannedCopy | PlannedRows] = [*self.sites, *self.copies, *self.rows]
         return shared + sum(each.parameter_count for each in parts)

@@ -1,7 +1,7 @@
 """Meets a spec with a model: which rule with which values goes to which site. Touches no graph."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
@@ -9,14 +9,17 @@ from peftc.grammar import tree
 from peftc.grammar.bind import Place, bind
 from peftc.grammar.diagnostics import Diagnostic, SpecError, did_you_mean, fail
 from peftc.grammar.miss import misses
-from peftc.grammar.rule import BoundParam, BoundRule, Value
+from peftc.grammar.rule import LAST, BoundParam, BoundRule, Value
 from peftc.grammar.select import Candidate, Universe, holds, matches_inside, select, select_modules
 from peftc.grammar.source import Span
 from peftc.grammar.spec import AdapterSpec, Base, Target
+from peftc.passes.fronts import fronts
 from peftc.passes.places import places
-from peftc.passes.plan import AdapterPlan, PlannedCopy, PlannedSite
-from peftc.passes.site import Site
-from peftc.passes.sites import collect, is_quantized, universe
+from peftc.passes.plan import AdapterPlan, PlannedSite
+from peftc.passes.resolve_copies import Tensors, bias_copies, chosen_copies, inside, trained_copies, trained_modules
+from peftc.passes.resolve_rows import planned_rows
+from peftc.passes.site import WHOLE, Site
+from peftc.passes.sites import collect, input_embedding, is_quantized, output_head, tied_names, universe
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,10 @@ class Ground:
     universe: Universe
     tensors: Mapping[str, tuple[tuple[int, ...], bool]]  # name -> shape, is it a parameter
     quantized: tuple[str, ...]  # modules whose weights are packed
+    ties: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # name of a tensor -> all its names
+    fronts: tuple[Site, ...] = ()  # places that are no weight
+    embedding: str = ""  # the module that embeds tokens, if the model says so
+    head: str = ""  # the module that turns hidden states into logits, if the model says so
 
     @property
     def model_type(self) -> str:
@@ -48,7 +55,11 @@ def survey(model: nn.Module) -> Ground:
         sites=sites,
         universe=universe(model, sites),
         tensors={**parameters, **{name: value for name, value in buffers.items() if name in saved}},
+        ties=tied_names(model),
         quantized=tuple(name for name, module in model.named_modules() if is_quantized(module)),
+        fronts=fronts(model),
+        embedding=input_embedding(model),
+        head=output_head(model),
     )
 
 
@@ -80,11 +91,15 @@ def check_base(base: Base | None, ground: Ground) -> None:
 
 def resolve(spec: AdapterSpec, ground: Ground) -> AdapterPlan:
     """The plan of one adapter. Raises SpecError with every problem that is found."""
-    if spec.tokens:
-        fail(SpecError, "E244", "trainable tokens are not supported yet", spec.span, "leave the 'tokens' clause out")
-    trained = _trained_modules(spec, ground)
-    chosen = {} if spec.rule.copies else _chosen(spec, ground, trained)
-    sites = {site.name: site for site in ground.sites}
+    _check_rows(spec)
+    tensors = Tensors(ground.universe, ground.tensors, ground.ties)
+    trained = trained_modules(spec, tensors)
+    if spec.rule.prompt is not None:
+        sites = {site.name: site for site in ground.fronts if site.kind in spec.rule.kinds}
+        chosen = _chosen_places(spec, ground, sites)
+    else:
+        sites = {site.name: site for site in ground.sites}
+        chosen = {} if spec.rule.copies or spec.rule.rows else _chosen(spec, ground, trained)
     planned: list[PlannedSite] = []
     problems: list[Diagnostic] = []
     alike: Alike = {}
@@ -96,17 +111,39 @@ def resolve(spec: AdapterSpec, ground: Ground) -> AdapterPlan:
     if problems:
         raise SpecError(*_distinct(problems))
     _check_shared(spec, planned)
-    copies = tuple(_copy(module, ground) for module in trained) + _chosen_copies(spec, trained, ground)
-    copies += _bias_copies(spec, planned, [each.module for each in copies], ground)
-    if not planned and not copies:
+    copies = trained_copies(spec, trained, tensors)
+    if spec.rule.copies:
+        copies += chosen_copies(spec, spec.on or _default_targets(spec, ground), trained, tensors)
+    copies += bias_copies(spec, planned, [each.module for each in copies], tensors)
+    taken = {each.module: "is trained as a whole" for each in copies if not each.is_bias}
+    taken |= {at.site.module: f"is adapted by '{spec.rule.name}'" for at in planned if at.bound.prompt is None}
+    taken |= {module: "is trained as a whole" for module in ground.universe.modules if inside(module, trained)}
+    tied = {full.rpartition(".")[0] for each in copies for _, full in each.tied}
+    taken |= dict.fromkeys(tied, "is trained as a whole")
+    rows = planned_rows(spec, ground.sites, ground.universe, ground.embedding, taken)
+    if not planned and not copies and not rows:
         fail(SpecError, "E220", f"adapter {spec.name!r} adapts nothing on this model", spec.span)
-    return AdapterPlan(spec, tuple(planned), copies)
+    return AdapterPlan(spec, tuple(planned), copies, rows)
+
+
+def _check_rows(spec: AdapterSpec) -> None:
+    """A method that trains rows takes tokens and no modules."""
+    if not spec.rule.rows:
+        return
+    clauses = (*spec.on, *spec.refine, *spec.skip, *spec.train)
+    if clauses or spec.bias != "none":
+        help = "modules are named with their tokens: tokens [...] in lm_head"
+        span = clauses[0].span if clauses else spec.span
+        fail(SpecError, "E230", f"'{spec.rule.name}' trains tokens and nothing else", span, help)
+    if not spec.tokens:
+        help = 'name them: tokens ["<tool>", 17]'
+        fail(SpecError, "E230", f"'{spec.rule.name}' trains tokens, and there are none", spec.span, help)
 
 
 Chosen = dict[str, tuple[dict[str, Value], Span | None]]
 
 
-def _chosen(spec: AdapterSpec, ground: Ground, trained: Sequence[str]) -> Chosen:
+def _chosen(spec: AdapterSpec, ground: Ground, trained: Collection[str]) -> Chosen:
     """Site name -> the hyperparameters there and the clause that chose it, in model order."""
     targets = spec.on or _default_targets(spec, ground)
     chosen: Chosen = {}
@@ -125,7 +162,12 @@ def _chosen(spec: AdapterSpec, ground: Ground, trained: Sequence[str]) -> Chosen
             problems.append(_ineffective("skip", target))
         for name in hit:
             del chosen[name]
-    chosen = {name: value for name, value in chosen.items() if not _inside(name, trained)}
+    left = {name: value for name, value in chosen.items() if not inside(name, trained)}
+    if chosen and not left and spec.strict:
+        span = targets[0].selectors[0].span or targets[0].span
+        help = "leave one of the two out"
+        fail(SpecError, "E574", "all that 'on' chooses is trained as a whole, by 'train'", span, help)
+    chosen = left
     for target in spec.refine:
         for selector in target.selectors:
             names = {each.name for each in select(selector, target.where, ground.universe)} & set(chosen)
@@ -138,6 +180,53 @@ def _chosen(spec: AdapterSpec, ground: Ground, trained: Sequence[str]) -> Chosen
         raise SpecError(*_distinct(problems))
     order = [site.name for site in ground.sites if site.name in chosen]
     return {name: chosen[name] for name in order}
+
+
+def _chosen_places(spec: AdapterSpec, ground: Ground, sites: Mapping[str, Site]) -> Chosen:
+    """The places that are no weight: the model has one, or they are modules that `on` may choose from."""
+    (kind,), name = spec.rule.kinds, spec.rule.name
+    if not sites:
+        what = {"prompt": "token embeddings", "cache": "attention of known sizes", "attention": "attention"}[kind]
+        help = "it is for transformers models of text" if kind == "prompt" else "it is for transformers models"
+        fail(SpecError, "E232", f"'{name}' needs {what}, and {ground.class_names[0]} has none", spec.span, help)
+    clauses = (*spec.on, *spec.refine, *spec.skip)
+    if kind in WHOLE and clauses:
+        message = f"'{name}' is of the whole model: there is nothing to choose"
+        fail(SpecError, "E233", message, clauses[0].span, "leave 'on', 'refine' and 'skip' out")
+    values = dict(spec.values)
+    chosen: Chosen = {} if spec.on else dict.fromkeys(sites, (values, spec.span))
+    for target in spec.on:
+        if target.where is not None:
+            fail(SpecError, "E233", f"'{name}' takes whole modules: 'where' knows none", target.span)
+        for selector in target.selectors:
+            hit = list(select_modules(selector, Universe((), tuple(sites))))
+            if not hit and spec.strict:
+                known = f"the places are {', '.join(list(sites)[:4])}{', ...' * (len(sites) > 4)}"
+                fail(SpecError, "E234", "this chooses no attention module", selector.span or target.span, known)
+            chosen |= {each: ({**values, **dict(target.overrides)}, selector.span) for each in hit}
+    for target in (*spec.refine, *spec.skip):
+        message = f"'{name}' takes 'on' and no other clause that chooses"
+        fail(SpecError, "E233", message, target.span, "name the modules in 'on'")
+    chosen = {each: chosen[each] for each in sites if each in chosen}
+    return chosen if kind in WHOLE else _last(spec, chosen, tuple(sites))
+
+
+def _last(spec: AdapterSpec, chosen: Chosen, sites: Sequence[str]) -> Chosen:
+    """As many of the chosen modules as the adapter says, the last ones. Each then says how many there are.
+
+    None where they are not the last of the model, which their number would mean.
+    """
+    counts = {values.get(LAST) for values, _ in chosen.values()} - {None}
+    if not any(each.name == LAST for each in spec.rule.hyperparameters) or not chosen:
+        return chosen
+    count = counts.pop() if counts else len(chosen)
+    assert isinstance(count, int)
+    if counts or count > len(chosen) or (count < 1 and spec.strict):
+        there = f"there are {len(chosen)} attention modules" if not counts else "it is one number for all"
+        fail(SpecError, "E235", f"'{spec.rule.name}' cannot be for the last {count} layers: {there}", spec.span)
+    kept = dict(list(chosen.items())[-count:])  # of PEFT's, the last 0 are all
+    told = len(kept) if tuple(kept) == tuple(sites)[-len(kept) :] else None
+    return {name: ({**values, LAST: told}, span) for name, (values, span) in kept.items()}
 
 
 def _skipped(spec: AdapterSpec, target: Target, chosen: Chosen, ground: Ground) -> set[str]:
@@ -201,78 +290,6 @@ def _bound(spec: AdapterSpec, place: Place, values: dict[str, Value], span: Span
     if key not in alike:  # layers repeat, and a server loads adapters all day
         alike[key] = bind(spec.rule, tuple(values.items()), place, span=span or spec.span, strict=spec.strict)
     return alike[key]
-
-
-def _trained_modules(spec: AdapterSpec, ground: Ground) -> tuple[str, ...]:
-    """Modules trained as a whole, outermost only, in model order."""
-    found: set[str] = set()
-    for selector in spec.train:
-        names = [name for name in select_modules(selector, ground.universe) if _tensors_of(name, ground)]
-        if spec.strict and (missed := misses(selector, None, ground.universe, modules=True)):
-            raise SpecError(*missed)
-        if spec.strict and not names:
-            fail(SpecError, "E225", "this module has nothing to train", selector.span)
-        found.update(names)
-    return tuple(name for name in ground.universe.modules if name in found and not _inside(name, found - {name}))
-
-
-def _copy(module: str, ground: Ground) -> PlannedCopy:
-    return PlannedCopy(module, tuple(_tensors_of(module, ground)))
-
-
-def _chosen_copies(spec: AdapterSpec, trained: Sequence[str], ground: Ground) -> tuple[PlannedCopy, ...]:
-    """The modules that `on` names, for a method that trains copies of them."""
-    if not spec.rule.copies:
-        return ()
-    found: dict[str, tree.Selector] = {}
-    for target in spec.on or _default_targets(spec, ground):
-        if spec.strict and target.where is not None:
-            fail(SpecError, "E225", f"'{spec.rule.name}' takes whole modules: 'where' knows none", target.span)
-        for selector in target.selectors:
-            if spec.strict and (missed := misses(selector, None, ground.universe, modules=True)):
-                raise SpecError(*missed)
-            found.update(dict.fromkeys(select_modules(selector, ground.universe), selector))
-    skipped = {
-        name for target in spec.skip for each in target.selectors for name in select_modules(each, ground.universe)
-    }
-    copies = []
-    for module in ground.universe.modules:
-        if module not in found or module in skipped or _inside(module, trained):
-            continue
-        tensors = tuple(_tensors_of(module, ground))
-        if not tensors or any("." in name for name, _, _ in tensors):
-            message = f"'{spec.rule.name}' trains modules with tensors of their own, and {module} is none"
-            fail(SpecError, "E225", message, found[module].span)
-        copies.append(PlannedCopy(module, tensors, saved=spec.rule.copies))
-    return tuple(copies)
-
-
-def _tensors_of(module: str, ground: Ground) -> list[tuple[str, tuple[int, ...], bool]]:
-    prefix = f"{module}."
-    return [
-        (name.removeprefix(prefix), shape, trained)
-        for name, (shape, trained) in ground.tensors.items()
-        if name.startswith(prefix)
-    ]
-
-
-def _bias_copies(
-    spec: AdapterSpec, planned: Iterable[PlannedSite], trained: Sequence[str], ground: Ground
-) -> tuple[PlannedCopy, ...]:
-    if spec.bias == "none":
-        return ()
-    adapted = {each.site.module for each in planned}
-    copies = []
-    for name, (shape, is_parameter) in ground.tensors.items():
-        module, _, leaf = name.rpartition(".")
-        wanted = leaf == "bias" and (spec.bias == "all" or module in adapted)
-        if is_parameter and wanted and not _inside(module, trained):
-            copies.append(PlannedCopy(module, ((leaf, shape, True),), is_bias=True))
-    return tuple(copies)
-
-
-def _inside(name: str, modules: Iterable[str]) -> bool:
-    return any(name == module or name.startswith(f"{module}.") for module in modules)
 
 
 def _ineffective(keyword: str, target: Target) -> Diagnostic:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+WHOLE = ("prompt", "cache")  # places of which a model has one
 HELD = ("parameter", "multihead_attention")  # kinds of weight that a module holds under a name of their own
 
 
@@ -19,7 +20,7 @@ class Site:
 
     module: str  # "model.layers.0.self_attn.q_proj"
     leaf: str  # "weight"
-    kind: str  # one of peftc.grammar.rule.KINDS
+    kind: str  # one of peftc.grammar.rule.KINDS, or of PLACES: then there may be no weight
     out_features: int
     in_features: int
     count: int = 1  # experts stacked in one parameter
@@ -32,10 +33,16 @@ class Site:
     tied: tuple[str, ...] = ()  # other names of the same tensor
     has_bias: bool = False
     output: bool = False  # the model's output layer, which "all linear" leaves out
+    layers: int = 0  # of the model, and how many heads of keys each has: of a place that is no weight
+    heads: int = 0
+    scale: float = 1.0  # what the module multiplies the rows of an embedding by: `W` has what it returns
+    stacks: int = 1  # two where an encoder stands beside a decoder
 
     @property
     def name(self) -> str:
         """How selectors call it: the module, or module.parameter where the module holds more than one weight."""
+        if self.kind in WHOLE:
+            return f"@{self.kind}"  # no module is called so
         return f"{self.module}.{self.leaf}".lstrip(".") if self.kind in HELD else self.module
 
     @property

@@ -56,6 +56,25 @@ def universe(model: nn.Module, sites: tuple[Site, ...]) -> Universe:
     return Universe(candidates=candidates, modules=modules)
 
 
+def input_embedding(model: nn.Module) -> str:
+    """The name of the module that embeds tokens; empty where the model does not say."""
+    return _told(model, "get_input_embeddings")
+
+
+def output_head(model: nn.Module) -> str:
+    """The name of the module that gives logits; empty where the model does not say."""
+    return _told(model, "get_output_embeddings")
+
+
+def _told(model: nn.Module, method: str) -> str:
+    get = getattr(model, method, None)
+    try:
+        found = get() if callable(get) else None
+    except (NotImplementedError, AttributeError):  # a model of pictures
+        return ""
+    return next((name for name, each in model.named_modules() if name and each is found), "")
+
+
 def is_quantized(module: nn.Module) -> bool:
     """Whether a module stores its weight packed by a quantization library."""
     return type(module).__module__.partition(".")[0] in QUANTIZED

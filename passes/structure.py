@@ -6,16 +6,18 @@ Adapters of equal structure differ only in tensors and scalar values, which live
 import keyword
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
 
 from peftc.grammar import algebra
-from peftc.passes.plan import AdapterPlan, PlannedSite
+from peftc.grammar.rule import COMPATIBLE
+from peftc.passes.plan import ROWS, AdapterPlan, PlannedSite
 from peftc.passes.site import Site
 
 FLOAT = "float__"  # in front of a scalar's name: the same value as a plain number
+LOG_WEIGHT = "log__weight"  # the scalar that weighs attention to what stands in front of the cache
 WEIGHT = "weight"  # the scalar that carries an adapter's activation weight, where no other can
 
 
@@ -61,11 +63,45 @@ class CopiedTensor:
     tensor: str
     dtype: torch.dtype
     trained: bool
+    alias: str = ""  # the name of a tensor that is tied to it
 
     @property
     def target(self) -> str:
         """The full name of the tensor replaced."""
-        return f"{self.module}.{self.tensor}".lstrip(".")
+        return self.alias or f"{self.module}.{self.tensor}".lstrip(".")
+
+
+@dataclass(frozen=True)
+class Front:
+    """What an adapter puts in front at a place that is no weight: `term.weight` is its `prompt'`, `.bias` its `gate'`.
+
+    `labels` are the ids that a loss expects of it, over the term's tensors. `length` is how many virtual tokens; with
+    `tasks` there are so many sets of them, and the call says which by row.
+    `compatible` asks for PEFT's positions and lengths. With `weighted` the attention to them is multiplied by a weight.
+    """
+
+    site: Site
+    term: Term
+    length: int
+    tasks: int = 0
+    compatible: bool = False
+    labels: algebra.Matrix | None = None
+    weighted: bool = False
+
+
+@dataclass(frozen=True)
+class ReplacedRows:
+    """Rows of a module's weight that an active adapter replaces; it holds them under the name of `source`."""
+
+    position: int
+    module: str
+    source: str
+    dtype: torch.dtype
+
+    @property
+    def target(self) -> str:
+        """The full name of the weight."""
+        return f"{self.module}.weight".lstrip(".")
 
 
 @dataclass(frozen=True)
@@ -74,26 +110,47 @@ class Structure:
 
     sites: tuple[AdaptedSite, ...] = ()
     copies: tuple[CopiedTensor, ...] = ()
+    rows: tuple[ReplacedRows, ...] = ()
+    fronts: tuple[Front, ...] = ()
+
+    def at(self, kind: str) -> tuple[Front, ...]:
+        """What is put in front at the places of a kind, in order of activation."""
+        return tuple(each for each in self.fronts if each.site.kind == kind)
 
 
 Dtypes = Mapping[tuple[str, str], torch.dtype]  # (site name, role) -> dtype
 
 
-def structure_of(active: Sequence[tuple[AdapterPlan, Dtypes]]) -> Structure:
-    """The structure of adapters activated in this order."""
+def structure_of(active: Sequence[tuple[AdapterPlan, Dtypes]], weights: Sequence[float] = ()) -> Structure:
+    """The structure of adapters activated in this order, with these weights or else none.
+
+    Of a weight the structure has only whether it is one; what stands in front of the cache with a weight of zero is
+    left out, so that the text begins where it would.
+    """
     terms: dict[str, list[Term]] = {}
     sites: dict[str, Site] = {}
     copies: list[CopiedTensor] = []
+    rows: list[ReplacedRows] = []
+    fronts: list[Front] = []
     for position, (plan, dtypes) in enumerate(active):
         for planned in plan.sites:
+            if planned.bound.prompt is not None:
+                weight = weights[position] if weights and planned.site.kind == "cache" else 1.0
+                if weight:
+                    fronts.append(replace(_front(position, plan, planned, dtypes), weighted=weight != 1.0))
+                continue
             sites[planned.site.name] = planned.site
             terms.setdefault(planned.site.name, []).append(_term(position, plan, planned, dtypes))
         for copy in plan.copies:
             for tensor, _, trained in copy.tensors:
                 dtype = dtypes[copy.module, tensor]
-                copies.append(CopiedTensor(position, copy.module, tensor, dtype, trained))
+                for alias in ("", *copy.names(tensor)[1:]):
+                    copies.append(CopiedTensor(position, copy.module, tensor, dtype, trained, alias))
+        for own in plan.rows:
+            kind = dtypes[own.module, ROWS]
+            rows += [ReplacedRows(position, module, own.module, kind) for module in own.modules]
     adapted = tuple(AdaptedSite(site, tuple(terms[name])) for name, site in sites.items())
-    return Structure(adapted, tuple(copies))
+    return Structure(adapted, tuple(copies), tuple(rows), tuple(fronts))
 
 
 @lru_cache(maxsize=256)
@@ -112,6 +169,22 @@ def weighted(matrix: algebra.Matrix, bias: algebra.Matrix | None = None) -> tupl
             return algebra.Sum(algebra.Weight(), algebra.Scaled(WEIGHT, delta)), WEIGHT
         case _:
             return matrix, None
+
+
+def _front(position: int, plan: AdapterPlan, planned: PlannedSite, dtypes: Dtypes) -> Front:
+    bound = planned.bound
+    assert bound.prompt is not None
+    used, scalars, _ = _names(bound.prompt, bound.gate, bound.labels)
+    params = [each for each in bound.params if each.role in used]
+    keys = [planned.key(plan.name, each) for each in params]
+    roles = tuple(
+        Role(each.role, dtypes[key.site, key.role], None, each.shared, each.shape)
+        for each, key in zip(params, keys, strict=True)
+    )
+    *tasks, length = planned.front[:-1]
+    term = Term(position, bound.prompt, roles, scalars, bound.gate)
+    compatible = bool(dict(bound.values).get(COMPATIBLE, False))
+    return Front(planned.site, term, length, tasks[0] if tasks else 0, compatible, bound.labels)
 
 
 def _term(position: int, plan: AdapterPlan, planned: PlannedSite, dtypes: Dtypes) -> Term:
@@ -133,9 +206,9 @@ def _term(position: int, plan: AdapterPlan, planned: PlannedSite, dtypes: Dtypes
 
 
 @lru_cache(maxsize=256)
-def _names(matrix: algebra.Matrix, bias: algebra.Matrix | None) -> tuple[frozenset[str], tuple[str, ...], bool]:
+def _names(matrix: algebra.Matrix, *more: algebra.Matrix | None) -> tuple[frozenset[str], tuple[str, ...], bool]:
     """The roles the expressions read, their scalars in order, and whether a graph of them fits every rank."""
-    nodes = (*algebra.walk(matrix), *(algebra.walk(bias) if bias is not None else ()))
+    nodes = [node for each in (matrix, *more) if each is not None for node in algebra.walk(each)]
     scalars = dict.fromkeys(each.scalar for each in nodes if isinstance(each, algebra.Scaled))
     roles = frozenset(each.role for each in nodes if isinstance(each, algebra.Param))
     return roles, tuple(scalars), not any(isinstance(each, algebra.Function) for each in nodes)
@@ -153,6 +226,16 @@ def site_slot(position: int, site: str) -> str:
 def copy_slot(position: int, module: str) -> str:
     """The attribute path of an adapter's slot for the trained copy of a module."""
     return f"copies.p{position}__{_flat(module)}"
+
+
+def rows_slot(position: int, module: str) -> str:
+    """The attribute path of an adapter's slot for trained rows of a module."""
+    return f"copies.r{position}__{_flat(module)}"
+
+
+def rows_role(role: str) -> str:
+    """The name of a part of trained rows within their slot."""
+    return role.removeprefix("@")
 
 
 def copy_role(tensor: str) -> str:

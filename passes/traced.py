@@ -15,7 +15,8 @@ class Traced:
     nodes of their own names, one node per module that uses them. Tensors the trace made itself are in `constants`.
     `shapes` gives, per input, the sizes the trace is bound to, with None where any size will do. `guards` are Python
     expressions over `sizes[input][axis]`: what the model's own code asked of its sizes while it was traced, all of it
-    true. `outputs` and `cache` belong to whoever traced: how to rebuild the model's output from the flat tuple.
+    true. The last `cached` outputs are keys and values; `filler` is a token that is not the padding's, of a model of
+    text. `outputs` and `cache` belong to whoever traced: how to rebuild the model's output from the flat tuple.
     """
 
     graph: fx.Graph
@@ -25,3 +26,6 @@ class Traced:
     outputs: object
     cache: object
     guards: tuple[str, ...] = ()
+    cached: int = 0
+    encoder_decoder: bool = False
+    filler: int = 0

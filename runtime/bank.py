@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftc.passes.plan import AdapterPlan, ParamKey
+from peftc.passes.plan import ROWS, AdapterPlan, ParamKey
 from peftc.passes.structure import Dtypes, copy_role
 from peftc.runtime.allocation import Allocator, budgeted
 
@@ -103,4 +103,5 @@ def trained_keys(plan: AdapterPlan) -> frozenset[ParamKey]:
     """The keys that are parameters; the rest are constants and copied buffers."""
     keys = {at.key(plan.name, param) for at in plan.sites for param in at.bound.params if param.trained}
     copied = {(copy.module, name) for copy in plan.copies for name, _, trained in copy.tensors if trained}
+    copied |= {(rows.module, ROWS) for rows in plan.rows}
     return frozenset(keys | {ParamKey(plan.name, module, name) for module, name in copied})

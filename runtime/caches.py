@@ -1,9 +1,9 @@
 """transformers' key-value caches as flat lists of tensors.
 
-A graph takes, per layer, all keys and values seen so far and returns them with the new ones appended. A sliding-window
-layer keeps only its window between calls: on the way in it is padded to full length (what is padded lies outside the
-window, so the graph's mask hides it), on the way out it is cut again. So caches of transformers' own making go in, and
-what comes out continues in transformers as well.
+A graph takes, per layer, all keys and values seen so far and returns them with the new ones appended. How a cache holds
+them (growing, in a buffer, quantized, of a window only what it will need) is its layers' affair, and no graph knows:
+see `peftc.runtime.cache_layers`. So caches of transformers' own making go in, and what comes out continues in
+transformers as well.
 """
 
 from dataclasses import dataclass
@@ -13,6 +13,7 @@ import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, EncoderDecoderCache
 
 from peftc.grammar.diagnostics import ModelError, fail
+from peftc.runtime import cache_layers
 
 
 @dataclass(frozen=True)
@@ -48,12 +49,13 @@ def kind_of(cache: Cache) -> tuple[str, bool]:
 
     Raises ModelError for a kind of layer that no graph can take.
     """
-    for layer in cache.self_attention_cache.layers if isinstance(cache, EncoderDecoderCache) else cache.layers:
-        _check(layer)
-    if isinstance(cache, EncoderDecoderCache):
-        layers = cache.cross_attention_cache.layers
-        return ("encoder-decoder", bool(layers) and bool(cache.is_updated.get(0, False)))
-    return ("decoder", False)
+    if not isinstance(cache, EncoderDecoderCache):
+        _check(cache)
+        return ("decoder", False)
+    own, cross = cache.self_attention_cache, cache.cross_attention_cache
+    _check(own)
+    _check(cross)
+    return ("encoder-decoder", bool(cross.layers) and bool(cache.is_updated.get(0, False)))
 
 
 def layout_of(cache: Cache, filled: bool) -> Layout:
@@ -114,68 +116,65 @@ def _pairs(cache: Cache) -> list[torch.Tensor]:
     return [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
 
 
-def _check(layer: Any) -> None:
-    if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+def _check(cache: Cache) -> None:
+    if type(cache).get_query_offset is not Cache.get_query_offset:
         fail(
             ModelError,
             "E410",
-            f"a cache layer of kind {type(layer).__name__} is not supported",
-            help="use a DynamicCache, or call with use_cache=False",
+            f"a cache of kind {type(cache).__name__} is not supported",
+            help="its queries are not where its keys end: use a DynamicCache, or call with use_cache=False",
         )
+    for layer in cache.layers:
+        cache_layers.check(layer)
 
 
 def _layer(layer: Any) -> Layer:
-    _check(layer)
+    cache_layers.check(layer)
     window = layer.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else None
     keys, values = layer.keys, layer.values
     return Layer(int(keys.shape[1]), int(keys.shape[3]), int(values.shape[3]), window, keys.dtype)
 
 
 def _read(cache: Any, layers: tuple[Layer, ...], rows: int, device: torch.device) -> list[torch.Tensor]:
+    if cache.offloading and device.type == "cuda":
+        torch.cuda.current_stream(device).wait_stream(cache.prefetch_stream)
     tensors: list[torch.Tensor] = []
+    seen = _seen(cache, len(layers))
     for index, expected in enumerate(layers):
-        layer = cache.layers[index] if index < len(cache.layers) else None
-        if layer is not None:
-            _check(layer)
-        if layer is None or not layer.is_initialized:
-            tensors.append(torch.empty(rows, expected.heads, 0, expected.key_size, dtype=expected.dtype, device=device))
-            tensors.append(
-                torch.empty(rows, expected.heads, 0, expected.value_size, dtype=expected.dtype, device=device)
-            )
+        if seen[index]:
+            tensors += [each.to(device) for each in cache_layers.read(cache.layers[index], seen[index])]
             continue
-        tensors.append(_padded(layer, layer.keys))
-        tensors.append(_padded(layer, layer.values))
+        for size in (expected.key_size, expected.value_size):
+            tensors.append(torch.empty(rows, expected.heads, 0, size, dtype=expected.dtype, device=device))
     return tensors
 
 
-def _padded(layer: Any, tensor: torch.Tensor) -> torch.Tensor:
-    if not isinstance(layer, DynamicSlidingWindowLayer):
-        return tensor
-    missing = layer.cumulative_length - tensor.shape[2]
-    if missing <= 0:
-        return tensor
-    rows, heads, _, size = tensor.shape
-    return torch.cat([tensor.new_zeros(rows, heads, missing, size), tensor], dim=2)
-
-
 def _store(cache: Any, layers: tuple[Layer, ...], tensors: list[torch.Tensor]) -> None:
+    seen = _seen(cache, len(layers))
+    for index, each in enumerate(layers):
+        if index < len(cache.layers):
+            _check_capacity(cache.layers[index], each, tensors[2 * index].shape[2])
     for index in range(len(layers)):
         if index >= len(cache.layers):
             cache.layers.append(cache.layer_class_to_replicate())
-        keys, values = tensors[2 * index], tensors[2 * index + 1]
-        layer = cache.layers[index]
-        if not layer.is_initialized:
-            layer.lazy_initialization(keys, values)
-        _fill(layer, keys, values)
+        cache_layers.write(cache, index, tensors[2 * index], tensors[2 * index + 1], seen[index])
 
 
-def _fill(layer: Any, keys: torch.Tensor, values: torch.Tensor) -> None:
-    if isinstance(layer, DynamicSlidingWindowLayer):
-        layer.cumulative_length = keys.shape[2]
-        # As transformers' own update: a window of w tokens needs w - 1 from the past.
-        if not layer.record_past:
-            keys, values = keys[:, :, -layer.sliding_window + 1 :], values[:, :, -layer.sliding_window + 1 :]
-    layer.keys, layer.values = keys, values
+def _seen(cache: Any, count: int) -> list[int]:
+    """How many tokens each of the model's layers has seen; none where the cache has no layer yet."""
+    seen = cache_layers.lengths(cache.layers[:count])
+    return seen + [0] * (count - len(seen))
+
+
+def _check_capacity(layer: Any, expected: Layer, length: int) -> None:
+    capacity = cache_layers.capacity(layer, expected.window)
+    if capacity is not None and length > capacity:
+        fail(
+            ModelError,
+            "E412",
+            f"the static cache holds {capacity} tokens, and there are {length} now",
+            help="make it with a larger max_cache_len; what it held before this call is still there",
+        )
 
 
 def _build(layers: tuple[Layer, ...], tensors: list[torch.Tensor], trimmed: bool) -> DynamicCache:
@@ -185,7 +184,7 @@ def _build(layers: tuple[Layer, ...], tensors: list[torch.Tensor], trimmed: bool
         keys, values = tensors[2 * index], tensors[2 * index + 1]
         layer.lazy_initialization(keys, values)
         if trimmed:
-            _fill(layer, keys, values)
+            cache_layers.fill(layer, keys, values)
         else:
             layer.keys, layer.values = keys, values
         cache.layers.append(layer)

@@ -8,7 +8,7 @@ import torch
 from transformers.cache_utils import Cache
 
 from peftc.grammar.diagnostics import UsageError, fail
-from peftc.runtime import caches, nest
+from peftc.runtime import caches, masks, nest
 
 COUNTS = ("num_items_in_batch",)
 FLAGS = ("use_cache", "output_attentions", "output_hidden_states", "return_dict", "_attn_implementation")
@@ -20,7 +20,8 @@ class Signature:
 
     `entry` is the submodule called (empty for the model itself); `arguments` pairs names with forms; `flags` are the
     config's own answers for options the call leaves open; `sizes` is not empty only where a trace turned out to be
-    bound to sizes, and then names the ones it must have.
+    bound to sizes, and then names the ones it must have. `mode` is how the graph is widened for virtual tokens: traces
+    know none.
     """
 
     entry: str
@@ -29,6 +30,7 @@ class Signature:
     cache: tuple[str, bool] | None
     flags: tuple[object, ...]
     sizes: tuple[tuple[int, ...], ...] = ()
+    mode: str = ""
 
     @property
     def tensor_names(self) -> list[str]:
@@ -38,11 +40,20 @@ class Signature:
 
 @dataclass(frozen=True)
 class Call:
-    """A call: its signature, its tensors in order, its cache if it passes one."""
+    """A call: its signature, its tensors in order, its cache if it passes one, and what a widened graph takes more."""
 
     signature: Signature
     tensors: list[torch.Tensor]
     cache: Cache | None
+    extra: tuple[torch.Tensor, ...] = ()
+    owner: object = None
+    keeps_cache: bool = True  # whether the caller wants a cache back that the model returns
+
+    @property
+    def wants_cache(self) -> bool:
+        """Whether the call, or else the model's config, asks for a cache."""
+        given = dict(self.signature.arguments).get("use_cache")
+        return bool(given[1] if given is not None else self.signature.flags[FLAGS.index("use_cache")])
 
     @property
     def rows(self) -> int:
@@ -57,21 +68,26 @@ def read_call(entry: str, training: bool, config: object, arguments: Mapping[str
     """Take a call apart. Arguments that are None are as good as not given. Raises UsageError."""
     forms: list[tuple[str, nest.Form]] = []
     tensors: list[torch.Tensor] = []
-    cache = None
+    cache = _cache(arguments)
+    kind = None if cache is None else caches.kind_of(cache)
+    if cache is not None:
+        arguments = masks.fit(arguments, cache, bool(getattr(config, "is_encoder_decoder", False)))
     for name in sorted(arguments):
         value = arguments[name]
         if value is None:
             continue
         if name in COUNTS and isinstance(value, int):
             value = torch.tensor(value)  # another number each step must not mean another graph
-        if isinstance(value, Cache):
-            if cache is not None:
-                fail(UsageError, "E502", "a call can take one cache", where=name)
-            cache = value
         forms.append((name, nest.flatten(value, tensors, name)))
     flags = tuple(getattr(config, name, None) for name in FLAGS)
-    kind = None if cache is None else caches.kind_of(cache)
     return Call(Signature(entry, training, tuple(forms), kind, flags), tensors, cache)
+
+
+def _cache(arguments: Mapping[str, Any]) -> Cache | None:
+    found = [name for name, value in arguments.items() if isinstance(value, Cache)]
+    if len(found) > 1:
+        fail(UsageError, "E502", "a call can take one cache", where=sorted(found)[1])
+    return arguments[found[0]] if found else None
 
 
 def tensor_names(form: nest.Form, name: str) -> list[str]:

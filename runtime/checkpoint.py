@@ -1,7 +1,7 @@
 """The tensors of a PEFT checkpoint: which key holds which parameter, and whether a file's tensors fit a plan."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -9,11 +9,14 @@ from torch import Tensor
 
 from peftc.grammar import tree
 from peftc.grammar.diagnostics import CheckpointError, Diagnostic, did_you_mean
-from peftc.passes.plan import AdapterPlan, ParamKey, PlannedSite
+from peftc.passes.plan import ROWS, AdapterPlan, ParamKey, PlannedSite
+from peftc.passes.site import WHOLE
 from peftc.runtime.allocation import budgeted, expanded
+from peftc.runtime.settled import value_key
 
 PREFIX = "base_model.model."
 SHARED = "base_model."  # in front of what the sites of an adapter share
+TOKENS = "token_adapter.trainable_tokens_delta"  # trained rows beside what a method of another kind adapts
 _BASE = ".base_layer"
 _SHOWN = 20  # problems of one kind that are listed one by one
 
@@ -28,6 +31,7 @@ class Entry:
     planned: PlannedSite | None = None
     optional: bool = False  # a file may lack it
     written: bool = True
+    computed: bool = False  # the value of what others come to: no tensor of its own
 
 
 def entries(plan: AdapterPlan) -> dict[str, Entry]:
@@ -38,8 +42,12 @@ def entries(plan: AdapterPlan) -> dict[str, Entry]:
     """
     wrappers = _wrappers(plan)
     found: dict[str, Entry] = {}
+    virtual = any(each.site.kind in WHOLE for each in plan.sites)
     for planned in plan.sites:
         site = planned.site
+        if site.kind in WHOLE:
+            found.update(_whole_entries(plan, planned))
+            continue
         name = _wrapped_name(site.module, wrappers, itself=False)
         around = wrappers[site.module]
         name += _BASE * (len(around) - 1 - around.index(site.name))
@@ -51,9 +59,33 @@ def entries(plan: AdapterPlan) -> dict[str, Entry]:
                 found[place + param.saved] = Entry(key, shape, param.shape, planned, param.optional, param.written)
     for copy in plan.copies:
         name = _wrapped_name(copy.module, wrappers, itself=True)
+        # Around what stands in front, PEFT has no model of its own that wraps modules.
+        before = SHARED if virtual else PREFIX
         for tensor, shape, _ in copy.tensors:
-            full = ".".join(each for each in (name, copy.saved, tensor) if each)
-            found[PREFIX + full] = Entry(ParamKey(plan.name, copy.module, tensor), shape, shape)
+            entry = Entry(ParamKey(plan.name, copy.module, tensor), shape, shape)
+            for tied in copy.names(tensor)[1:]:
+                found[before + tied] = replace(entry, optional=True)
+            found[before + ".".join(each for each in (name, copy.saved, tensor) if each)] = entry
+    for rows in plan.rows:
+        shape = (len(rows.ids), rows.width)
+        entry = Entry(ParamKey(plan.name, rows.module, ROWS), shape, shape)
+        # On their own, PEFT saves rows again for every module that is tied. The first is the one that counts.
+        for tied in rows.tied if rows.saved else ():
+            found[f"{PREFIX}{tied}.{rows.saved}"] = replace(entry, optional=True)
+        found[f"{PREFIX}{rows.module}.{rows.saved or TOKENS}"] = entry
+    return found
+
+
+def _whole_entries(plan: AdapterPlan, at: PlannedSite) -> dict[str, Entry]:
+    """The tensors of a place of which a model has one: PEFT saves them by bare names."""
+    found: dict[str, Entry] = {}
+    if at.bound.settled is not None:
+        _, shape, key = at.bound.settled
+        found[key] = Entry(value_key(plan.name, at), shape, shape, at, optional=True, computed=True)
+    for param in at.bound.params:
+        if param.saved:
+            own = at.key(plan.name, param)
+            found[param.saved] = Entry(own, param.shape, param.shape, at, param.optional, param.written)
     return found
 
 
@@ -114,7 +146,8 @@ def fit(
             message = f"'{key}' has shape {_size(tensor.shape)}, expected {_size(entry.shape)}"
             report.add("E342", message, _reason(entry, tuple(tensor.shape)))
     report.finish()
-    return {expected[key].key: found[key].reshape(expected[key].used) for key in expected if key in found}
+    held = [key for key, entry in expected.items() if key in found and not entry.computed]
+    return {expected[key].key: found[key].reshape(expected[key].used) for key in held}
 
 
 # --- what is kept of a budget ---
@@ -297,9 +330,19 @@ def _reason(entry: Entry, shape: tuple[int, ...]) -> str:
         return (
             "in PEFT's LoRA every group of a convolution reads the channels of all, which no change of its weight does"
         )
+    if entry.key.role == ROWS:
+        if shape[0] != entry.shape[0]:
+            return f"the file holds rows for {shape[0]} tokens, and its config names {entry.shape[0]}"
+        return f"the model it was trained on has embeddings of {shape[1]} numbers, this one of {entry.shape[1]}"
     if entry.planned is None:
         return "the model was made with another vocabulary size or another number of labels"
     site, rule = entry.planned.site, entry.planned.bound.rule
+    if site.kind in WHOLE:
+        if shape[-1] != entry.shape[-1]:
+            return (
+                f"the model it was trained on takes {shape[-1]} numbers for a virtual token, this one {entry.shape[-1]}"
+            )
+        return f"the file holds {shape[0]} virtual tokens, and its config names {entry.shape[0]}"
     symbols = {param.role: param.shape for param in rule.params}[entry.key.role.partition(".")[0]]
     hyperparameters = {each.name for each in rule.hyperparameters}
     reasons = []

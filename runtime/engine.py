@@ -1,5 +1,6 @@
 """Keeps the traces and programs of one model, and finds the one that serves a call."""
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -13,9 +14,13 @@ from peftc.passes.insert_delta import SlotValue
 from peftc.passes.plan import AdapterPlan
 from peftc.passes.structure import Structure
 from peftc.passes.traced import Traced
+from peftc.passes.vocabulary import Vocabulary
 from peftc.runtime.call import Call, Signature, read_call
 from peftc.runtime.program import Lowered, Program
+from peftc.runtime.segments import Recompute
 from peftc.runtime.slots import Slots
+from peftc.runtime.virtual import Virtual
+from peftc.runtime.widening import positions_of, widened
 
 
 class Backend(Protocol):
@@ -34,16 +39,25 @@ class Backend(Protocol):
         training: bool,
         autocast: bool,
         choice: Choice,
+        mode: str,
     ) -> fx.Graph:
-        """The base graph with adapters of this structure in it; the trace is left as it is."""
+        """The base graph with adapters of this structure in it, widened in a way; the trace is left as it is."""
         ...
 
     def lower(self, graph: fx.Graph, *, autocast: bool, choice: Choice) -> Lowered:
         """Copies of a specialised graph: for torch.compile to trace, and for Python to run as it is."""
         ...
 
-    def plan(self, spec: AdapterSpec) -> AdapterPlan:
-        """What an adapter puts where on this model."""
+    def takes_cache(self, call: Call) -> bool:
+        """Whether the model can be given keys and values that attention sees beside the call's own."""
+        ...
+
+    def plan(self, spec: AdapterSpec, *, tokens: int | None = None) -> AdapterPlan:
+        """What an adapter puts where on this model, or on what it would be with a vocabulary of so many tokens."""
+        ...
+
+    def vocabulary(self) -> Vocabulary | None:
+        """The model's vocabulary, if the model says which module embeds tokens."""
         ...
 
     def for_model(self, model: nn.Module) -> "Backend":
@@ -72,6 +86,7 @@ class Tenant:
     trainable: bool = False
     penalties: tuple[Callable[[], torch.Tensor | None], ...] = ()  # added to the loss in training
     choices: dict[tuple[int, bool], Choice] = field(default_factory=dict)
+    virtual: Virtual = field(default_factory=Virtual)
 
 
 class Engine:
@@ -80,7 +95,11 @@ class Engine:
     def __init__(self, backend: Backend, model: nn.Module):
         self.backend = backend
         self.slots = Slots()
-        self._model = model
+        self.recompute: Recompute | None = None  # how layers are recomputed in training, if they are
+        self.model = model
+        self.parameters = frozenset(inspect.signature(model.forward).parameters)
+        self.positions = positions_of(model)
+        self._takes_cache: dict[str, bool] = {}
         self._traces: dict[Signature, Traced] = {}
         self._specialisations: dict[Structure, Specialisation] = {}
         self.plain = self._tenant = Tenant(self.specialisation(Structure()), _no_slots, _no_slots)
@@ -96,14 +115,28 @@ class Engine:
     def run(self, entry: str, arguments: Mapping[str, Any]) -> Any:
         """Call the model (or a submodule of it) with named arguments."""
         call, tenant = self.call(entry, arguments), self._tenant
-        output = self.program(call)(call)
+        output = self.program(call)(call, self.recompute)
         if call.signature.training and tenant.trainable and tenant.penalties:
             _penalise(output, tenant)
         return output
 
     def call(self, entry: str, arguments: Mapping[str, Any]) -> Call:
-        """A call of the model as it stands (training or not, with its config), taken apart. Raises UsageError."""
-        return read_call(entry, self._model.training, getattr(self._model, "config", None), arguments)
+        """A call of the model as it stands (training or not, with its config), taken apart. Raises UsageError.
+
+        Where virtual tokens stand in front, it is the call that the graph for them takes.
+        """
+        return widened(self, self._tenant.virtual, entry, arguments)
+
+    def plain_call(self, entry: str, arguments: Mapping[str, Any]) -> Call:
+        """A call taken apart, without virtual tokens. Raises UsageError."""
+        return read_call(entry, self.model.training, getattr(self.model, "config", None), arguments)
+
+    def takes_cache(self, call: Call) -> bool:
+        """Whether the model can be given keys and values that attention sees beside the call's own."""
+        entry = call.signature.entry
+        if entry not in self._takes_cache:
+            self._takes_cache[entry] = call.cache is not None or self.backend.takes_cache(call)
+        return self._takes_cache[entry]
 
     def program(self, call: Call, choice: Choice | None = None) -> Program:
         """The program for a call, made now if this is the first of its signature and structure.
@@ -124,13 +157,14 @@ class Engine:
 
     def traced(self, call: Call) -> Traced:
         """The base graph for a call, traced now if it was not before."""
-        if call.signature not in self._traces:
-            self._traces[call.signature] = self.backend.trace(call)
-        return self._traces[call.signature]
+        signature = replace(call.signature, mode="")
+        if signature not in self._traces:
+            self._traces[signature] = self.backend.trace(replace(call, signature=signature))
+        return self._traces[signature]
 
     def graph(self, call: Call) -> fx.Graph:
         """The graph that serves a call: what diagrams show."""
-        return self._specialised(self.traced(call), call.signature.training, False, COMPILED)
+        return self._specialised(self.traced(call), call.signature, False, COMPILED)
 
     def reset(self) -> None:
         """Forget every trace and program: the model was moved, or its weights have other shapes."""
@@ -142,6 +176,7 @@ class Engine:
         """An engine for a copy of the model; traces are shared, programs are not."""
         engine = Engine(self.backend.for_model(model), model)
         engine._traces = dict(self._traces)
+        engine.recompute = self.recompute
         return engine
 
     def _choice(self, call: Call) -> Choice:
@@ -160,21 +195,22 @@ class Engine:
 
     def _make(self, call: Call, autocast: bool, choice: Choice) -> Program:
         traced = self.traced(call)
-        graph = self._specialised(traced, call.signature.training, autocast, choice)
+        graph = self._specialised(traced, call.signature, autocast, choice)
         lowered = self.backend.lower(graph, autocast=autocast, choice=choice)
-        program = Program(traced, lowered, self._model, self.slots)
+        program = Program(traced, lowered, self.model, self.slots, training=call.signature.training)
         self._tenant.specialisation.programs[call.signature, autocast, choice] = program
         return program
 
-    def _specialised(self, traced: Traced, training: bool, autocast: bool, choice: Choice) -> fx.Graph:
+    def _specialised(self, traced: Traced, signature: Signature, autocast: bool, choice: Choice) -> fx.Graph:
         tenant = self._tenant
         return self.backend.specialise(
             traced,
             tenant.specialisation.structure,
             tenant.slot_value,
-            training=training,
+            training=signature.training,
             autocast=autocast,
             choice=choice,
+            mode=signature.mode,
         )
 
 

@@ -1,7 +1,9 @@
 """The first values of an adapter's tensors: by initialiser, from a seed, or computed from the base weights."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy
 import torch
@@ -10,10 +12,11 @@ from torch import nn
 from peftc.grammar.initialisers import MEASURED
 from peftc.grammar.rule import BoundParam, Derived, Init
 from peftc.passes.materialise import Values, restack, to_logical, unstack
-from peftc.passes.plan import AdapterPlan, ParamKey, PlannedSite
+from peftc.passes.plan import IDS, ORDER, ROWS, AdapterPlan, ParamKey, PlannedRows, PlannedSite
 from peftc.passes.scene import Eager
 from peftc.passes.site import Site
 from peftc.runtime.calibration import Moments
+from peftc.runtime.tokens import text_ids
 
 LOW_PRECISION = (torch.float16, torch.bfloat16)
 _DIGITS = {8.0: torch.bfloat16, 11.0: torch.float16}  # types whose numbers have so many binary digits
@@ -32,14 +35,16 @@ def initial(
     *,
     upcast: bool = True,
     calibration: Mapping[str, Moments] | None = None,
+    tokenizer: Any | None = None,
 ) -> Tensors:
     """A tensor for every key of the plan: the given one, or a fresh one.
 
     Fresh tensors come from torch's random state, from the seed their method names (on the CPU, so that every machine
     makes the same), or from the base weight, in float32 where the base is float16 or bfloat16. Given ones of these
-    types become float32 too if `upcast`, as in PEFT. `calibration` says what is known of the inputs of modules.
+    types become float32 too if `upcast`, as in PEFT. `calibration` says what is known of the inputs of modules;
+    `tokenizer` is for what starts as a text, where not the one that the method names.
     """
-    making = _Making(plan, base, dict(given or {}), upcast, calibration or {})
+    making = _Making(plan, base, dict(given or {}), upcast, calibration or {}, tokenizer)
     making.grouped()
     for at in plan.sites:
         making.at(at)
@@ -52,6 +57,8 @@ def initial(
             found = making.given.get(key)
             kept = source.detach().clone() if found is None else found.to(source.device, source.dtype, copy=True)
             making.made[key] = kept
+    for rows in plan.rows:
+        making.rows(rows)
     for at in plan.sites:
         making.forget(at, shared=True)
     return making.made
@@ -64,6 +71,7 @@ class _Making:
     given: Tensors
     upcast: bool
     calibration: Mapping[str, Moments]
+    tokenizer: Any | None = None
     made: Tensors = field(default_factory=dict)
     shared_generators: dict[int, torch.Generator] = field(default_factory=dict)
 
@@ -109,6 +117,8 @@ class _Making:
     ) -> torch.Tensor:
         if init.function in MEASURED:
             return self.calibration[at.site.module].value(init.function).to(at.site.device, _dtype(at.site))
+        if init.function == "encoded":
+            return self._encoded(param, init, at)
         axis, alike = param.stacked_axis, dict(init.arguments).get("copies", 1) == 1
         if at.site.count == 1 or param.shared or (axis is not None and alike):
             return _fresh(param, init, at.site, generators)
@@ -121,6 +131,13 @@ class _Making:
         made = torch.stack([_fresh(one, init, at.site, generators) for _ in range(at.site.count)])
         return restack(made, axis, at.site).reshape(param.shape)
 
+    def _encoded(self, param: BoundParam, init: Init, at: PlannedSite) -> torch.Tensor:
+        """The ids of a text's tokens, again and again until there are enough."""
+        said, count = dict(init.arguments), math.prod(param.shape)
+        ids = text_ids(str(said["text"]), str(said["tokenizer"]), self.tokenizer, at.site.in_features)
+        filled = (ids * -(-count // len(ids)))[:count]
+        return torch.tensor(filled, device=at.site.device).reshape(param.shape)
+
     def forget(self, at: PlannedSite, *, shared: bool) -> None:
         """Drop what was needed only to make others."""
         for draft in at.bound.drafts:
@@ -128,8 +145,23 @@ class _Making:
                 self.made.pop(at.key(self.plan.name, draft), None)
 
     def _given(self, tensor: torch.Tensor, site: Site) -> torch.Tensor:
-        low = self.upcast and tensor.dtype in LOW_PRECISION
+        low = self.upcast and tensor.dtype in LOW_PRECISION and site.kind != "attention"
         return tensor.to(device=site.device, dtype=torch.float32 if low else tensor.dtype, copy=True)
+
+    def rows(self, rows: PlannedRows) -> None:
+        """Make trained rows, which start as the base's own, and what says which they are."""
+        weight = self.base(f"{rows.module}.weight".lstrip("."))
+        assert weight is not None
+        name = self.plan.name
+        order = torch.tensor(rows.order, device=weight.device)
+        ids = torch.tensor(rows.ids, device=weight.device)
+        given = self.given.get(ParamKey(name, rows.module, ROWS))
+        value = weight.detach()[ids] if given is None else given
+        low = value.dtype in LOW_PRECISION and (self.upcast or given is None)
+        kind = torch.float32 if low else value.dtype
+        self.made[ParamKey(name, rows.module, ROWS)] = value.to(weight.device, kind, copy=True)
+        self.made[ParamKey(name, rows.module, IDS)] = ids[order]
+        self.made[ParamKey(name, rows.module, ORDER)] = order
 
     def _stacked(self, param: BoundParam, site: Site) -> torch.Tensor:
         """The weights of all sites that share the tensor, with zeros below the shorter ones."""
@@ -146,7 +178,6 @@ class _Making:
     def _derived(self, init: Derived, param: BoundParam, at: PlannedSite) -> torch.Tensor:
         site, ops = at.site, Eager()
         weight, bias = self.base(site.weight), self.base(site.bias) if site.has_bias else None
-        assert weight is not None
         kind = _dtype(site)
         params = {
             each.role: unstack(ops, self.made[key], each.stacked_axis, each.shared, site)
@@ -157,7 +188,7 @@ class _Making:
             ops,
             params,
             dict(init.scalars),
-            weight=lambda: to_logical(ops, weight.detach().to(kind), site),
+            weight=None if weight is None else lambda: to_logical(ops, weight.detach(), site).to(kind),
             weights=lambda: self._stacked(param, site),
             bias=None if bias is None else bias.detach().to(kind),
             lead=site.lead,
@@ -183,7 +214,8 @@ def _fresh(param: BoundParam, init: Init, site: Site, generators: dict[int, torc
 
 
 def _dtype(site: Site) -> torch.dtype:
-    return torch.float32 if site.dtype in LOW_PRECISION else site.dtype
+    # As PEFT has it, what an attention module looks at is of its own type.
+    return torch.float32 if site.dtype in LOW_PRECISION and site.kind != "attention" else site.dtype
 
 
 def _balanced(count: int, limit: int, seed: int) -> torch.Tensor:
@@ -204,7 +236,12 @@ def filled(
     generator: torch.Generator | None = None,
 ) -> torch.Tensor:
     """A new tensor started by an initialiser."""
-    arguments = dict(init.arguments)
+    arguments = {name: value for name, value in init.arguments if isinstance(value, float)}
+    if init.function == "listed":
+        (values,) = (value for _, value in init.arguments)
+        return torch.tensor(values, dtype=torch.int64, device=device).reshape(shape)
+    if init.function == "randint":
+        return torch.randint(int(arguments["limit"]), shape, generator=generator, device=device)
     if init.function == "randperm":
         limit, count = int(arguments["limit"]), torch.Size(shape).numel()
         return torch.randperm(limit, generator=generator, device=device)[:count].reshape(shape).clone()

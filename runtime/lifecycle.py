@@ -16,6 +16,7 @@ from peftc.grammar.elaborate import read_spec
 from peftc.grammar.library import builtin_methods
 from peftc.grammar.spec import AdapterSpec, Spec
 from peftc.passes.plan import AdapterPlan
+from peftc.passes.sites import tied_names
 from peftc.runtime.bank import AdapterParameters, trained_keys
 from peftc.runtime.base import base_tensors
 from peftc.runtime.calibration import Batches, measured
@@ -25,6 +26,7 @@ from peftc.runtime.merge import Replaced, merged_tensors, put
 from peftc.runtime.peft_config import read_config
 from peftc.runtime.rounding import in_evaluation, output_drift, tensor_drift
 from peftc.runtime.state import Active, AdapterState
+from peftc.runtime.tokens import size_of, warn_unchosen, with_ids
 
 
 class Lifecycle(nn.Module):
@@ -35,23 +37,37 @@ class Lifecycle(nn.Module):
     # --- adding and removing ---
 
     def add_adapter(
-        self, adapter_config: Any, adapter_name: str | None = None, *, calibration: Batches | None = None
+        self,
+        adapter_config: Any,
+        adapter_name: str | None = None,
+        *,
+        calibration: Batches | None = None,
+        tokenizer: Any | None = None,
     ) -> None:
         """Add a fresh adapter and activate it, as transformers' `add_adapter`.
 
         `adapter_config` is a spec (a path, the text itself, a `Spec` or `AdapterSpec` with one adapter) or a PEFT
         config (an object with `to_dict`, or a dict). PEFT's order, the name first, is understood too. `calibration` are
-        the batches that a method needs which starts from data, as in `apply`; the base runs on them. Raises SpecError
-        or UsageError and leaves the model as it was.
+        the batches that a method needs which starts from data, as in `apply`; the base runs on them. `tokenizer` is
+        for tokens that a spec names by their text, for new ones, and for a method that starts from a text. Raises
+        SpecError or UsageError and leaves the model as it was.
         """
         if isinstance(adapter_name, Mapping | AdapterSpec) or hasattr(adapter_name, "to_dict"):
             adapter_config, adapter_name = adapter_name, adapter_config
         spec = _one_adapter(adapter_config, adapter_name)
         if spec.name in self._adapter_state.names():
             fail(UsageError, "E511", f"there already is an adapter {spec.name!r}", help="choose another name")
-        plan = self._adapter_state.engine.backend.plan(spec)
+        backend = self._adapter_state.engine.backend
+        spec, tokens, vocabulary = with_ids(spec, tokenizer), None, backend.vocabulary() if spec.tokens else None
+        if vocabulary is not None:
+            spec, tokens = vocabulary.grown(spec, size_of(tokenizer))
+        plan = backend.plan(spec, tokens=tokens)
         moments = measured(self.unload, (plan,), calibration)
-        tensors = initial(plan, dict(base_tensors(self, self._adapter_state.merged)).get, calibration=moments)
+        if vocabulary is not None and tokens is not None:
+            warn_unchosen(spec, vocabulary, tokens)
+            self._enlarge(tokens)
+        base = dict(base_tensors(self, self._adapter_state.merged)).get
+        tensors = initial(plan, base, calibration=moments, tokenizer=tokenizer)
         self._adapter_state.add(AdapterParameters(plan, tensors, trained_keys(plan)))
         self.set_adapter(spec.name)
 
@@ -168,15 +184,17 @@ class Lifecycle(nn.Module):
         if state.merged:
             return self._plain()
         active = state.active if adapter_names is None else _subset(state, adapter_names)
+        _check_mergeable(state, active)
         adapters = [(state.adapter(name), weight) for name, weight in active]
         tensors = merged_tensors(self, adapters, safe_merge=safe_merge)
         plain = self._plain()
+        ties = [names for names in set(tied_names(plain).values()) if len(names) > 1]
         new = [name for name, before in put(plain, tensors).items() if before is None]
         if new:
             message = f"merging gave {new[0].rpartition('.')[0]} a bias (and {len(new) - 1} more modules)"
             warnings.warn(f"{message}: a checkpoint of this model does not fit the class as it is", stacklevel=2)
         _restore_requires_grad(plain, state.requires_grad)
-        if any(at.site.tied for adapter, _ in adapters for at in adapter.plan.sites):
+        if any(len({id(_tensor(plain, name)) for name in names}) > 1 for names in ties):
             _untie(plain)
         return plain
 
@@ -226,6 +244,7 @@ class Lifecycle(nn.Module):
             fail(
                 UsageError, "E517", "no adapter is active, so there is nothing to merge", help="call set_adapter first"
             )
+        _check_mergeable(state, active)
         return active
 
     @torch.no_grad()
@@ -246,6 +265,9 @@ class Lifecycle(nn.Module):
     def _enable(self, enabled: bool) -> None:
         self._adapter_state.enabled = enabled
         self._adapter_state.activate(self._adapter_state.active)
+
+    def _enlarge(self, size: int, *, drawn: bool = True) -> None:
+        raise AssertionError("AdaptedModel provides this")
 
     def _plain(self) -> nn.Module:
         raise AssertionError("AdaptedModel provides this")
@@ -299,8 +321,22 @@ def _subset(state: AdapterState, names: Sequence[str]) -> Active:
     return tuple((name, weights.get(name, 1.0)) for name in names)
 
 
+def _check_mergeable(state: AdapterState, active: Active) -> None:
+    for name, _ in active:
+        for at in state.adapter(name).plan.sites:
+            if at.bound.prompt is not None:
+                message = f"adapter {name!r} changes no weight: what it puts in front cannot be merged"
+                help = "merge the others by name, or serve the model with its adapters"
+                fail(UsageError, "E522", message, help=help)
+
+
 def _like(tensor: Any) -> Any:
     return nn.Parameter(tensor.detach(), requires_grad=False) if isinstance(tensor, nn.Parameter) else tensor.clone()
+
+
+def _tensor(model: nn.Module, name: str) -> Any:
+    owner, _, leaf = name.rpartition(".")
+    return getattr(model.get_submodule(owner), leaf)
 
 
 def _restore_requires_grad(plain: nn.Module, requires_grad: Mapping[str, bool]) -> None:

@@ -9,7 +9,7 @@ from peftc.grammar import algebra
 from peftc.grammar.diagnostics import UsageError, fail
 from peftc.passes.apply import Primes, compose, renamed
 from peftc.passes.materialise import Values, to_logical, to_stored, unstack
-from peftc.passes.plan import ParamKey, PlannedSite
+from peftc.passes.plan import ROWS, ParamKey, PlannedRows, PlannedSite
 from peftc.passes.scene import Eager
 from peftc.passes.structure import weighted
 from peftc.runtime.bank import AdapterParameters
@@ -33,14 +33,9 @@ def merged_tensors(
 
     Raises UsageError, with `safe_merge`, if one is not finite. Changes nothing.
     """
-    merged: Merged = {}
+    merged = replaced_tensors(model, [adapter for adapter, _ in active])
     for terms in merged_sites(active):
-        merged |= merged_site(model, terms)
-    for adapter, _ in active:
-        for copy in adapter.plan.copies:
-            for tensor, _, _ in copy.tensors:
-                own = adapter.tensor(ParamKey(adapter.plan.name, copy.module, tensor))
-                merged[f"{copy.module}.{tensor}"] = own.detach().clone()
+        merged |= merged_site(model, terms, changed=merged)
     if safe_merge:
         for name, value in merged.items():
             if not torch.isfinite(value).all():
@@ -50,6 +45,45 @@ def merged_tensors(
                     f"merging would put NaN or infinite values into {name}",
                     help="nothing was merged",
                 )
+    return merged
+
+
+@torch.no_grad()
+def replaced_tensors(model: nn.Module, adapters: Sequence[AdapterParameters]) -> Merged:
+    """The tensors these adapters put others in place of; what they adapt, they adapt with those.
+
+    Where an adapter ties its copy to other tensors too, these become the same tensor.
+    """
+    merged = merged_rows(model, adapters)
+    for adapter in adapters:
+        for copy in adapter.plan.copies:
+            for tensor, _, trained in copy.tensors:
+                new = adapter.tensor(ParamKey(adapter.plan.name, copy.module, tensor)).detach().clone()
+                new = nn.Parameter(new, requires_grad=False) if trained else new
+                merged |= dict.fromkeys(copy.names(tensor), new)
+    return merged
+
+
+@torch.no_grad()
+def merged_rows(model: nn.Module, adapters: Sequence[AdapterParameters]) -> Merged:
+    """The weights in which these adapters replace rows; those that are tied stay one tensor if all get the same."""
+    found: dict[str, list[tuple[AdapterParameters, PlannedRows]]] = {}
+    for adapter in adapters:
+        for rows in adapter.plan.rows:
+            for module in rows.modules:
+                found.setdefault(f"{module}.weight".lstrip("."), []).append((adapter, rows))
+    made: dict[tuple[int, tuple[tuple[str, str], ...]], torch.Tensor] = {}
+    merged: Merged = {}
+    for name, replaced in found.items():
+        weight = model.get_parameter(name)
+        key = (id(weight), tuple((adapter.plan.name, rows.module) for adapter, rows in replaced))
+        if key not in made:
+            new = weight.detach().clone()
+            for adapter, rows in replaced:
+                own = adapter.tensor(ParamKey(adapter.plan.name, rows.module, ROWS))
+                new[torch.tensor(rows.ids, device=new.device)] = own.detach().to(new)
+            made[key] = nn.Parameter(new, requires_grad=False)
+        merged[name] = made[key]
     return merged
 
 
@@ -77,10 +111,17 @@ def merged_sites(active: Sequence[tuple[AdapterParameters, float]]) -> Iterator[
         yield [(each, weight, each.planned[name]) for each, weight in active if name in each.planned]
 
 
-def merged_site(model: nn.Module, terms: Terms, *, exact: torch.dtype | None = None) -> Merged:
+def merged_site(
+    model: nn.Module,
+    terms: Terms,
+    *,
+    exact: torch.dtype | None = None,
+    changed: Mapping[str, torch.Tensor] | None = None,
+) -> Merged:
     """The tensors of a site once these adapters are merged.
 
     They are computed in the widest of the types involved and rounded to the base's; or in `exact`, and not rounded.
+    `changed` are tensors of the model that others have taken the place of.
     """
     site = terms[0][2].site
     ops = Eager()
@@ -97,8 +138,9 @@ def merged_site(model: nn.Module, terms: Terms, *, exact: torch.dtype | None = N
         own_bias = at.bound.bias
         matrix = weighted(at.bound.weight, own_bias)[0]
         primes.append((renamed(matrix, prefix), None if own_bias is None else renamed(own_bias, prefix)))
-    stored = model.get_parameter(site.weight)
-    bias = model.get_parameter(site.bias) if site.has_bias else None
+    own = (changed or {}).get(site.weight)
+    stored = model.get_parameter(site.weight) if own is None else own
+    bias = (changed or {}).get(site.bias, model.get_parameter(site.bias)) if site.has_bias else None
     dtype = exact or stored.dtype
     for each in params.values():
         dtype = torch.promote_types(dtype, each.dtype) if each.is_floating_point() else dtype

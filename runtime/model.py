@@ -2,7 +2,6 @@
 
 import copy
 import inspect
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -12,16 +11,20 @@ from torch import nn
 from peftc.grammar.diagnostics import UsageError, fail
 from peftc.runtime.allocating import Allocating
 from peftc.runtime.engine import COMPILED
+from peftc.runtime.kv_prefix import KvPrefix
 from peftc.runtime.lifecycle import Lifecycle
+from peftc.runtime.recomputing import Recomputing
 from peftc.runtime.saving import Saving
 from peftc.runtime.share import placement, share
 from peftc.runtime.state import BANK, AdapterState
+from peftc.runtime.virtual import EXTRA_INPUTS
 
 STATE = "_adapter_state"
+COMPILED_CALLS = ("_compiled", "_compiled_call_impl", "_compiled_call")  # bound to this model, no other
 Root = TypeVar("Root", bound="AdaptedModel")
 
 
-class AdaptedModel(Lifecycle, Saving, Allocating):
+class AdaptedModel(Lifecycle, Saving, Allocating, Recomputing, KvPrefix):
     """A model with adapters in its graph. Made by `peftc.compiler.apply` and `load`, never directly.
 
     It is an instance of the user's model class too, with the same forward signature and output class, and shares the
@@ -43,13 +46,28 @@ class AdaptedModel(Lifecycle, Saving, Allocating):
                 return EntryPoint(self, path, module)
         return encoder
 
+    def create_masks_for_generate(self, *, attention_mask: torch.Tensor | None = None, **_: Any) -> torch.Tensor | None:
+        """The mask as it is: `generate` asks for finished ones for caches with buffers, and graphs make their own."""
+        return attention_mask
+
+    def get_compiled_call(self, compile_config: Any) -> Callable[..., Any]:
+        """The call itself, unless a compiler was asked for: `generate` compiles by itself for caches with buffers, for
+        sizes that stay, and here they follow the tokens.
+        """
+        return self.__call__ if compile_config is None else self._inherited("get_compiled_call")(compile_config)
+
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
         """As transformers; afterwards the model is traced anew. Refused where an adapter holds the embedding's size."""
-        embedding = self._inherited("get_input_embeddings")()
+        if self._adapter_state.merged:
+            fail(UsageError, "E530", "a merged model cannot be resized", help="call unmerge_adapter first")
+        resized = [self._inherited(f"get_{each}_embeddings")() for each in ("input", "output")]
         for name, plan in self._adapter_state.plans().items():
-            for at in plan.sites:
-                if at.site.kind == "embedding" and self.get_submodule(at.site.module) is embedding:
-                    message = f"adapter {name!r} adapts {at.site.name} and has its present size"
+            held = [at.site.module for at in plan.sites if at.site.kind in ("embedding", "linear")]
+            held += [copy.module for copy in plan.copies]
+            for module in held:
+                found = self.get_submodule(module)
+                if any(each is not None and each in found.modules() for each in resized):
+                    message = f"adapter {name!r} adapts {module} and has its present size"
                     fail(UsageError, "E530", message, help="resize the model before the adapter is added")
         result = self._inherited("resize_token_embeddings")(*args, **kwargs)
         for parameter in self._base_parameters():
@@ -57,15 +75,22 @@ class AdaptedModel(Lifecycle, Saving, Allocating):
         self._adapter_state.engine.reset()
         return result
 
-    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
-        """Warns: a graph keeps its activations. Training goes on without recomputation."""
-        message = "gradient checkpointing is not supported yet: activations are kept, and memory stays as it is"
-        warnings.warn(message, stacklevel=2)
+    def _enlarge(self, size: int, *, drawn: bool = True) -> None:
+        """Make room for new tokens, here and not in the user's model; `drawn` if somebody may read their rows."""
+        facts = self._adapter_state.facts
+        before = facts.fingerprint or self.base_fingerprint()
+        self.resize_token_embeddings(size, mean_resizing=drawn)
+        facts.fingerprint = before
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """As `nn.Module.compile`: in place."""
         self._compiled = torch.compile(self, *args, **kwargs)
         self._compiled_call_impl = lambda *call, **named: self._compiled(*call, **named)
+
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+        """As transformers, for `generate`; what adapters take of a call is no mistake."""
+        own = {name: value for name, value in model_kwargs.items() if name not in EXTRA_INPUTS}
+        self._inherited("_validate_model_kwargs")(own)
 
     # torch.compile asks a module with these two, a lazy module, to make itself ready before it traces a call: that is
     # when a signature met for the first time is traced. `nn.modules.lazy` has the protocol.
@@ -89,7 +114,7 @@ class AdaptedModel(Lifecycle, Saving, Allocating):
         copied = self.__class__.__new__(self.__class__)
         memo[id(self)] = copied
         for name, value in self.__dict__.items():
-            if name != STATE:
+            if name != STATE and name not in COMPILED_CALLS:
                 copied.__dict__[name] = copy.deepcopy(value, memo)
         copied.__dict__[STATE] = self._adapter_state.copy_for(copied, memo)
         return copied
@@ -118,11 +143,12 @@ class EntryPoint:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the submodule, adapters included."""
+        extra = {name: kwargs.pop(name) for name in EXTRA_INPUTS if name in kwargs}
         bound = self.__signature__.bind(*args, **kwargs).arguments
         for name, parameter in self.__signature__.parameters.items():
             if parameter.kind is inspect.Parameter.VAR_KEYWORD:
                 bound |= bound.pop(name, {})
-        return self._model._adapter_state.engine.run(self._path, bound)
+        return self._model._adapter_state.engine.run(self._path, bound | extra)
 
     __call__ = forward
 
@@ -148,7 +174,7 @@ def adapted_class(base: type[nn.Module], root: type[Root]) -> type[Root]:
         for name, value in kwargs.items():
             if name in arguments:
                 raise TypeError(f"{base.__name__}.forward got two values for {name!r}")
-            if name not in known and not takes_more:
+            if name not in known and not takes_more and name not in EXTRA_INPUTS:
                 raise TypeError(f"{base.__name__}.forward has no argument {name!r}")
             arguments[name] = value
         return arguments
@@ -173,6 +199,6 @@ def base_view(model: AdaptedModel) -> nn.Module:
     view = object.__new__(model.base_class)
     view.__dict__.update({name: value for name, value in model.__dict__.items() if name != STATE})
     view.__dict__["_modules"] = {name: module for name, module in model._modules.items() if name != BANK}
-    for name in ("_compiled", "_compiled_call_impl"):
+    for name in COMPILED_CALLS:
         view.__dict__.pop(name, None)
     return view

@@ -8,7 +8,7 @@ from typing import Literal
 from peftc.grammar import tree
 from peftc.grammar.diagnostics import CheckpointError, did_you_mean, fail
 from peftc.grammar.rule import MethodRule, Value
-from peftc.grammar.spec import AdapterSpec, Target, Values
+from peftc.grammar.spec import AdapterSpec, Target, Tokens, Values
 from peftc.grammar.values import complete
 from peftc.runtime import peft_fields as fields
 from peftc.runtime.json_fields import FieldReader, shown
@@ -23,6 +23,7 @@ from peftc.runtime.peft_rule import (
     mask_field,
     mismatches,
     pattern_fields,
+    tokens_field,
     typed,
     undecided,
 )
@@ -50,6 +51,7 @@ class ConfigFacts:
     inference_mode: bool = False
     auto_mapping: Mapping[str, object] | None = None
     masks: Mapping[str, Sequence[bool]] = field(default_factory=dict)  # by parameter: which entries the file has
+    ties: bool = False  # whether what is tied in the base is to be adapted as one
     warnings: tuple[str, ...] = ()
 
 
@@ -69,15 +71,18 @@ def read_config(
     _refuse_unsupported(reader, rule)
     _check_version(reader)
     values = _values(reader, rule)
+    train = tuple(ending_selector(each) for each in dict.fromkeys(reader.texts("modules_to_save")))
     spec = AdapterSpec(
         name=adapter_name,
         rule=rule,
         values=values,
-        on=_targets(reader),
+        on=() if rule.rows else _places(reader, rule) if rule.prompt is not None else _targets(reader),
         refine=(*_listed(reader, rule), *_refinements(reader, rule)),
         skip=_skips(reader),
-        train=tuple(ending_selector(each) for each in dict.fromkeys(reader.texts("modules_to_save"))),
+        train=train,
+        tied=train if config.get("ensure_weight_tying") is True else (),
         bias=_bias(reader, rule),
+        tokens=_tokens(reader, rule),
         strict=False,
     )
     return _facts(reader, spec)
@@ -92,6 +97,7 @@ def _facts(reader: FieldReader, spec: AdapterSpec) -> ConfigFacts:
         inference_mode=bool(reader.get("inference_mode", bool, "true or false")),
         auto_mapping=reader.table("auto_mapping"),
         masks=_masks(reader, spec.rule),
+        ties=bool(reader.get("ensure_weight_tying", bool, "true or false")),
         warnings=tuple(reader.warnings),
     )
     if reader.problems:
@@ -182,6 +188,12 @@ def _values(reader: FieldReader, rule: MethodRule) -> Values:
     return tuple(given.items())
 
 
+def _places(reader: FieldReader, rule: MethodRule) -> tuple[Target, ...]:
+    """What is chosen among places that are no weight: attention modules by one name, the end of theirs."""
+    named = reader.text("target_modules") if "attention" in rule.kinds else None
+    return (Target((suffix_selector(named),)),) if named else ()
+
+
 def _targets(reader: FieldReader) -> tuple[Target, ...]:
     modules = reader.text_or_texts("target_modules")
     parameters = tuple(dict.fromkeys(reader.texts("target_parameters")))
@@ -208,7 +220,7 @@ def _targets(reader: FieldReader) -> tuple[Target, ...]:
 
 
 def _check_untargeted(reader: FieldReader, modules: tuple[str, ...] | None) -> None:
-    trained = bool(reader.config.get("modules_to_save"))
+    trained = bool(reader.config.get("modules_to_save") or reader.config.get("trainable_token_indices"))
     if modules is None and trained:
         reader.problem(
             "E325",
@@ -255,6 +267,33 @@ def _bias(reader: FieldReader, rule: MethodRule) -> Bias:
         return spelled[raw]
     reader.mistyped("bias", f"one of {', '.join(str(each) for each in spelled if each)}")
     return "none"
+
+
+def _tokens(reader: FieldReader, rule: MethodRule) -> tuple[Tokens, ...]:
+    """The tokens whose rows are trained: a list, or one for each of several modules."""
+    name = tokens_field(rule)
+    raw = reader.config.get(name) if name else None
+    if raw is None:
+        return ()
+    listed: dict[tuple[tree.Selector, ...], object] = {_embeddings(reader) if rule.rows else (): raw}
+    if isinstance(raw, dict) and not rule.rows:
+        listed = {(ending_selector(module),): ids for module, ids in raw.items()}
+    found = []
+    for modules, ids in listed.items():
+        if not isinstance(ids, list) or not all(isinstance(each, int) and not isinstance(each, bool) for each in ids):
+            reader.mistyped(name, "a list of whole numbers" + (", or one for each module" if not rule.rows else ""))
+            return ()
+        if ids:
+            found.append(Tokens(tuple(ids), modules))
+    return tuple(found)
+
+
+def _embeddings(reader: FieldReader) -> tuple[tree.Selector, ...]:
+    """The modules whose rows a method trains that trains nothing else; none for the input embedding."""
+    named = reader.text_or_texts("target_modules") or ()
+    if isinstance(named, str):
+        return (tree.PatternSelector(named),) if reader.pattern("target_modules", named) else ()
+    return tuple(suffix_selector(each) for each in named)
 
 
 def _masks(reader: FieldReader, rule: MethodRule) -> dict[str, Sequence[bool]]:

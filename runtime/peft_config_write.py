@@ -6,12 +6,20 @@ from typing import NoReturn
 
 from peftc.grammar.diagnostics import CheckpointError, fail
 from peftc.grammar.peft_item import translated
-from peftc.grammar.rule import Value
+from peftc.grammar.rule import LAST, Value
 from peftc.passes.plan import AdapterPlan, PlannedSite
-from peftc.passes.site import HELD, Site
+from peftc.passes.site import HELD, WHOLE, Site
 from peftc.runtime import peft_fields as fields
 from peftc.runtime.peft_names import minimal_endings, minimal_suffixes, suffixes, value_pattern
-from peftc.runtime.peft_rule import constant_fields, decided_fields, listed_fields, mapped_fields, pattern_fields
+from peftc.runtime.peft_rule import (
+    constant_fields,
+    decided_fields,
+    listed_fields,
+    mapped_fields,
+    pattern_fields,
+    placed_fields,
+    tokens_field,
+)
 from peftc.runtime.spec_config import spec_fields
 
 
@@ -36,8 +44,6 @@ def write_config(
     """
     rule = plan.spec.rule
     where = f"adapter {plan.name!r}"
-    if plan.spec.tokens:
-        fail(CheckpointError, "E326", "trainable tokens cannot be saved in PEFT's format yet", where=where)
     if rule.peft_type == fields.OWN_TYPE:
         message = f"'{rule.name}' says it is PEFT's type {rule.peft_type}, which means a method that PEFT has not"
         fail(CheckpointError, "E326", message, help="leave its 'peft' item out", where=where)
@@ -61,6 +67,10 @@ def write_config(
             help=f"trained here: {', '.join(copied)}",
             where=where,
         )
+    if rule.prompt is not None:
+        # Without a task PEFT leaves prompts out, and with one it trains a head.
+        task = "FEATURE_EXTRACTION" if _trains_more(task_type, module_names, copied) else task_type
+        return _front_config(plan, base_model_name_or_path, task, revision, inference_mode, endings, where)
     if _trains_more(task_type, module_names, copied):
         task_type = None
     config: dict[str, object] = {
@@ -78,11 +88,102 @@ def write_config(
     }
     config.update(_listed(plan, module_names))
     config.update(_written_values(plan, where))
+    config.update(_tokens(plan, module_names, where))
+    config.update(_ties(plan, where))
     return config
 
 
+def _ties(plan: AdapterPlan, where: str) -> dict[str, object]:
+    """The field that says that copies serve what is tied too."""
+    if not any(each.tied for each in plan.copies):
+        return {}
+    name = plan.spec.rule.peft_type
+    if name not in fields.TYING:
+        message = f"PEFT's format for {name} has no word for copies that stay tied"
+        fail(CheckpointError, "E326", message, help="train them in an adapter of their own", where=where)
+    apart = [each.module for each in plan.rows if not each.tied] + [at.site.name for at in plan.sites if at.site.tied]
+    apart += [each.module for each in plan.copies if each.parted]
+    if apart:
+        message = f"PEFT keeps all that is tied so, or nothing: {apart[0]} is adapted by itself, and copies are 'tied'"
+        fail(CheckpointError, "E326", message, help="train them in two adapters", where=where)
+    return {"ensure_weight_tying": True}
+
+
+def _tokens(plan: AdapterPlan, module_names: Sequence[str], where: str) -> dict[str, object]:
+    """The field with the tokens whose rows are trained: a list, or one for each of several modules."""
+    rule = plan.spec.rule
+    if not plan.rows:
+        return {}
+    field = tokens_field(rule)
+    if not field:
+        message = f"PEFT's format for {rule.peft_type} has no field for trained tokens"
+        fail(CheckpointError, "E326", message, help="train them in an adapter of their own", where=where)
+    ids = {each.module: list(each.ids) for each in plan.rows}
+    first = next(iter(ids.values()))
+    if rule.rows:
+        if any(each != first for each in ids.values()) or plan.copies:
+            message = f"PEFT's format for {rule.peft_type} holds the same tokens for all modules, and no other module"
+            fail(CheckpointError, "E326", message, where=where)
+        return {field: first}
+    if len(ids) == 1 and not any(each.modules for each in plan.spec.tokens):
+        return {field: first}
+    return {field: {(minimal_endings([module], module_names, ()) or (module,))[0]: ids[module] for module in ids}}
+
+
+def _front_config(
+    plan: AdapterPlan,
+    base_model_name_or_path: str | None,
+    task_type: str | None,
+    revision: str | None,
+    inference_mode: bool,
+    trained: Sequence[str],
+    where: str,
+) -> dict[str, object]:
+    """The configuration of what stands in front: PEFT knows no targets there, and needs a task."""
+    if plan.spec.bias != "none":
+        message = f"PEFT's format for {plan.spec.rule.peft_type} has no field for trained biases"
+        fail(CheckpointError, "E326", message, help="train them in an adapter of their own", where=where)
+    config: dict[str, object] = {
+        "peft_type": plan.spec.rule.peft_type,
+        "peft_version": fields.PEFT_VERSION,
+        "task_type": task_type,
+        "base_model_name_or_path": base_model_name_or_path,
+        "revision": revision,
+        "inference_mode": inference_mode,
+    }
+    config.update(_ties(plan, where))
+    site = plan.sites[0].site
+    if site.kind in WHOLE:
+        config["modules_to_save"] = list(trained) or None
+    else:
+        config["target_modules"] = _attention_target(plan, trained, where)
+    sizes = {
+        "in": site.in_features,
+        "out": site.out_features,
+        "num_layers": site.layers,
+        "num_heads": site.heads,
+        "num_stacks": site.stacks,
+    }
+    config.update({name: sizes[word] for name, word in placed_fields(plan.spec.rule).items()})
+    config.update(_written_values(plan, where))
+    return config
+
+
+def _attention_target(plan: AdapterPlan, trained: Sequence[str], where: str) -> str:
+    """The end of the names of the attention modules, of which PEFT takes so many from the last."""
+    kind, ends = plan.spec.rule.peft_type, {each.site.module.rpartition(".")[2] for each in plan.sites}
+    if trained:
+        message = f"PEFT's format for {kind} has no field for trained modules"
+        fail(CheckpointError, "E326", message, help="train them in an adapter of their own", where=where)
+    if len(ends) > 1 or any(dict(each.bound.values).get(LAST, 0) is None for each in plan.sites):
+        names = ", ".join(each.site.module for each in plan.sites)
+        message = f"PEFT's format for {kind} names the last attention modules, and no others"
+        fail(CheckpointError, "E326", message, help=f"adapted here: {names}", where=where)
+    return ends.pop()
+
+
 def _module_targets(plan: AdapterPlan, module_names: Sequence[str]) -> list[str] | str:
-    copied = [each.module for each in plan.copies if each.saved]
+    copied = [each.module for each in plan.copies if each.saved] + [each.module for each in plan.rows if each.saved]
     if copied:
         suffixes_of = minimal_suffixes(copied, module_names)
         return "|".join(map(re.escape, copied)) if suffixes_of is None else sorted(suffixes_of)
@@ -161,10 +262,10 @@ def _written_values(plan: AdapterPlan, where: str) -> dict[str, object]:
                 message = f"'{hyperparameter.name}' differs within '{module}', which PEFT adapts as a whole"
                 fail(CheckpointError, "E326", message, where=where)
         if not values:
-            written[name] = _plain(dict(plan.spec.values)[hyperparameter.name])
+            written[name] = _listed_value(_plain(dict(plan.spec.values)[hyperparameter.name]))
             continue
         usual, exceptions = value_pattern(values)
-        written[name] = usual
+        written[name] = _listed_value(usual)
         if exceptions and name not in patterns:
             _refuse_varied(name, hyperparameter.name, values, usual, where)
         if exceptions:
@@ -193,6 +294,11 @@ def _refuse_varied(field: str, hyperparameter: str, values: Mapping[str, Value],
 def _plain(value: Value) -> Value:
     """16.0 as 16: PEFT's ranks and alphas are written as whole numbers."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _listed_value(value: Value) -> object:
+    """A list as JSON has it."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _trains_more(task_type: str | None, module_names: Sequence[str], copied: Sequence[str]) -> bool:

@@ -1,6 +1,7 @@
 """What is known of adapter_config.json beyond a method's own fields: facts of PEFT's format, as data."""
 
 import re
+from collections.abc import Sequence
 
 PEFT_VERSION = "0.21.2"  # the version whose format is written
 OWN_TYPE = "PEFTC"  # the type of a method that PEFT has not: the file holds the spec's text
@@ -23,6 +24,7 @@ HANDLED = frozenset(
         "bias",
         "rank_pattern",
         "alpha_pattern",
+        "ensure_weight_tying",
     }
 )
 
@@ -39,13 +41,16 @@ HARMLESS = frozenset(
 # Features of PEFT that methods share and that change what an adapter computes.
 UNSUPPORTED = frozenset(
     {
-        *("layer_replication", "trainable_token_indices", "ensure_weight_tying", "megatron_config", "use_qalora"),
+        *("layer_replication", "trainable_token_indices", "megatron_config", "use_qalora"),
         *("alora_invocation_tokens", "velora_config", "monteclora_config", "use_bdlora", "arrow_config", "kasa_config"),
     }
 )
 
 # Whether parameters were set to zero at the start matters to no loaded adapter.
 INIT_FIELD = re.compile(r"init_(\w+_)?weights")
+
+# The types with a field that says that what is tied stays so.
+TYING = frozenset({"LORA", "ADALORA"})
 
 ALL_LINEAR = "all-linear"
 NO_MODULES = "dummy-target-modules"  # how PEFT says that no module is adapted
@@ -61,3 +66,19 @@ TASK_HEADS = {
 def only_adapter_bias(peft_type: str) -> str:
     """How PEFT spells "the biases of adapted modules" for a type: `lora_only`."""
     return f"{peft_type.lower()}_only"
+
+
+# What PEFT calls the task of a model class, by the end of its name. Prompts and prefixes need one.
+TASKS = {
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+}
+
+
+def task_of(classes: Sequence[str]) -> str:
+    """The task of a model of these classes, the most derived first."""
+    return next((task for name in classes for end, task in TASKS.items() if name.endswith(end)), "FEATURE_EXTRACTION")

@@ -2,10 +2,39 @@
 
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 
 from peftc.grammar import tree
-from peftc.grammar.peft_item import ANY, constant, domain, listed_flag, masked_vector, names_in, translated
+from peftc.grammar.diagnostics import UsageError, did_you_mean, fail
+from peftc.grammar.infer import NAMED
+from peftc.grammar.peft_item import (
+    ANY,
+    TOKENS,
+    constant,
+    domain,
+    listed_flag,
+    lists_tokens,
+    masked_vector,
+    names_in,
+    translated,
+)
 from peftc.grammar.rule import MethodRule, Value
+from peftc.grammar.spec import AdapterSpec
+
+
+def with_values(spec: AdapterSpec, values: Mapping[str, Value]) -> AdapterSpec:
+    """The adapter with other values for some hyperparameters. Raises UsageError (E568)."""
+    known = {each.name: each for each in spec.rule.hyperparameters}
+    given = dict(spec.values)
+    for name, raw in values.items():
+        if name not in known:
+            help = did_you_mean(name, known) or f"it has {', '.join(known)}"
+            fail(UsageError, "E568", f"method '{spec.rule.name}' has no hyperparameter {name!r}", help=help)
+        value = typed(raw, known[name])
+        if value is None:
+            fail(UsageError, "E568", f"{name} = {raw!r} is not {expected(known[name])}")
+        given[name] = value
+    return replace(spec, values=tuple(given.items()))
 
 
 def mapped_fields(rule: MethodRule) -> dict[str, tree.Hyperparameter]:
@@ -14,7 +43,7 @@ def mapped_fields(rule: MethodRule) -> dict[str, tree.Hyperparameter]:
     return {
         each.name: named[each.value.id]
         for each in rule.peft_fields
-        if isinstance(each.value, tree.Name) and each.value.id != ANY
+        if isinstance(each.value, tree.Name) and each.value.id in named
     }
 
 
@@ -42,6 +71,19 @@ def listed_fields(rule: MethodRule) -> dict[str, str]:
 def mask_field(rule: MethodRule) -> str:
     """The field that lists which entries of a budgeted vector are kept; empty where there is none."""
     return next((each.name for each in rule.peft_fields if masked_vector(each)), "")
+
+
+def placed_fields(rule: MethodRule) -> dict[str, str]:
+    """The fields that tell a size of the place an adapter is for, with the word for it."""
+    named = {each.name for each in rule.hyperparameters} | {ANY, TOKENS}
+    names = {each.name: each.value.id for each in rule.peft_fields if isinstance(each.value, tree.Name)}
+    return {name: word for name, word in names.items() if word not in named}
+
+
+def tokens_field(rule: MethodRule) -> str:
+    """The field that holds the ids of the tokens whose rows are trained; empty where there is none."""
+    named = {each.name for each in rule.hyperparameters}
+    return next((each.name for each in rule.peft_fields if lists_tokens(each) and TOKENS not in named), "")
 
 
 def pattern_fields(rule: MethodRule) -> dict[str, str]:
@@ -94,6 +136,8 @@ def typed(raw: object, hyperparameter: tree.Hyperparameter) -> Value:
             return raw
         case "float", int() | float() if abs(raw) <= sys.float_info.max:
             return float(raw)
+        case "ints", list() if all(isinstance(each, int) and not isinstance(each, bool) for each in raw):
+            return tuple(raw)
         case "text", str() if not hyperparameter.choices or raw in hyperparameter.choices:
             return raw
         case _:
@@ -104,6 +148,4 @@ def expected(hyperparameter: tree.Hyperparameter) -> str:
     """What a hyperparameter's value should be, for messages."""
     if hyperparameter.choices:
         return f"one of {', '.join(hyperparameter.choices)}"
-    return {"int": "a whole number", "float": "a number", "bool": "true or false", "text": "a text"}[
-        hyperparameter.type
-    ]
+    return NAMED[hyperparameter.type]

@@ -4,6 +4,7 @@ import math
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,8 +12,9 @@ from torch import fx, nn
 
 from peftc.passes.hoist import PIECES
 from peftc.passes.traced import Traced
-from peftc.runtime import caches, nest
+from peftc.runtime import caches, nest, virtual
 from peftc.runtime.call import Call
+from peftc.runtime.segments import Names, Recompute, layer_names, python_function, stitched
 from peftc.runtime.slots import Slots
 
 Constants = Mapping[str, torch.Tensor | nn.Module]
@@ -32,19 +34,24 @@ class Program:
 
     The graph reads weights straight from the model's own leaf modules and adapters from slots, so a replaced parameter
     (moved, merged, switched) is seen by the next call. It is held in two forms: a GraphModule for torch.compile to
-    trace, and a plain function, lowered further, for Python to run. Both graphs are taken over.
+    trace, and a plain function, lowered further, for Python to run. Both graphs are taken over. For training the second
+    is kept, and when first asked for becomes a function of a third kind, which recomputes layers in the backward pass.
     """
 
-    def __init__(self, traced: Traced, lowered: Lowered, model: nn.Module, slots: Slots):
+    def __init__(self, traced: Traced, lowered: Lowered, model: nn.Module, slots: Slots, *, training: bool = False):
         self.traced = traced
         self.form: nest.Form = traced.outputs  # type: ignore[assignment]
         self.layout: caches.Layout | None = traced.cache  # type: ignore[assignment]
         self.returns_cache = nest.holds_cache(self.form)
+        self.cached = traced.cached
         self.count = nest.count_tensors(self.form)
         find = _finder(model, slots)
         self._guard = _guard(traced.guards)
         self.pieces = None if lowered.prologue is None else Pieces(lowered.prologue, find)
-        self.function = _function(lowered.plain, traced.constants, find, self.pieces)
+        root = _bound(lowered.plain, traced.constants, find, self.pieces)
+        self.function = _function(lowered.plain, root)
+        self._recomputed: tuple[Recompute, Callable[..., Any]] | None = None
+        self._cut = partial(_cut, lowered.plain, model, root) if training else None
         self.module = _module(lowered.traceable, traced.constants, find)
 
     def fits(self, call: Call) -> bool:
@@ -55,27 +62,46 @@ class Program:
                     return False
         return self._guard is None or self._guard([tensor.shape for tensor in call.tensors])
 
-    def __call__(self, call: Call) -> Any:
-        """Run the call, and put the output together as the model would have."""
+    def recomputing(self, recompute: Recompute) -> Callable[..., Any] | None:
+        """The function that recomputes layers; None where this program is not for training."""
+        if self._cut is None:
+            return None
+        if self._recomputed is None or self._recomputed[0] != recompute:
+            self._recomputed = recompute, self._cut(recompute)
+        return self._recomputed[1]
+
+    def __call__(self, call: Call, recompute: Recompute | None = None) -> Any:
+        """Run the call, and put the output together as the model would have.
+
+        With `recompute`, and where gradients are kept, layers are recomputed. torch.compile, which decides itself what
+        to keep and what to recompute, is given the whole graph all the same.
+        """
         tensors = call.tensors
         if call.cache is not None:
             assert self.layout is not None
             tensors = tensors + caches.read(call.cache, self.layout, call.rows, tensors[0].device)
+        tensors = [*tensors, *call.extra]
         if torch.compiler.is_compiling():
             leaves = list(self.module.forward(*tensors))
         else:
             if self.pieces is not None:
                 self.pieces.refresh()
-            leaves = list(self.function(*tensors))
+            function = self.function
+            if recompute is not None and torch.is_grad_enabled():
+                function = self.recomputing(recompute) or function
+            leaves = list(function(*tensors))
         cache = call.cache
         if self.returns_cache:
             assert self.layout is not None
-            kept, leaves = leaves[self.count :], leaves[: self.count]
+            stop = self.count + self.cached
+            kept, carried, leaves = leaves[self.count : stop], leaves[stop:], leaves[: self.count]
             if cache is None:
                 cache = caches.build(self.layout, kept)
             else:
                 caches.store(cache, self.layout, kept)
-        return nest.rebuild(self.form, leaves, cache)
+            if carried:
+                virtual.carry(cache, call.owner, carried)
+        return nest.rebuild(self.form, leaves, cache if call.keeps_cache else None)
 
 
 class Pieces:
@@ -86,7 +112,7 @@ class Pieces:
         self._sources = [
             (_held(find(owner), leaf), leaf) for owner, _, leaf in (each.rpartition(".") for each in targets)
         ]
-        self._compute = _function(prologue, {}, find, None)
+        self._compute = _function(prologue, _bound(prologue, {}, find, None))
         self._seen: list[torch.Tensor] = []
         self._versions: list[int] = []
         self.values: dict[str, torch.Tensor] = {}
@@ -158,15 +184,13 @@ def _module(graph: fx.Graph, constants: Constants, find: Finder) -> fx.GraphModu
     return module
 
 
-def _function(
-    graph: fx.Graph, constants: Constants, find: Finder, pieces: Pieces | None
-) -> Callable[..., tuple[torch.Tensor, ...]]:
-    """Takes the graph over: a function of its inputs.
+def _bound(graph: fx.Graph, constants: Constants, find: Finder, pieces: Pieces | None) -> Names:
+    """Takes the graph over: what its attributes are to be read from.
 
     `nn.Module` looks an attribute up in microseconds, which hundreds of weights a token add up. Here a name stands for
     the very dictionary the module keeps its parameters in: as live, and a plain look-up.
     """
-    root = _Names()
+    root = Names()
     names: dict[int, str] = {}
     for node in graph.find_nodes(op="get_attr"):
         target = str(node.target)
@@ -182,14 +206,16 @@ def _function(
             held = _held(find(owner), leaf)
         short = names.setdefault(id(held), f"n{len(names)}")
         if not hasattr(root, short):
-            namespace = _Names()
+            namespace = Names()
             namespace.__dict__ = held
             setattr(root, short, namespace)
         node.target = f"{short}.{leaf}"
-    code = graph.python_code("self")
-    scope = dict(code.globals)
-    exec(compile(code.src, "<adapted graph>", "exec"), scope)
-    forward = scope["forward"]
+    return root
+
+
+def _function(graph: fx.Graph, root: Names) -> Callable[..., tuple[torch.Tensor, ...]]:
+    """A function of the graph's inputs."""
+    forward = python_function(graph)
 
     def run(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return forward(root, *tensors)
@@ -197,8 +223,8 @@ def _function(
     return run
 
 
-class _Names:
-    """Attributes, kept in a dictionary of our choice."""
+def _cut(graph: fx.Graph, model: nn.Module, root: Names, recompute: Recompute) -> Callable[..., Any]:
+    return stitched(graph, layer_names(model), root, recompute)
 
 
 def _held(module: nn.Module, leaf: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from torch.utils import _pytree as pytree
 
 from peftc.runtime.bank import AdapterParameters
 from peftc.runtime.drift import OutputDrift, TensorDrift
-from peftc.runtime.merge import merged_site, merged_sites
+from peftc.runtime.merge import merged_site, merged_sites, replaced_tensors
 
 EXACT = torch.float64
 
@@ -19,9 +19,10 @@ EXACT = torch.float64
 def tensor_drift(model: nn.Module, active: Sequence[tuple[AdapterParameters, float]]) -> tuple[TensorDrift, ...]:
     """The drift of every tensor that merging these adapters would compute, site by site. Changes nothing."""
     found: list[TensorDrift] = []
+    changed = replaced_tensors(model, [adapter for adapter, _ in active])
     for terms in merged_sites(active):
-        exact = merged_site(model, terms, exact=EXACT)
-        for name, merged in merged_site(model, terms).items():
+        exact = merged_site(model, terms, exact=EXACT, changed=changed)
+        for name, merged in merged_site(model, terms, changed=changed).items():
             difference = _largest(merged.to(EXACT) - exact[name])
             dtype = str(merged.dtype).removeprefix("torch.")
             found.append(TensorDrift(name, dtype, difference, _share(difference, _largest(exact[name]))))

@@ -15,8 +15,11 @@ from torch import nn
 
 from peftc.grammar import layout
 from peftc.grammar.diagnostics import CheckpointError, SpecError, UsageError, fail
+from peftc.grammar.rule import Value
 from peftc.grammar.spec import AdapterSpec
-from peftc.passes.plan import AdapterPlan
+from peftc.passes.plan import AdapterPlan, ParamKey
+from peftc.passes.sites import tied_names
+from peftc.runtime import peft_fields as fields
 from peftc.runtime.adapter_files import adapter_directory, locate, read_adapter, write_adapter, write_files
 from peftc.runtime.bank import AdapterParameters, trained_keys
 from peftc.runtime.base import base_tensors, is_adapters
@@ -32,9 +35,11 @@ from peftc.runtime.manifest import (
     write_manifest,
 )
 from peftc.runtime.peft_config import read_config, write_config
-from peftc.runtime.peft_rule import mask_field
+from peftc.runtime.peft_rule import mask_field, with_values
+from peftc.runtime.settled import settled, settled_value
 from peftc.runtime.spec_config import check_growth, known_methods, spec_text
 from peftc.runtime.state import BANK, AdapterState
+from peftc.runtime.tokens import check_ties, needed_vocabulary
 
 # A Trainer resumes a model that is not peft's only from this file, and saves nowhere else under such names.
 TRAINER_STATE = "model.safetensors"
@@ -114,6 +119,7 @@ class Saving(nn.Module):
         allow_pickle: bool = False,
         autocast_adapter_dtype: bool = True,
         use: str | PathLike[str] | None = None,
+        values: Mapping[str, Value] | None = None,
     ) -> None:
         """Load an adapter from a directory or the Hub beside the others; it becomes active if none is.
 
@@ -121,6 +127,7 @@ class Saving(nn.Module):
         CheckpointError or UsageError. A manifest of another base only warns: the shapes fit, the user may know better.
         float16 and bfloat16 adapters become float32 unless `autocast_adapter_dtype` is False, as in PEFT. `use` is an
         `.adapter` file with methods of your own; what peftc saved needs none, the definition is in the checkpoint.
+        `values` are hyperparameters to be other than the file says, such as `{"peft_compatible": True}`.
         """
         state = self._adapter_state
         if adapter_name in state.names():
@@ -140,13 +147,19 @@ class Saving(nn.Module):
         facts = read_config(config, methods=methods, adapter_name=adapter_name, where=str(directory))
         for message in facts.warnings:
             warnings.warn(message, stacklevel=2)
-        plan = self._planned(facts.spec, directory)
+        plan, tokens = self._planned(with_values(facts.spec, values or {}), directory)
+        if facts.ties:
+            check_ties(plan, tied_names(self), str(directory))
         base = dict(base_tensors(self, self._adapter_state.merged))
         shapes = {name: tuple(tensor.shape) for name, tensor in base.items()}
         tensors, masks = unpruned(plan, tensors, facts.masks, where=str(directory))
+        plan = settled(plan, set(tensors))
         fitted = fit(plan, tensors, where=str(directory), base_shapes=shapes, base_tensors=base.get)
         check_growth(plan, fitted, directory)
         self._check_manifest(directory)
+        if tokens is not None:
+            self._enlarge(tokens, drawn=False)
+            base = dict(base_tensors(self, self._adapter_state.merged))
         made = initial(plan, base.get, fitted, upcast=autocast_adapter_dtype)
         adapter = AdapterParameters(plan, made, trained_keys(plan))
         if adapter.allocator is not None:
@@ -158,8 +171,9 @@ class Saving(nn.Module):
             state.activate(((adapter_name, 1.0),), trainable=is_trainable)
 
     def base_fingerprint(self) -> str:
-        """A digest of the base's names, shapes and sampled contents, without what is merged."""
-        return fingerprint(base_tensors(self, self._adapter_state.merged))
+        """A digest of the base's names, shapes and sampled contents, without what is merged or room for new tokens."""
+        known = self._adapter_state.facts.fingerprint
+        return known or fingerprint(base_tensors(self, self._adapter_state.merged))
 
     def requires_grad_(self, requires_grad: bool = True) -> "Saving":
         """As torch's, for every parameter. A base that is to be trained gets storage of its own first."""
@@ -183,10 +197,21 @@ class Saving(nn.Module):
         """An adapter's tensors under the keys PEFT saves them by."""
         adapter = self._adapter_state.adapter(adapter_name)
         saved = {key: entry for key, entry in entries(adapter.plan).items() if entry.written}
-        found = {key: _value(adapter, entry, state_dict) for key, entry in saved.items()}
+        found = {key: self._value(adapter, entry, state_dict) for key, entry in saved.items()}
         if adapter.allocator is None or not mask_field(adapter.plan.spec.rule):
             return found
         return {key: adapter.allocator.pruned(saved[key].key, value) for key, value in found.items()}
+
+    def _value(
+        self, adapter: AdapterParameters, entry: Entry, state_dict: Mapping[str, torch.Tensor] | None
+    ) -> torch.Tensor:
+        if entry.computed:
+            at, name = entry.planned, adapter.plan.name
+            assert at is not None
+            tensors = {each.role: _held(adapter, at.key(name, each), state_dict) for each in at.bound.params}
+            return settled_value(at, tensors, dict(base_tensors(self, self._adapter_state.merged)).get)
+        value = _held(adapter, entry.key, state_dict)
+        return value if value.shape == entry.shape else value.detach().reshape(entry.shape)
 
     def _save(
         self,
@@ -200,7 +225,7 @@ class Saving(nn.Module):
             plan,
             module_names=[name for name, _ in self.named_modules() if name and not is_adapters(name)],
             base_model_name_or_path=facts.base_name,
-            task_type=facts.task_type,
+            task_type=facts.task_type or self._task(plan),
             revision=facts.base_revision,
         )
         field, allocator = mask_field(plan.spec.rule), adapter.allocator
@@ -220,10 +245,22 @@ class Saving(nn.Module):
         write_adapter(directory, config, self.adapter_state_dict(plan.name, state_dict))
         write_manifest(directory, manifest)
 
-    def _planned(self, spec: AdapterSpec, directory: Path) -> AdapterPlan:
-        """The plan of a checkpoint's adapter; what is wrong is wrong with the checkpoint, not with a spec."""
+    def _task(self, plan: AdapterPlan) -> str | None:
+        """The task that PEFT needs to be told where something stands in front."""
+        classes = [each.__name__ for each in type(self).__mro__]
+        return fields.task_of(classes) if any(at.bound.prompt is not None for at in plan.sites) else None
+
+    def _planned(self, spec: AdapterSpec, directory: Path) -> tuple[AdapterPlan, int | None]:
+        """The plan of a checkpoint's adapter, and the vocabulary it needs if that is more than the model's.
+
+        What is wrong is wrong with the checkpoint, not with a spec.
+        """
+        backend = self._adapter_state.engine.backend
+        vocabulary = backend.vocabulary() if spec.tokens else None
+        beyond = set() if vocabulary is None else vocabulary.beyond(spec)
         try:
-            return self._adapter_state.engine.backend.plan(spec)
+            plan = backend.plan(spec, tokens=max(beyond) + 1 if beyond else None)
+            return plan, needed_vocabulary(plan, vocabulary, str(directory))
         except SpecError as error:
             named = sorted({layout.selector(each) for target in spec.on for each in target.selectors})
             help = f"it was made for modules called {', '.join(named[:8])}; this is a {type(self).__name__}"
@@ -233,6 +270,9 @@ class Saving(nn.Module):
                     for each in error.diagnostics
                 )
             ) from error
+
+    def _enlarge(self, size: int, *, drawn: bool = True) -> None:
+        raise AssertionError("AdaptedModel provides this")
 
     def _check_manifest(self, directory: Path) -> None:
         manifest = read_manifest(directory)
@@ -274,7 +314,6 @@ def _unshare(model: nn.Module, state_dict: Mapping[str, Any] | None) -> None:
             model.get_submodule(owner)._parameters[leaf] = own[id(each)]
 
 
-def _value(adapter: AdapterParameters, entry: Entry, state_dict: Mapping[str, torch.Tensor] | None) -> torch.Tensor:
-    given = (state_dict or {}).get(f"{BANK}.{adapter.plan.name}.{adapter.attribute(entry.key)}")
-    value = adapter.tensor(entry.key) if given is None else given
-    return value if value.shape == entry.shape else value.detach().reshape(entry.shape)
+def _held(adapter: AdapterParameters, key: ParamKey, state_dict: Mapping[str, torch.Tensor] | None) -> torch.Tensor:
+    given = (state_dict or {}).get(f"{BANK}.{adapter.plan.name}.{adapter.attribute(key)}")
+    return adapter.tensor(key) if given is None else given

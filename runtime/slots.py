@@ -1,12 +1,23 @@
 """Slots: where graphs read the active adapters' tensors. Switching an adapter is putting other tensors there."""
 
+import math
 from typing import Any
 
 import torch
 from torch import nn
 
-from peftc.passes.plan import ParamKey
-from peftc.passes.structure import FLOAT, copy_role, copy_slot, site_slot, slot_role, weighted
+from peftc.passes.plan import IDS, ORDER, ROWS, ParamKey
+from peftc.passes.structure import (
+    FLOAT,
+    LOG_WEIGHT,
+    copy_role,
+    copy_slot,
+    rows_role,
+    rows_slot,
+    site_slot,
+    slot_role,
+    weighted,
+)
 from peftc.runtime.bank import AdapterParameters
 
 Binding = tuple[dict[str, Any], str, torch.Tensor | float]
@@ -38,11 +49,17 @@ class Slots:
             for scalar, value in scalars(adapter, at.site.name, weight).items():
                 found.append(_binding(slot, slot_role(scalar), like.new_tensor(value)))
                 found.append((slot.__dict__, FLOAT + slot_role(scalar), value))
+            if at.site.kind == "cache":
+                found.append(_binding(slot, LOG_WEIGHT, like.new_tensor(math.log(weight) if weight else -math.inf)))
         for copy in plan.copies:
             slot = self.module(copy_slot(position, copy.module))
             for tensor_name, _, _ in copy.tensors:
                 tensor = adapter.tensor(ParamKey(name, copy.module, tensor_name))
                 found.append(_binding(slot, copy_role(tensor_name), tensor))
+        for rows in plan.rows:
+            slot = self.module(rows_slot(position, rows.module))
+            for role in (ROWS, IDS, ORDER):
+                found.append(_binding(slot, rows_role(role), adapter.tensor(ParamKey(name, rows.module, role))))
         return found
 
 

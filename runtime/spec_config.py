@@ -133,6 +133,7 @@ def _sizes(plan: AdapterPlan, at: PlannedSite, stored: Mapping[ParamKey, object]
             yield f"'{each.role}'", math.prod(each.shape), sites
             yield f"what '{each.role}' is drawn from", _drawn(each), sites
     formulas: dict[str, algebra.Matrix | None] = {"W'": bound.weight, "b'": bound.bias}
+    formulas |= {"prompt'": bound.prompt, "gate'": bound.gate, "labels'": bound.labels}
     formulas |= {f"'{each.role}'": each.init.value for each in bound.starts if isinstance(each.init, Derived)}
     for name, formula in formulas.items():
         if formula is not None:
@@ -154,7 +155,7 @@ def _drawn(param: BoundParam) -> int:
     """How many numbers a random start puts into some order."""
     if isinstance(param.init, Derived):
         return 0
-    given = dict(param.init.arguments)
+    given = {name: value for name, value in param.init.arguments if isinstance(value, float)}
     rows = math.prod(param.shape[:-1])
     places = max(given.get("rows", 0) * given.get("columns", 0), given.get("size", 0) ** 2)
     return int(max(rows * given.get("limit", 0), places))

@@ -1,5 +1,6 @@
 """The adapters of one model: which there are, which are active, whether they are merged."""
 
+import math
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
@@ -8,13 +9,16 @@ import torch
 from torch import fx, nn
 
 from peftc.grammar.diagnostics import UsageError, did_you_mean, fail
+from peftc.grammar.rule import COMPATIBLE
 from peftc.passes.emit import fake_like
-from peftc.passes.plan import AdapterPlan
+from peftc.passes.plan import IDS, ORDER, ROWS, AdapterPlan, ParamKey
+from peftc.passes.site import WHOLE
 from peftc.passes.structure import structure_of, weighted
 from peftc.runtime.bank import AdapterParameters
 from peftc.runtime.engine import Engine, Tenant
 from peftc.runtime.merge import Replaced
 from peftc.runtime.slots import Binding, bind
+from peftc.runtime.virtual import Owner, Virtual
 
 Active = tuple[tuple[str, float], ...]
 """Adapter names with their activation weights, in order."""
@@ -29,6 +33,7 @@ class Facts:
     base_name: str | None = None
     base_revision: str | None = None
     task_type: str | None = None
+    fingerprint: str | None = None  # of the base before its vocabulary was enlarged for an adapter
 
 
 @dataclass
@@ -67,6 +72,9 @@ class AdapterState:
         name = adapter.plan.name
         if name in self.bank._modules:
             fail(UsageError, "E511", f"there already is an adapter {name!r}", help="choose another name or delete it")
+        if hasattr(self.bank, name):  # the adapters are modules, and reached by their names
+            help = "choose another name; in a spec, or by adapter_name"
+            fail(UsageError, "E575", f"an adapter cannot be called {name!r}: modules of torch have that", help=help)
         self.bank.add_module(name, adapter)
 
     def remove(self, name: str) -> None:
@@ -124,7 +132,9 @@ class AdapterState:
     def _prepare(self, active: Active) -> tuple[Tenant, list[Binding]]:
         adapters = [self.adapter(name) for name, _ in active]
         _check(active, adapters)
-        specialisation = self.engine.specialisation(structure_of([(each.plan, each.dtypes()) for each in adapters]))
+        weights = [weight for _, weight in active]
+        structure = structure_of([(each.plan, each.dtypes()) for each in adapters], weights)
+        specialisation = self.engine.specialisation(structure)
         bindings: list[Binding] = []
         for position, (adapter, (_, weight)) in enumerate(zip(adapters, active, strict=True)):
             bindings += self.engine.slots.bindings(position, adapter, weight)
@@ -134,6 +144,9 @@ class AdapterState:
             return adapter.at_site(site)[role]
 
         def slot_value(position: int, site: str, role: str, near: fx.Node) -> torch.Tensor:
+            if role in (ROWS, IDS, ORDER):
+                own = adapters[position].tensor(ParamKey(adapters[position].plan.name, site, role))
+                return fake_like(own.shape, own.dtype, near)
             tensors = adapters[position].at_site(site)
             if role in tensors:
                 return fake_like(tensors[role].shape, tensors[role].dtype, near)
@@ -141,7 +154,9 @@ class AdapterState:
             return fake_like((), kinds[0] if kinds else torch.float32, near)
 
         penalties = tuple(each.penalty for each in adapters if each.allocator is not None)
-        self._prepared[active] = (Tenant(specialisation, slot_value, lookup, penalties=penalties), bindings)
+        virtual = Virtual(specialisation.structure.fronts, owner=Owner(active, adapters))
+        tenant = Tenant(specialisation, slot_value, lookup, penalties=penalties, virtual=virtual)
+        self._prepared[active] = (tenant, bindings)
         return self._prepared[active]
 
 
@@ -150,10 +165,12 @@ def _check(active: Active, adapters: Sequence[AdapterParameters]) -> None:
     for name in names:
         if names.count(name) > 1:
             fail(UsageError, "E512", f"adapter {name!r} is activated twice", help="give it one weight")
+    _check_fronts(active, adapters)
     copied: dict[str, str] = {}
     for (name, weight), adapter in zip(active, adapters, strict=True):
         for at in adapter.plan.sites:
-            if weight != 1.0 and weighted(at.bound.weight, at.bound.bias)[1] is None:
+            in_cache = at.site.kind == "cache"
+            if weight != 1.0 and not in_cache and weighted(at.bound.weight, at.bound.bias)[1] is None:
                 message = f"method {at.bound.rule.name!r} of adapter {name!r} cannot be weighted"
                 fail(UsageError, "E513", message, help="activate it with weight 1")
         for copy in adapter.plan.copies:
@@ -161,8 +178,55 @@ def _check(active: Active, adapters: Sequence[AdapterParameters]) -> None:
                 message = f"adapter {name!r} trains {copy.module} as a whole, which cannot be weighted"
                 fail(UsageError, "E513", message, help="activate it with weight 1")
             for tensor, _, _ in copy.tensors:
-                full = f"{copy.module}.{tensor}"
-                if full in copied:
-                    message = f"adapters {copied[full]!r} and {name!r} both train their own {full}"
-                    fail(UsageError, "E514", message, help="activate one of them at a time")
-                copied[full] = name
+                for full in copy.names(tensor):
+                    if full in copied:
+                        message = f"adapters {copied[full]!r} and {name!r} both train their own {full}"
+                        fail(UsageError, "E514", message, help="activate one of them at a time")
+                    copied[full] = name
+    _check_rows(active, adapters, copied)
+
+
+def _check_rows(active: Active, adapters: Sequence[AdapterParameters], copied: Mapping[str, str]) -> None:
+    trained: dict[tuple[str, int], str] = {}
+    for (name, weight), adapter in zip(active, adapters, strict=True):
+        for rows in adapter.plan.rows:
+            if weight != 1.0:
+                message = f"adapter {name!r} trains tokens of {rows.module}, whose rows cannot be weighted"
+                fail(UsageError, "E513", message, help="activate it with weight 1")
+            for module in rows.modules:
+                other = copied.get(f"{module}.weight")
+                if other is not None:
+                    message = f"adapter {name!r} trains tokens of {module}, and {other!r} the whole of it"
+                    fail(UsageError, "E559", message, help="activate one of them at a time")
+                shared = [each for each in rows.ids if (module, each) in trained]
+                if shared:
+                    what = f"token{'s' * (len(shared) > 1)} {', '.join(map(str, shared[:8]))}"
+                    what += ", ..." if len(shared) > 8 else ""
+                    other = trained[module, shared[0]]
+                    message = f"adapters {other!r} and {name!r} both train {what} of {module}"
+                    fail(UsageError, "E558", message, help="activate one of them at a time")
+                trained |= {(module, each): name for each in rows.ids}
+
+
+def _check_fronts(active: Active, adapters: Sequence[AdapterParameters]) -> None:
+    """Raise UsageError where virtual tokens of different kinds, or counted in different ways, would stand in a row."""
+    first: dict[str, tuple[str, bool]] = {}
+    for (name, weight), adapter in zip(active, adapters, strict=True):
+        for at in adapter.plan.sites:
+            if at.bound.prompt is None or at.site.kind not in WHOLE:
+                continue
+            compatible = bool(dict(at.bound.values).get(COMPATIBLE, False))
+            for kind, (other, counted) in first.items():
+                message = f"adapters {other!r} and {name!r} both put virtual tokens in front"
+                if kind != at.site.kind:
+                    help = "which of them comes first is not said: activate one of them at a time"
+                    fail(UsageError, "E564", f"{message}, one of the cache and one of the text", help=help)
+                if counted is not compatible:
+                    fail(UsageError, "E564", f"{message}, and differ in '{COMPATIBLE}'", help="give both the same")
+            first.setdefault(at.site.kind, (name, compatible))
+            if at.site.kind == "cache" and not 0 <= weight < math.inf:
+                message = f"attention to the prefix of adapter {name!r} cannot be multiplied by {weight:g}"
+                fail(UsageError, "E513", message, help="activate it with a weight from 0 on")
+            if at.site.kind != "cache" and weight != 1.0:
+                message = f"adapter {name!r} puts virtual tokens in front, which cannot be weighted"
+                fail(UsageError, "E513", message, help="activate it with weight 1")

@@ -148,8 +148,9 @@ def named_methods(tree: ast.Module, methods: frozenset[str]) -> list[str]:
     return found
 
 
-# Methods whose name is a word the code has for something else: `Miss`, why a rewrite does not apply.
-WORDS = frozenset({"miss"})
+# Methods whose name is a word the code has for something else: `Miss`, why a rewrite does not apply; the beginning of a
+# name; what a method puts in front of the embedded tokens (`prompt'`) or of the cache, whichever method it is.
+WORDS = frozenset({"miss", "prefix", "prompt"})
 
 
 @every_file

@@ -140,7 +140,7 @@ def test_the_readme_shows_a_real_message(workshop, monkeypatch, capfd):
 
 def test_the_readme_names_every_method():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    (paragraph,) = re.findall(r"each a file of the language: (.*?)\. They", text, re.DOTALL)
+    (paragraph,) = re.findall(r"The methods of PEFT, each a file of the language: (.*?)\. They", text, re.DOTALL)
     assert re.findall(r"`(\w+)`", paragraph) == list(builtin_methods())
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from peftc import compiler
 from peftc.grammar.elaborate import read_spec
 
 ROOT = Path(__file__).parents[1]
@@ -60,3 +61,11 @@ def test_the_method_of_the_example_is_that_of_the_page():
     block = re.search(r"^```adapter\n# gated\.adapter\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
     assert block is not None
     assert read_spec(block[1]) == read_spec(ROOT / "examples" / "gated.adapter")
+
+
+@pytest.mark.parametrize("name", ["prefix", "tokens", "quickstart"])
+def test_the_specs_fit_the_model_beside_them(name):
+    found = compiler.find_model(str(ROOT / "examples" / "tiny-llama"))
+    adapters, problems = compiler.check_fit(read_spec(ROOT / "examples" / f"{name}.adapter"), found)
+    assert not problems
+    assert all(each.parameters for adapter in adapters for each in adapter.rules)

@@ -39,7 +39,7 @@ def check(
         console.warn(each)
     adapters = None
     if found and meant:
-        adapters, misfits = compiler.check_fit(meant, found.model)
+        adapters, misfits = compiler.check_fit(meant, found)
         problems += misfits
     if problems or meant is None:
         raise _error(problems)

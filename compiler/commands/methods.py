@@ -47,8 +47,7 @@ def _facts(rule: MethodRule) -> dict[str, Any]:
         "doc": rule.doc,
         "papers": [f"https://arxiv.org/abs/{each}" for each in _ARXIV.findall(rule.doc)],
         "kinds": list(rule.kinds),
-        "formula": "W" if rule.weight is None else expression.text(rule.weight),
-        "bias": "b" if rule.bias is None else expression.text(rule.bias),
+        **_formulas(rule),
         "lets": {name: expression.text(value) for name, value in rule.lets},
         "hyperparameters": [
             {
@@ -75,6 +74,18 @@ def _facts(rule: MethodRule) -> dict[str, Any]:
             model_type: [name for targets, _ in found for name in targets] for model_type, found in rule.defaults
         },
         "definition": _definition(rule),
+    }
+
+
+def _formulas(rule: MethodRule) -> dict[str, str | None]:
+    """What becomes of a weight and its bias; of a place that is no weight, what is put in front."""
+    primes = {"prompt": rule.prompt, "gate": rule.gate, "labels": rule.labels}
+    given = {name: expression.text(value) for name, value in primes.items() if value is not None}
+    if rule.prompt is not None or rule.copies or rule.rows:
+        return {"formula": None, "bias": None, **given}
+    return {
+        "formula": "W" if rule.weight is None else expression.text(rule.weight),
+        "bias": "b" if rule.bias is None else expression.text(rule.bias),
     }
 
 

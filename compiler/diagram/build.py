@@ -8,6 +8,7 @@ from torch import fx
 
 from peftc.compiler.diagram.focus import narrow
 from peftc.compiler.diagram.fold import fold
+from peftc.compiler.diagram.front import IN_FRONT, is_cached, is_cut, is_front
 from peftc.compiler.diagram.group import Grouping, group
 from peftc.compiler.diagram.label import label
 from peftc.compiler.diagram.layers import settled
@@ -99,11 +100,16 @@ def _place(members: Sequence[fx.Node], grouping: Grouping) -> tuple[Scope, ...]:
     drawn = [each for each in members if each.op == "call_function" and holds_tensor(each)]
     if any(each.op in ("placeholder", "output") for each in members):
         return ()
+    wider = next((grouping.widened[each] for each in members if each in grouping.widened), None)
+    if wider is not None:
+        return () if any(map(is_cut, members)) else scopes(wider)
+    if any(map(is_cached, members)) and not any(each in grouping.led for each in members):
+        return ()  # every layer has a part of it
     working = [each for each in drawn if not is_plumbing(each)] or drawn or list(members)
     for each in working:
         if scopes(each):
             return scopes(each)
-    users = [user for each in members for user in each.users]
+    users = [user for each in members for user in each.users if each not in grouping.led or holds_tensor(user)]
     return next((scopes(user) for user in users if scopes(user)), ())
 
 
@@ -112,9 +118,11 @@ def _node(
 ) -> Node:
     said = label(members, grouping)
     last = members[-1]
-    origin = next((each for each in map(origin_of, members) if each is not None and each.site), None)
+    shows = said.kind in ("adapter", "widened") or said.title == IN_FRONT
+    made = [each for each in members if shows or not is_front(each)]  # pieces of the base's stay its own
+    origin = next((each for each in map(origin_of, made) if each is not None and each.site), None)
     positions = {grouping.position[each] for each in members if each in grouping.position}
-    position = max(positions) if positions and said.kind == "adapter" else None
+    position = max(positions) if positions and shows else None
     weights = tuple(
         Weight(str(each.target), shape_of(each), ties.get(str(each.target), ()))
         for each in members
@@ -172,7 +180,7 @@ def _edges(graph: fx.Graph, grouping: Grouping, nodes: dict[fx.Node, Node]) -> t
             if first is second or not holds_tensor(source) or is_empty(source) or quiet_read:
                 continue
             enters = nodes[first].kind == "input" and user in grouping.data
-            kind = "flow" if source in grouping.data or enters else "quiet"
+            kind = "flow" if source in grouping.data or enters or nodes[first].kind == "adapter" else "quiet"
             if user.op == "output" and index > 0:
                 kind = "returned"
             key = (nodes[first].id, nodes[second].id)

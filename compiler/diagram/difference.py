@@ -6,7 +6,7 @@ from dataclasses import replace
 from torch import fx
 
 from peftc.compiler.diagram.build import draw, finish
-from peftc.compiler.diagram.model import Edge, Node, Picture, Weight
+from peftc.compiler.diagram.model import Edge, Node, Picture
 
 
 def diff(
@@ -28,6 +28,7 @@ def diff(
     owner = {name: node.id for node in new.nodes for name in node.members}
     home = {each.id: owner[each.id] if each.id in stayed else None for each in old.nodes}
     nodes = {node.id: _marked(node, stayed) for node in new.nodes}
+    read = {weight.name for node in new.nodes for weight in node.weights}
     removed = []
     for node in old.nodes:
         target = home[node.id]
@@ -36,7 +37,7 @@ def diff(
             removed.append(struck)
             home[node.id] = struck.id
             continue
-        nodes[target] = _with_lost_weights(nodes[target], node)
+        nodes[target] = _with_lost_weights(nodes[target], node, read)
     present = {(edge.source, edge.target) for edge in new.edges}
     lost = []
     for edge in old.edges:
@@ -58,11 +59,7 @@ def _marked(node: Node, stayed: set[str]) -> Node:
     return node if node.id in stayed else replace(node, status="added")
 
 
-def _with_lost_weights(node: Node, old: Node) -> Node:
-    """A base tensor that is read no more is struck where it was read."""
-    known = {each.name for each in node.weights}
-    gone: list[Weight] = []
-    for weight in old.weights:
-        if weight.name not in known:
-            gone.append(replace(weight, status="removed"))
+def _with_lost_weights(node: Node, old: Node, read: set[str]) -> Node:
+    """A base tensor that nothing reads any more is struck where it was read."""
+    gone = [replace(weight, status="removed") for weight in old.weights if weight.name not in read]
     return replace(node, weights=(*node.weights, *gone))

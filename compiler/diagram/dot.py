@@ -6,6 +6,7 @@ from collections.abc import Iterable
 import pydot
 
 from peftc.compiler.diagram import style
+from peftc.compiler.diagram.front import IN_FRONT
 from peftc.compiler.diagram.model import ROOT, Cluster, Edge, Node, Picture
 from peftc.compiler.diagram.operators import TIMES
 
@@ -20,7 +21,9 @@ def to_dot(picture: Picture, *, shapes: bool = False) -> str:
     dot.set_node_defaults(**style.BASE, shape="box", style='"rounded,filled"', height="0.3", margin='"0.1,0.06"')
     dot.set_edge_defaults(fontname="Helvetica", fontsize="8", arrowsize="0.6", color=_quoted(style.INK))
     ids = {node.id: f"n{index}" for index, node in enumerate(picture.nodes)}
-    colours = {n.id: style.adapter_colour(n.position) for n in picture.nodes if n.position is not None}
+    colours = {
+        n.id: style.adapter_colour(n.position) for n in picture.nodes if n.position is not None and n.kind == "adapter"
+    }
     returned = {edge.source for edge in picture.edges if edge.kind == "returned"}
     frames: dict[str, pydot.Graph] = {ROOT: dot}
     depth = {ROOT: 0}
@@ -70,7 +73,7 @@ def _node(node: Node, name: str, picture: Picture, is_returned: bool) -> pydot.N
     if node.kind == "adapter":
         fill = border = style.adapter_colour(node.position or 0)
         ink = "#ffffff"
-    if node.kind == "join":
+    if node.kind in ("join", "widened"):
         border = style.ADAPTERS[0] if node.position is None else style.adapter_colour(node.position)
     if node.kind in ROUND:
         if is_returned:
@@ -141,7 +144,8 @@ def _legend(picture: Picture) -> pydot.Cluster:
         colour = style.adapter_colour(position)
         rows.append((colour, colour, "", picture.adapter_name(position) + ": what the adapter computes"))
     for kind, said in style.SAYS.items():
-        border, sign = (style.ADAPTERS[0], "+") if kind == "join" else (style.QUIET, "")
+        border = style.ADAPTERS[0] if kind in ("join", "widened") else style.QUIET
+        sign = " ".join(sorted({node.title for node in picture.nodes if node.kind == kind})) if kind == "join" else ""
         if kind in kinds:
             rows.append((style.FILLS[kind], border, sign, said))
     cells = [
@@ -152,6 +156,8 @@ def _legend(picture: Picture) -> pydot.Cluster:
     notes = []
     if any(each.fold for each in picture.clusters):
         notes.append(f"bold frame {TIMES}n: n identical layers in a row, drawn once")
+    if any(node.title == IN_FRONT for node in picture.nodes):
+        notes.append(f"{IN_FRONT}: put in front of it, to the left of the first token")
     if "returned" in statuses:
         notes.append("→ output: also returned, such as keys and values for the cache")
     if "context" in statuses:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
+from peftc.compiler.diagram.front import is_cut, is_front, is_inserted, is_text, sources
 from peftc.compiler.diagram.operators import (
     MAJOR,
     holds_tensor,
@@ -26,7 +27,8 @@ class Grouping:
 
     `position` holds the adapter a rewritten node belongs to, `joins` the nodes where adapters meet the base, `data` the
     nodes that depend on weights or float inputs rather than on masks and positions alone, and `leaves` the module calls
-    that are drawn as one node.
+    that are drawn as one node. `widened` are the nodes that make room for what is put in front, each with what of the
+    base it makes longer, and `led` the joins that put something in front.
     """
 
     partition: Partition
@@ -34,6 +36,8 @@ class Grouping:
     joins: set[fx.Node] = field(default_factory=set)
     data: set[fx.Node] = field(default_factory=set)
     leaves: set[str] = field(default_factory=set)
+    widened: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    led: set[fx.Node] = field(default_factory=set)
 
 
 def group(graph: fx.Graph) -> Grouping:
@@ -41,6 +45,7 @@ def group(graph: fx.Graph) -> Grouping:
     nodes = list(graph.nodes)
     grouping = Grouping(Partition(nodes))
     _adapters(nodes, grouping)
+    _fronts(nodes, grouping)
     _data(nodes, grouping)
     _leaves(nodes, grouping)
     _absorb_plumbing(nodes, grouping)
@@ -68,6 +73,38 @@ def _adapters(nodes: list[fx.Node], grouping: Grouping) -> None:
                 grouping.joins.add(node)
 
 
+def _fronts(nodes: list[fx.Node], grouping: Grouping) -> None:
+    """Where something is put in front, and what is made longer for it."""
+    own: set[fx.Node] = set()
+    behind: set[fx.Node] = set()  # what something was put in front of, moved about
+    last: dict[str, int] = {}
+    for node in nodes:
+        origin = origin_of(node)
+        if origin is None or not is_front(node) or not holds_tensor(node):
+            continue
+        inputs = tensor_inputs(node)
+        follows = any(each in behind for each in inputs)
+        found = {grouping.position.get(each) if is_front(each) else None for each in inputs}
+        if node in grouping.position:
+            last[origin.made_by] = max(last.get(origin.made_by, 0), grouping.position[node])
+        if name_of(node) == "cat" and (follows or len(found) > 1):
+            grouping.joins.add(node)
+            grouping.led.add(node)
+            behind.add(node)
+        elif follows and is_plumbing(node):
+            behind.add(node)
+        elif origin.position is None and (follows or node not in grouping.position):
+            grouping.position.pop(node, None)
+            moved = is_plumbing(node) and not any(each in own for each in inputs)  # a piece of what the base has
+            if node.op == "call_function" and (is_cut(node) or not moved):
+                own.add(node)
+    grouping.widened = sources(nodes, own)
+    for node in grouping.widened:
+        origin = origin_of(node)
+        assert origin is not None
+        grouping.position[node] = last.get(origin.made_by, 0)
+
+
 def _data(nodes: list[fx.Node], grouping: Grouping) -> None:
     for node in nodes:
         value = node.meta.get("val")
@@ -75,9 +112,10 @@ def _data(nodes: list[fx.Node], grouping: Grouping) -> None:
             floating = isinstance(value, torch.Tensor) and value.is_floating_point() and not is_empty(node)
             starts = floating and (node.op == "placeholder" or len(value.shape) > 1)  # type: ignore[union-attr]
         else:
-            starts = node.op == "output" or origin_of(node) is not None
+            starts = node.op == "output" or (origin_of(node) is not None and node not in grouping.widened)
         # How long the past is says nothing of what it holds: sizes carry no data.
         inputs = [each for each in node.all_input_nodes if holds_tensor(each)]
+        starts = starts or (node in grouping.widened and is_text(grouping.widened[node]))
         if starts or any(each in grouping.data for each in inputs):
             grouping.data.add(node)
 
@@ -93,6 +131,8 @@ def is_major(node: fx.Node) -> bool:
 def _is_matrix(node: fx.Node) -> bool:
     """A weight, also one that is moved about or adapted on the way."""
     while node.op == "call_function" and (is_plumbing(node) or origin_of(node) is not None) and tensor_inputs(node):
+        if is_inserted(node):
+            return False
         node = tensor_inputs(node)[0]
     value = node.meta.get("val")
     return node.op == "get_attr" and isinstance(value, torch.Tensor) and value.dim() > 1 and value.is_floating_point()
@@ -131,12 +171,25 @@ def _key(node: fx.Node, grouping: Grouping) -> tuple[object, ...] | None:
     origin = origin_of(node)
     if origin is not None:
         call = around[-1].path if around else ""
+        if node in grouping.led:
+            return "led", origin.site, reader(node)
+        if node in grouping.widened:
+            return "widened", origin.made_by, grouping.widened[node], call, is_cut(node)
         if node in grouping.joins:
             return "join", origin.site, call
         return ("adapter", origin.site, call, grouping.position[node]) if node in grouping.position else None
     if node.op == "call_function" and around and around[-1].path in grouping.leaves and holds_tensor(node):
         return "leaf", around[-1].path
     return None
+
+
+def reader(node: fx.Node) -> str:
+    """The module call that reads a node: what is put in front stands there."""
+    around = scopes(node)
+    if around:
+        return around[-1].path
+    users = [scopes(each) for each in node.users if holds_tensor(each)]
+    return next((each[-1].path for each in users if each), "")
 
 
 def _absorb_plumbing(nodes: list[fx.Node], grouping: Grouping) -> None:
@@ -146,6 +199,8 @@ def _absorb_plumbing(nodes: list[fx.Node], grouping: Grouping) -> None:
         alone = len(partition.members(node)) == 1
         inputs = tensor_inputs(node)
         if not (alone and inputs and node.op == "call_function" and is_plumbing(node) and holds_tensor(node)):
+            continue
+        if node in grouping.led or is_cut(node):
             continue
         # A weight that the base moves about goes with the operator that reads it in the end.
         if inputs[0].op != "get_attr" or origin_of(inputs[0]) is not None or origin_of(node) is not None:

@@ -5,6 +5,16 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from peftc.compiler.diagram.front import (
+    IN_FRONT,
+    adapter_lines,
+    attention_lines,
+    is_attention,
+    is_front,
+    is_rows,
+    rows_lines,
+    widened_label,
+)
 from peftc.compiler.diagram.group import Grouping, is_major
 from peftc.compiler.diagram.operators import (
     ACTIVATIONS,
@@ -12,6 +22,7 @@ from peftc.compiler.diagram.operators import (
     NORMS,
     SYMBOLS,
     TIMES,
+    holds_tensor,
     is_plumbing,
     name_of,
     origin_of,
@@ -41,8 +52,13 @@ def label(members: Sequence[fx.Node], grouping: Grouping) -> Label:
         return Label("input", str(source.target))
     if any(each.op == "output" for each in members):
         return Label("output", "output")
+    if any(each in grouping.led for each in members):
+        return Label("join", IN_FRONT)
     if any(each in grouping.joins for each in members):
         return Label("join", "+")
+    wider = next((each for each in reversed(members) if each in grouping.widened), None)
+    if wider is not None:
+        return Label("widened", *widened_label(members, grouping.widened[wider]))
     rewritten = [each for each in members if origin_of(each) is not None]
     if any(each in grouping.position for each in rewritten):
         return _adapter(members)
@@ -57,9 +73,16 @@ def _adapter(members: Sequence[fx.Node]) -> Label:
     calls = [each for each in members if each.op == "call_function" and not is_plumbing(each)]
     if not calls:
         tensors = tuple(f"{role} {shape_of(each)}".strip() for each, role in roles.items())
-        return Label("adapter", "trained copy", tensors)
+        if not any(map(is_front, members)):
+            return Label("adapter", "trained copy", tensors)
+    if any(map(is_front, members)):
+        return Label("adapter", "", adapter_lines(members, roles))
+    if is_rows(members):
+        return Label("adapter", "", rows_lines(members, roles))
+    if is_attention(members):
+        return Label("adapter", "", attention_lines(members, roles))
     steps: list[str] = []
-    for call in calls:
+    for call in filter(holds_tensor, calls):
         read = [(roles[source], shape_of(source)) for each in call.all_input_nodes if (source := _slot(each)) in roles]
         symbol = SYMBOLS.get(name_of(call), name_of(call))
         if symbol in ("linear", "matmul", "embedding", "addmm") and read:

@@ -21,7 +21,8 @@ class Node:
     """One drawn node.
 
     `kind` is one of input, output, operator, norm, activation, attention, add, multiply, plumbing (masks, positions,
-    rotations), weight (one that adapters read), adapter, join (where adapters meet the base).
+    rotations), weight (one that adapters read), adapter, join (where adapters meet the base), widened (a mask,
+    positions or ids made to fit what adapters put in front).
     `members` are the fx nodes it stands for, `operators` the kinds of operator among them, and `folded` the fx nodes
     of the folded layers that it stands for besides. `position` is an adapter's place among the active ones.
     `status` is kept, added, removed or context.

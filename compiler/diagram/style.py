@@ -16,6 +16,7 @@ FILLS = {
     "plumbing": "#f8f9fa",
     "weight": "#f1f3f5",
     "join": "#ffffff",
+    "widened": "#ffffff",
     "adapter": ADAPTERS[0],
 }
 SAYS = {
@@ -27,6 +28,7 @@ SAYS = {
     "plumbing": "masks, positions, rotations",
     "weight": "weight of the base that adapters read",
     "join": "where adapters meet the base",
+    "widened": "made to fit what adapters put in front",
 }
 
 

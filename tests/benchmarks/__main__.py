@@ -53,6 +53,13 @@ def with_peftc(model: torch.nn.Module) -> torch.nn.Module:
     return compiler.apply(model, SPEC).eval()
 
 
+def recomputing(model: torch.nn.Module) -> torch.nn.Module:
+    """The model with gradient checkpointing on, PEFT's as its users have it."""
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.enable_input_require_grads()
+    return model
+
+
 def interleaved(runs: dict[str, Run], rounds: int) -> dict[str, float]:
     """Median seconds of each, taking turns, after two turns that do not count."""
     times: dict[str, list[float]] = {name: [] for name in runs}
@@ -143,20 +150,21 @@ def loading(base: torch.nn.Module, directory: str) -> dict[str, Run]:
     return {"peft": load(theirs), "peftc": load(ours)}
 
 
-def peak_memory(layers: int, width: int) -> dict[str, float]:
+def peak_memory(layers: int, width: int, *, recomputed: bool = False) -> dict[str, float]:
     """Megabytes a process grows by in two training steps, each library in a process of its own."""
     found = {}
     for name in ("peft", "peftc"):
         command = [sys.executable, __file__, "--memory", name, "--layers", str(layers), "--width", str(width)]
+        command += ["--recomputed"] if recomputed else []
         done = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ)
         found[name] = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
-def measure_memory(name: str, layers: int, width: int) -> float:
+def measure_memory(name: str, layers: int, width: int, recomputed: bool) -> float:
     """The growth of this process's peak while training, measured after everything is warm."""
     model = {"peft": with_peft, "peftc": with_peftc}[name](llama(layers, width))
-    step = train(model)
+    step = train(recomputing(model) if recomputed else model)
     peak = 0
     with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         step()
@@ -192,10 +200,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--compiled", action="store_true", help="also under torch.compile, which takes minutes")
     parser.add_argument("--memory", choices=("peft", "peftc"), help=argparse.SUPPRESS)
+    parser.add_argument("--recomputed", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     transformers.logging.set_verbosity_error()
     if options.memory:
-        print(json.dumps(measure_memory(options.memory, options.layers, options.width)))
+        print(json.dumps(measure_memory(options.memory, options.layers, options.width, options.recomputed)))
         return
     base = llama(options.layers, options.width)
     models = {"plain": base, "peft": with_peft(base), "peftc": with_peftc(base)}
@@ -213,9 +222,14 @@ def main() -> None:
         }
         report("Inference, torch.compile(dynamic=True)", rows, 1e3, "ms")
     ours_and_theirs = {name: models[name] for name in ("peft", "peftc")}
-    training = {name: train(model) for name, model in ours_and_theirs.items()}
-    report("Training", {"step, batch 4 x 64": interleaved(training, options.rounds)}, 1e3, "ms")
-    report("Training, peak memory of tensors", {"step": peak_memory(options.layers, options.width)}, 1, "MB")
+    steps, peaks = {}, {}
+    for recomputed in (False, True):
+        what = "step, batch 4 x 64" + (", gradient checkpointing" if recomputed else "")
+        training = {name: train(recomputing(model) if recomputed else model) for name, model in ours_and_theirs.items()}
+        steps[what] = interleaved(training, options.rounds)
+        peaks[what] = peak_memory(options.layers, options.width, recomputed=recomputed)
+    report("Training", steps, 1e3, "ms")
+    report("Training, peak memory of tensors", peaks, 1, "MB")
     with tempfile.TemporaryDirectory() as directory:
         changes = {
             "switch": interleaved(switching(base), 5 * options.rounds),

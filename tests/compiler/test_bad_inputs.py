@@ -6,10 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers.cache_utils import Cache, LinearAttentionLayer, StaticCache
 
 from peftc import compiler
 from peftc.compiler.models import find_model
@@ -26,8 +28,8 @@ class Ground:
         self.checkpoint = directory / "checkpoint"
         shutil.copytree(pristine, self.checkpoint)
 
-    def apply(self, clauses: str, head: str = "lora(rank = 2)", after: str = "") -> object:
-        return compiler.apply(self.model, f"adapter a = {head} {{ {clauses} }}\n{after}")
+    def apply(self, clauses: str, head: str = "lora(rank = 2)", after: str = "", **options: object) -> object:
+        return compiler.apply(self.model, f"adapter a = {head} {{ {clauses} }}\n{after}", **options)  # type: ignore[arg-type]
 
     def load(self, **options: object) -> object:
         return compiler.load(self.model, self.checkpoint, **options)
@@ -50,6 +52,21 @@ class Ground:
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
         return self
 
+    def tokens(self, ids: list[int], rows: int | None = None) -> "Ground":
+        key = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
+        value = torch.zeros(len(ids) if rows is None else rows, 32)
+        return self.config(trainable_token_indices=ids).tensors(lambda each: each.update({key: value}))
+
+    def front(self, head: str, tensor: torch.Tensor | None) -> "Ground":
+        """A checkpoint of what stands in front, with another tensor than it should have."""
+        compiler.apply(self.model, f"adapter a = {head}").save_pretrained(self.checkpoint)
+        given = {"other": torch.zeros(1)} if tensor is None else {"prompt_embeddings": tensor}
+        return self.tensors(lambda tensors: (tensors.clear(), tensors.update(given)))
+
+    def fronts(self, first: str, second: str) -> object:
+        adapted = compiler.apply(self.model, f"adapter a = {first}\nadapter b = {second}")
+        return adapted.set_adapter(["a", "b"])
+
     def remove(self, name: str) -> "Ground":
         (self.checkpoint / name).unlink()
         return self
@@ -58,7 +75,32 @@ class Ground:
         return compiler.apply(self.model, SPEC)
 
 
+HEAD = "base_model.model.lm_head.weight"
 KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+
+
+def _tokenizer() -> object:
+    words = {**{f"w{index}": index for index in range(63)}, "<unk>": 63}
+    plain = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    made = transformers.PreTrainedTokenizerFast(tokenizer_object=plain, unk_token="<unk>")
+    made.add_tokens(["<tool>"])
+    return made
+
+
+def _started(adapted: object, tokens: int, rows: int = 1) -> object:
+    layers = adapted.config.num_hidden_layers  # type: ignore[attr-defined]
+    pairs = [(torch.ones(rows, 2, tokens, 8), torch.ones(rows, 2, tokens, 8))] * layers
+    return adapted.initialize_kv_prefix_from_past_key_values(past_key_values=pairs)  # type: ignore[attr-defined]
+
+
+def _texted(adapted: object, tokenizer: object) -> object:
+    return adapted.initialize_kv_prefix_from_text(tokenizer, text="w1")  # type: ignore[attr-defined]
+
+
+def _both(ground: Ground, first: str, second: str) -> compiler.AdaptedModel:
+    adapted = compiler.apply(ground.model, f"adapter a = lora(rank = 2) {{ {first} }}")
+    adapted.add_adapter(f"adapter b = lora(rank = 2) {{ {second} }}")
+    return adapted
 
 
 def _pickled(ground: Ground) -> object:
@@ -112,6 +154,18 @@ def _tensor_like(ground: Ground) -> object:
     return ground.adapted()(input_ids=[1, "two", object()])
 
 
+def _images() -> nn.Module:
+    config = transformers.ViTConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48, image_size=8, patch_size=4
+    )
+    return transformers.ViTModel(config)
+
+
+def _tasks(ground: Ground, **tasks: object) -> object:
+    adapted = compiler.apply(ground.model, "adapter a = multitask_prompt(length = 2, tasks = 3)")
+    return adapted(torch.ones(2, 3, dtype=torch.long), **tasks)
+
+
 CASES: dict[str, Case] = {
     # specs that do not fit a model
     "selector_typo": lambda g: g.apply("on layers[*].self_attn.{q_porj, v_proj}"),
@@ -124,12 +178,32 @@ CASES: dict[str, Case] = {
     "refine_without_effect": lambda g: g.apply("on q_proj\n refine v_proj with rank = 4"),
     "train_typo": lambda g: g.apply("on q_proj\n train lm_heed"),
     "train_nothing": lambda g: g.apply("train rotary_emb"),
+    "train_tied_to_nothing": lambda g: g.apply("on q_proj\n train lm_head tied"),
+    "train_tied_typo": lambda g: g.apply("on q_proj\n train lm_head tide"),
+    "train_all_there_is_on": lambda g: g.apply("on q_proj, k_proj\n train self_attn"),
+    "train_by_number": lambda g: g.apply("on q_proj\n train 3"),
+    "bias_of_none": lambda g: g.apply("on q_proj\n bias adapter"),
+    "bias_all_of_none": lambda g: g.apply("on q_proj\n bias all"),
+    "bias_beside_a_prompt": lambda g: g.apply("bias adapter", "prompt(length = 2)"),
+    "bias_typo": lambda g: g.apply("on q_proj\n bias every"),
+    "norms_where": lambda g: g.apply("on norm where in_features > 4", "ln_tuning"),
+    "norms_of_a_block": lambda g: g.apply("on layers[0]", "ln_tuning"),
     "rank_over_size": lambda g: g.apply("on q_proj", "lora(rank = 33)"),
     "rank_of_a_billion": lambda g: g.apply("on q_proj", "lora(rank = 1000000000)"),
     "dropout_on_a_parameter": lambda g: compiler.apply(
         _Stack(), "adapter a = lora(rank = 2, dropout = 0.5) { on experts }"
     ),
     "tokens": lambda g: g.apply('on q_proj\n tokens ["<tool>"]'),
+    "tokens_unknown": lambda g: g.apply('tokens ["<tol>", "w5"]', tokenizer=_tokenizer()),
+    "tokens_outside": lambda g: g.apply("tokens [5, 64]"),
+    "tokens_of_no_tokenizer": lambda g: g.apply('tokens ["<tool>"]', tokenizer="gpt2"),
+    "tokens_in_a_block": lambda g: g.apply("tokens [5] in layers"),
+    "tokens_in_a_typo": lambda g: g.apply("tokens [5] in lm_hed"),
+    "tokens_twice": lambda g: g.apply("tokens [5, 6]\n tokens [6] in embed_tokens"),
+    "tokens_and_train": lambda g: g.apply("tokens [5]\n train embed_tokens"),
+    "tokens_and_delta": lambda g: g.apply("on lm_head\n tokens [5] in lm_head"),
+    "tokens_alone_on_sites": lambda g: g.apply("on q_proj\n tokens [5]", "trainable_tokens"),
+    "tokens_alone_without": lambda g: g.apply("", "trainable_tokens"),
     "no_default": lambda g: compiler.apply(nn.Sequential(nn.Linear(4, 4)), "adapter a = lora"),
     "base_architecture": lambda g: g.apply("on q_proj", after='base { architecture = "GPT2LMHeadModel" }'),
     "base_field": lambda g: g.apply("on q_proj", after="base { hidden_size = 65 }"),
@@ -173,7 +247,60 @@ CASES: dict[str, Case] = {
     "checkpoint_escapes": lambda g: g.load(subfolder="../checkpoint"),
     "checkpoint_link_escapes": _link_out,
     "checkpoint_newer_manifest": lambda g: g.write("checkpoint/peftc_manifest.json", '{"format": 99}').load(),
+    "checkpoint_tokens_beyond": lambda g: g.tokens([5, 70]).load(),
+    "checkpoint_tokens_without_head": lambda g: g.tokens([5, 64]).load(),
+    "checkpoint_tokens_fewer_rows": lambda g: g.tokens([5, 6], 3).load(),
+    "checkpoint_tokens_no_list": lambda g: g.tokens([5]).config(trainable_token_indices={"embed_tokens": "5"}).load(),
+    "checkpoint_tokens_negative": lambda g: g.tokens([-1]).load(),
+    # what stands in front: where it fits
+    "front_on": lambda g: g.apply("on q_proj", "prompt(length = 2)"),
+    "front_skip": lambda g: g.apply("skip layers[0]", "prefix(length = 2)"),
+    "front_of_images": lambda g: compiler.apply(_images(), "adapter a = prompt(length = 2)"),
+    "front_of_a_plain_module": lambda g: compiler.apply(nn.Linear(4, 4), "adapter a = prefix(length = 2)"),
+    "front_without_attention": lambda g: compiler.apply(nn.Linear(4, 4), "adapter a = adaption_prompt(length = 2)"),
+    "front_no_attention_chosen": lambda g: g.apply("on mlp", "adaption_prompt(length = 2)"),
+    "front_attention_where": lambda g: g.apply("on self_attn where in_features > 4", "adaption_prompt(length = 2)"),
+    "front_attention_skipped": lambda g: g.apply("on self_attn\n skip layers[0]", "adaption_prompt(length = 2)"),
+    "front_length_zero": lambda g: g.apply("", "prompt(length = 0)"),
+    "front_length_of_a_billion": lambda g: g.apply("", "prefix(length = 1000000000)"),
+    "front_no_tasks": lambda g: g.apply("", "multitask_prompt(length = 2, tasks = 0)"),
+    "front_frozen_beyond": lambda g: g.apply("", "cartridge(length = 2, frozen = 3)"),
+    "front_text_without_tokenizer": lambda g: g.apply("", 'prompt(length = 2, init = "text", text = "Be kind.")'),
+    "front_without_text": lambda g: g.apply("", 'prompt(length = 2, init = "text", tokenizer = "gpt2")'),
+    # checkpoints of what stands in front
+    "checkpoint_other_length": lambda g: g.front("prompt(length = 2)", torch.zeros(3, 32)).load(),
+    "checkpoint_other_layers": lambda g: g.front("prefix(length = 2)", torch.zeros(2, 4 * 64)).load(),
+    "checkpoint_prompt_missing": lambda g: g.front("prompt(length = 2)", None).load(),
+    "checkpoint_head_missing": lambda g: g.config(modules_to_save=["lm_head"]).load(),
+    "checkpoint_head_of_another_size": lambda g: (
+        g.config(modules_to_save=["lm_head"]).tensors(lambda t: t.update({HEAD: torch.zeros(65, 32)})).load()
+    ),
+    "checkpoint_train_no_list": lambda g: g.config(modules_to_save="lm_head").load(),
+    "checkpoint_bias_unknown": lambda g: g.config(bias="every").load(),
     # calls
+    "tasks_missing": lambda g: _tasks(g),
+    "tasks_no_whole_numbers": lambda g: _tasks(g, task_ids=torch.tensor([0.0, 1.0])),
+    "tasks_no_numbers": lambda g: _tasks(g, task_ids=["summary", "title"]),
+    "tasks_beyond": lambda g: _tasks(g, task_ids=torch.tensor([0, 3])),
+    "tasks_too_many": lambda g: _tasks(g, task_ids=torch.tensor([0, 1, 2])),
+    "tasks_of_none": lambda g: g.adapted()(torch.ones(2, 3, dtype=torch.long), task_ids=torch.tensor([0, 1])),
+    "front_of_cache_and_text": lambda g: g.fronts("prefix(length = 2)", "prompt(length = 2)"),
+    "front_counted_in_two_ways": lambda g: g.fronts("prompt(length = 2)", "prompt(length = 2, peft_compatible = true)"),
+    "front_weighted": lambda g: g.apply("", "prompt(length = 2)", after="activate 0.5 * a"),
+    "front_weighted_below_zero": lambda g: g.apply("", "prefix(length = 2)").set_adapter({"a": -0.5}),
+    "start_of_no_prefix": lambda g: _started(g.adapted(), 2),
+    "start_of_a_projection": lambda g: _started(g.apply("", "prefix(length = 2, projection = true)"), 2),
+    "start_too_short": lambda g: _started(g.apply("", "cartridge(length = 3)"), 2),
+    "start_of_many_texts": lambda g: _started(g.apply("", "prefix(length = 2)"), 2, rows=3),
+    "start_without_a_tokenizer": lambda g: _texted(g.apply("", "prefix(length = 2)"), None),
+    "start_of_a_short_text": lambda g: _texted(g.apply("", "prefix(length = 2)"), _tokenizer()),
+    "front_merged": lambda g: g.apply("", "prompt(length = 2)").merge_and_unload(),
+    "tokens_overlap": lambda g: _both(g, "tokens [5, 6, 7]", "tokens [6, 7]").set_adapter(["a", "b"]),
+    "tokens_and_copy": lambda g: _both(g, "train embed_tokens", "tokens [6, 7]").set_adapter(["a", "b"]),
+    "tokens_weighted": lambda g: _both(g, "tokens [5]", "tokens [6]").set_adapter({"a": 0.5, "b": 1.0}),
+    "copies_overlap": lambda g: _both(g, "train lm_head, norm", "train norm").set_adapter(["a", "b"]),
+    "copies_weighted": lambda g: _both(g, "train norm", "train norm").set_adapter({"a": 0.5}),
+    "adapter_called_like_a_method": lambda g: g.adapted().add_adapter("adapter forward = lora(rank = 2)"),
     "adapter_unknown": lambda g: g.adapted().set_adapter("b"),
     "adapter_twice": lambda g: g.adapted().set_adapter(["a", "a"]),
     "adapter_taken": lambda g: g.adapted().add_adapter(SPEC),
@@ -184,8 +311,11 @@ CASES: dict[str, Case] = {
     "save_pickle": lambda g: g.adapted().save_pretrained(g.directory / "out", safe_serialization=False),
     "save_onto_a_file": lambda g: g.adapted().save_pretrained(g.checkpoint / "adapter_config.json"),
     "call_without_tensors": _tensor_like,
-    "call_static_cache": lambda g: g.adapted().generate(
-        torch.ones(1, 3, dtype=torch.long), max_new_tokens=2, cache_implementation="static"
+    "call_linear_attention_cache": lambda g: g.adapted()(
+        torch.ones(1, 3, dtype=torch.long), past_key_values=Cache(layers=[LinearAttentionLayer()])
+    ),
+    "call_full_static_cache": lambda g: g.adapted()(
+        torch.ones(1, 3, dtype=torch.long), past_key_values=StaticCache(g.model.config, max_cache_len=2)
     ),
 }
 

@@ -397,3 +397,89 @@ def test_unknown_fields_are_warned_of_beside_the_result(place):
     done = peftc("check", "spec.adapter", "typo")
     assert done.code == 0
     assert "warning: typo/config.json: unknown field 'hiden_size'" in done.err
+
+
+# --- what is no weight ---
+
+BESIDE = """adapter style = prefix(length = 4)
+
+adapter task = lora(rank = 2) {
+    on     q_proj
+    train  norm
+    tokens [3, 5] in embed_tokens, lm_head
+}
+
+activate task + style
+"""
+
+
+def test_check_and_explain_tell_of_what_is_no_weight(place, golden):
+    (place / "beside.adapter").write_text(BESIDE)
+    golden("cli/check_beside.txt", peftc("check", "beside.adapter", "tiny").out)
+    done = peftc("explain", "beside.adapter", "tiny", "--tokens", 1, "--json")
+    (together,) = done.json["together"]
+    inserted = {(each["adapter"], each["kind"]): each for each in together["inserted"]}
+    assert list(inserted) == [("task", "tokens"), ("task", "train"), ("style", "cache")]
+    assert inserted["style", "cache"]["formulas"] == {"prompt'": "P"}
+    assert inserted["style", "cache"]["shapes"] == {"P": [4, 32]}
+    assert inserted["task", "tokens"]["sites"] == ["model.embed_tokens", "lm_head"]
+    shown = peftc("explain", "beside.adapter", "tiny", "--tokens", 1).out
+    assert "in front, those of 4 virtual tokens: 4 x 8 numbers each of style" in shown
+    assert "W'[3, 5]" in shown
+
+
+@pytest.mark.parametrize(
+    ("name", "formula"),
+    [
+        ("prefix", "prompt' = H if projection else P"),
+        ("multitask_prompt", "prompt' = reshape(P, [1, length, out]) * (C @ R)"),
+        ("adaption_prompt", "gate' = g"),
+        ("trainable_tokens", "W'[tokens] = rows"),
+        ("ln_tuning", "the whole module, trained"),
+    ],
+)
+def test_methods_that_change_no_weight_show_their_own_formula(name, formula):
+    assert formula in peftc("methods", name).out
+    facts = peftc("methods", name, "--json").json
+    assert facts["formula"] is None
+    assert facts.get("gate") == ("g" if name == "adaption_prompt" else None)
+
+
+@pytest.mark.parametrize(
+    ("config", "where", "spec"),
+    [
+        (peft.PrefixTuningConfig, "the keys and values of every layer", "prefix(length = 4"),
+        (peft.PromptTuningConfig, "the embedded text", "prompt(length = 4)"),
+    ],
+)
+def test_a_checkpoint_of_what_stands_in_front(config, where, spec, place):
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**CONFIG))
+    peft.get_peft_model(model, config(task_type="CAUSAL_LM", num_virtual_tokens=4)).save_pretrained(place / "front")
+    assert where in peftc("inspect", "front").out
+    text = peftc("decompile", "front").out
+    assert spec in text
+    (place / "front.adapter").write_text(text)
+    found = peftc("check", "front.adapter", "tiny")
+    assert found.code == 0
+    assert where in found.out
+    tensors = load_file(place / "front" / "adapter_model.safetensors")
+    assert f" {sum(each.numel() for each in tensors.values()):,} \n" in found.out
+    assert peftc("drift", "front", "tiny", "--json").codes == ["E522"]
+
+
+@pytest.mark.parametrize(
+    ("spec", "code"),
+    [
+        ("prefix(length = 0)", "E210"),
+        ("prefix { on q_proj }", "E233"),
+        ("prompt(length = 4) { on embed_tokens }", "E233"),
+        ("trainable_tokens", "E230"),
+        ("lora { on q_proj\n tokens [999] }", "E229"),
+        ("adaption_prompt(layers = 9)", "E235"),
+    ],
+)
+def test_what_is_wrong_beside_weights_is_told_before_a_trace(spec, code, place):
+    (place / "wrong.adapter").write_text(f"adapter a = {spec}\n")
+    done = peftc("check", "wrong.adapter", "tiny", "--json")
+    assert done.code == 1
+    assert done.codes == [code]

@@ -257,6 +257,11 @@ def test_two_compose_in_order(case: Case, site: str, nets: tuple[nn.Module, comp
         assert_close(adapted(**inputs()), materialised(model, second, first), rtol=0, atol=2e-5 * size)
 
 
+def test_every_formula_of_a_weight_has_a_case() -> None:
+    formulas = {name for name, rule in builtin_methods().items() if rule.weight or rule.bias or rule.copies}
+    assert {case.method for case in distinct()} == formulas
+
+
 @pytest.mark.parametrize(("method", "site"), REFUSED)
 def test_refusals(method: str, site: str) -> None:
     (case,) = (each for each in distinct() if each.method == method)

@@ -15,6 +15,18 @@ def method(body: str) -> str:
 
 PARAMS = '    param A[rank, in] = zeros saved "A"\n    param B[out, rank] = zeros saved "B"\n'
 
+
+def prompted(body: str) -> str:
+    head = "method m(ids: ints = [3]) {\n    on prompt\n    let length = len(ids)\n"
+    head += '    const I[length] = listed(ids) recomputed\n    param P[length, out] = zeros saved "P"\n'
+    return f"{head}    prompt' = P\n{body}\n}}\nadapter a = m"
+
+
+def place(prompt: str, kinds: str = "prompt") -> str:
+    head = "method m(length: int = 4, alpha: float = 8)"
+    return f'{head} {{\n    on      {kinds}\n    param   P[length, out] = normal saved "P"\n    prompt\' = {prompt}\n}}'
+
+
 LINEAR = Place("linear", 6, 9, name="model.q")
 BARE = Place("linear", 6, 9, has_bias=False, name="model.q")
 SMALL = Place("linear", 6, 4, name="model.q")
@@ -47,7 +59,6 @@ BAD = {
     "bad_index": "adapter a = lora { on layers[1:3].q }",
     "doubled_alternative": "adapter a = lora { on {q, v, q} }",
     "unknown_method": "adapter a = loar(rank = 8)",
-    "structural_method": "adapter a = prefix(length = 16)",
     "unknown_argument": "adapter a = lora(rnak = 8)",
     "unknown_override": "adapter a = lora {\n    on q_proj with alhpa = 3\n}",
     "positional_argument": "adapter a = lora(8)",
@@ -110,7 +121,33 @@ BAD = {
     "method_no_kinds": "method m() {\n    W' = W\n}",
     "method_field_product": method(f"{PARAMS}    W' = W + alpha * (B @ A)\n    peft M {{ r = 2 * rank }}"),
     "method_field_modules": method(f"{PARAMS}    W' = W + alpha * (B @ A)\n    peft M {{ r = modules(rank) }}"),
+    "method_labels_shape": prompted("    labels' = P"),
+    "method_labels_elsewhere": method(f"{PARAMS}    W' = W + alpha * (B @ A)\n    labels' = reshape(sum(A, 0), [in])"),
+    "method_labels_twice": prompted("    labels' = I\n    labels' = I"),
+    "method_list_of_numbers": prompted("    const J[length] = listed(length) recomputed\n    labels' = J + I"),
+    "method_list_seeded": prompted("    const J[length] = listed(ids) seeded 3\n    labels' = J + I"),
+    "method_number_of_a_list": prompted("    let s = sqrt(ids)\n    labels' = I * s"),
+    "method_length_of_a_number": prompted("    let s = len(length)\n    labels' = I * s"),
+    "list_of_texts": 'adapter a = cpt(ids = [3, "x"])',
+    "list_for_number": "adapter a = lora(rank = [8])",
+    "number_for_list": "adapter a = cpt(ids = 3)",
     "method_other_prime": "method m() {\n    on linear\n    A' = W\n}",
+    "place_mixed": place("P", "prompt, linear"),
+    "place_unknown": place("P", "promt"),
+    "place_without_prompt": "method m() {\n    on cache\n}",
+    "place_with_weight": place("P\n    W'      = W"),
+    "place_swapped_shape": place("P.T"),
+    "place_unused_param": place("W.T"),
+    "place_gate_elsewhere": place("P\n    gate'   = reshape(eye(1), [1])"),
+    "place_gate_shape": place("P\n    gate'   = alpha", "attention"),
+    "place_labels_shape": place("P\n    labels' = P"),
+    "place_prompt_for_a_weight": method(f"{PARAMS}    W' = W + alpha * (B @ A)\n    prompt' = A"),
+    "place_word_for_a_weight": method(f"{PARAMS}    W' = W + num_layers * (B @ A)"),
+    "place_value_of_a_weight": method(f'{PARAMS}    let D = B @ A saved "D"\n    W\' = W + alpha * D'),
+    "place_value_twice": place("E").replace(
+        "    prompt'", '    let D = -P saved "D"\n    let E = -D saved "E"\n    prompt\''
+    ),
+    "place_value_a_number": place("s * P").replace("    prompt'", '    let s = 2 * length saved "s"\n    prompt\''),
 }
 
 MISSES = {

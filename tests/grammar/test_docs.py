@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 
+from peftc.grammar import expression
 from peftc.grammar.elaborate import read_spec
 from peftc.grammar.format import format_source
 from peftc.grammar.functions import FUNCTIONS
@@ -54,7 +55,8 @@ def test_every_function_of_tensors_is_told_with_what_it_takes():
 def test_every_initialiser_is_told_with_its_arguments():
     told = calls("initialiser")
     for name, arguments in INITIALISERS.items():
-        wanted = [each if default is None else f"{each} = {default:g}" for each, default in arguments]
+        starts = {each: expression.text(expression.literal(default)) for each, default in arguments}
+        wanted = [each if starts[each] == "none" else f"{each} = {starts[each].removesuffix('.0')}" for each in starts]
         assert told.pop(name) == wanted, name
     assert not told
 

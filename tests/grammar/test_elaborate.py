@@ -10,7 +10,7 @@ MINE = 'method mine(a: float = 2) { on linear param A[out, in] = zeros saved "A"
 def test_a_spec_from_text():
     spec = read_spec("""
         adapter a = lora(rank = 4) { on q_proj with alpha = 2 refine q_proj with rank = 8 skip x train y, z bias all }
-        adapter "b-1" = lora { tokens ["<x>", 3] }
+        adapter "b-1" = lora { tokens ["<x>", 3] tokens [3] in head on q_proj }
         activate a - 0.5 * "b-1"
         base { architecture = "X" hidden_size = 64 }
     """)
@@ -22,7 +22,9 @@ def test_a_spec_from_text():
     assert first.refine[0].overrides == (("rank", 8),)
     assert len(first.train) == 2
     assert first.bias == "all"
-    assert second.tokens == ("<x>", 3)
+    assert [each.tokens for each in second.tokens] == [("<x>", 3), (3,)]
+    assert [len(each.modules) for each in second.tokens] == [0, 1]
+    assert len(second.on) == 1
     assert spec.active == (("a", 1.0), ("b-1", -0.5))
     assert spec.base is not None
     assert [each.name for each in spec.base.entries] == ["architecture", "hidden_size"]

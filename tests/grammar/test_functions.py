@@ -41,6 +41,7 @@ def typed(text):
 GOOD = {
     "block_diag(X)": "[n * rank, k * n]",
     "blocks(Y)": "[n * rank, in * k]",
+    "choose(r, S, -1)": "[rank, rank]",
     "circulant(A)": "[rank, in, in]",
     "common_basis(X, alpha)": "[k, k]",
     "concat(A, S @ A, 0)": "[2 * rank, in]",
@@ -79,6 +80,8 @@ SAME = {
     'activation(A, "silu")': "A",
     "activation(A, mode)": "A",
     "clamp(A, -alpha, 1)": "A",
+    "equal(A, 3)": "A",
+    "remainder(A, rank)": "A",
     "rounded(X, 8)": "X",
     'inverse_wavelet(A, "db2")': "A",
     "neumann(S, 5)": "S",
@@ -107,6 +110,9 @@ def test_every_function_has_an_example():
     [
         ("block_diag(A)", "E133", "'block_diag' takes 3 axes, and this has 2: A is [rank, in]"),
         ("blocks(X)", "E133", "'blocks' takes 4 axes, and this has 3: X is [n, rank, k]"),
+        ("choose(A, B, 0)", "E133", "elementwise operators need equal sizes: A is [rank, in], B is [out, rank]"),
+        ("remainder(A, 0)", "E133", "a divisor is at least 1, not 0: A is [rank, in]"),
+        ("equal(A, alpha)", "E132", "'number' of 'equal' is a whole number, and 'alpha' is a number"),
         ("circulant(Y)", "E133", "a tensor has at most 4 axes: Y is [n, k, rank, in]"),
         ("concat(A, B, 0)", "E133", "'concat' needs equal sizes along the other axes: A is [rank, in], B is [out, ra"),
         ("concat(A, v, 0)", "E133", "'concat' needs equal sizes along the other axes: A is [rank, in], v is [in]"),

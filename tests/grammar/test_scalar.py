@@ -61,3 +61,21 @@ def test_what_is_rounded_can_be_a_size() -> None:
     (rule,) = parse(Source("m", source)).statements
     assert isinstance(rule, tree.Method)
     assert bind(check_method(rule), (), Place("linear", 4, 6)).params[0].shape == (2, 6)
+
+
+LISTS = {"len(x)": 3, "max(x)": 5, "min(x)": -2, "x == [5, -2, 0]": True, "len([])": 0, "max(2, 3)": 3}
+
+
+@pytest.mark.parametrize("text", LISTS)
+def test_lists(text: str) -> None:
+    (method,) = parse(Source("x", f"method m() {{ on linear let it = {text} }}")).statements
+    assert isinstance(method, tree.Method)
+    (_, item) = method.items
+    assert isinstance(item, tree.LetItem)
+    assert evaluate(item.value, {"x": (5, -2, 0)}) == LISTS[text]
+
+
+def test_of_an_empty_list_there_is_no_largest() -> None:
+    with pytest.raises(SpecError) as caught:
+        evaluate(tree.Call("max", (tree.Argument(None, tree.Name("x")),)), {"x": ()})
+    assert caught.value.diagnostics[0].code == "E213"

@@ -18,6 +18,16 @@ method mine(a: float = 2, mode: text("x", "y") = "x", on: bool = true) {
     peft MINE { alpha = a, mode = mode, fixed = 1 }
 }
 """
+LISTED = """
+method listed(ids: ints = [1, -2], more: ints = none) {
+    on prompt
+    let n = len(ids)
+    const I[n] = listed(ids) recomputed
+    param P[n, out] = zeros saved "P"
+    prompt' = P
+    labels' = I if more == none else -I
+}
+"""
 
 
 def written(spec: Spec) -> str:
@@ -33,6 +43,9 @@ def written(spec: Spec) -> str:
         "adapter a = lora activate 0.5 * a",
         "adapter a = lora adapter b = lora",
         'base { architecture = "X" n = -3 quantize = nf4(a = true) } adapter a = lora { bias all tokens ["x", 3] }',
+        "adapter a = trainable_tokens { tokens [3, 4] in embed_tokens, lm_head  tokens [5] in h.wte }",
+        "adapter a = cpt(ids = [20, 3], types = [1, 4]) adapter b = cpt adapter c = cpt(ids = [5])",
+        LISTED + "adapter a = listed(ids = [], more = [7])",
         METHOD + 'adapter a = mine(a = -3, mode = "y") { on q refine layers[0] where linear with on = false }',
         'adapter a = lora { skip layers[0..2] where in_features > 3 skip "a\\.b" train x, {y, "z w"} on all linear }',
     ],

@@ -65,6 +65,7 @@ clauses = (
         st.lists(st.builds(tree.Text, texts) | st.builds(tree.Number, st.integers(0, 99)), min_size=1, max_size=3).map(
             tuple
         ),
+        st.just(()) | selector_lists,
     )
 )
 labels = names | texts
@@ -102,9 +103,10 @@ later_items = (
         shared=st.booleans(),
         condition=st.none() | expressions,
     )
-    | st.builds(tree.LetItem, names, expressions)
+    | st.builds(tree.LetItem, names, expressions, st.just("") | texts)
     | st.builds(tree.RequireItem, expressions)
     | st.builds(tree.CopiesItem, texts)
+    | st.builds(tree.RowsItem, texts)
     | st.builds(tree.UnreadItem, st.lists(texts, min_size=1, max_size=3).map(tuple))
     | st.builds(
         tree.AllocateItem,
@@ -112,7 +114,7 @@ later_items = (
         st.lists(names, min_size=1, max_size=3).map(tuple),
         st.lists(st.builds(tree.Argument, names, expressions), max_size=3).map(tuple),
     )
-    | st.builds(tree.PrimeItem, st.sampled_from(("W", "b")), expressions)
+    | st.builds(tree.PrimeItem, st.sampled_from(("W", "b", "prompt", "gate", "labels")), expressions)
     | st.builds(tree.PeftItem, names, st.lists(fields, max_size=3).map(tuple))
 )
 kinds_item = st.builds(tree.KindsItem, st.lists(names, min_size=1, max_size=3).map(tuple))
@@ -122,7 +124,7 @@ items = st.builds(
 hyperparameters = st.builds(
     tree.Hyperparameter,
     names,
-    st.sampled_from(("int", "float", "bool", "text")),
+    st.sampled_from(("int", "float", "bool", "text", "ints")),
     expressions,
     st.lists(texts, max_size=2).map(tuple),
 )

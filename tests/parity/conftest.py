@@ -98,6 +98,12 @@ class Zoo:
             self._models[name] = model
         return self._models[name]
 
+    def restore_configs(self) -> None:
+        """Let every model give a cache back again, as its config said at first."""
+        for model in (*self._models.values(), *self._hosts.values()):
+            if getattr(model.config, "use_cache", None) is False:
+                model.config.use_cache = True
+
     def host(self, name: str) -> Any:
         """An adapted model without adapters, the same object each time; see `hosted`."""
         if name not in self._hosts:
@@ -231,6 +237,15 @@ class Snapshot:
 def zoo() -> Zoo:
     """The models of this session."""
     return Zoo()
+
+
+@pytest.fixture(autouse=True)
+def cache_in_configs(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A Trainer switches the cache off in the config of a model, which the tests of a session share."""
+    zoo = request.getfixturevalue("zoo") if "zoo" in request.fixturenames else None
+    yield
+    if zoo is not None:
+        zoo.restore_configs()
 
 
 @pytest.fixture(autouse=True)

@@ -42,15 +42,6 @@ def load(zoo: Any) -> Iterator[Callable[..., Any]]:
         _clear(host)
 
 
-@pytest.fixture(autouse=True)
-def config(zoo: Any) -> Iterator[None]:
-    """A Trainer switches the cache off in the config, which every model of the session shares."""
-    config = zoo.model("llama").config
-    before = config.use_cache
-    yield
-    config.use_cache = before
-
-
 def _clear(host: Any) -> None:
     if host._adapter_state.merged:
         host.unmerge_adapter()

@@ -12,6 +12,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from peftc import compiler
+from tests.matrix import wide
 
 SIZES = {
     "vocab_size": 128,
@@ -35,6 +36,7 @@ SEQ2SEQ = {
     **TOKENS,
 }
 
+ALWAYS = ("opt", "bloom", "falcon", "modernbert")
 MAKE: dict[str, Callable[[], nn.Module]] = {
     "mistral": lambda: T.MistralForCausalLM(T.MistralConfig(**DECODER, sliding_window=6)),
     "qwen2": lambda: T.Qwen2ForCausalLM(T.Qwen2Config(**DECODER)),
@@ -115,7 +117,7 @@ def outcome(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     return output["logits"] if "logits" in output else output["last_hidden_state"]
 
 
-@pytest.mark.parametrize("name", MAKE)
+@pytest.mark.parametrize("name", wide(MAKE, ALWAYS))
 def test_architecture(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = MAKE[name]().eval()

@@ -12,6 +12,7 @@ from peft.tuners.lora import LoraLayer
 
 from peftc import compiler
 from peftc.grammar.diagnostics import UsageError
+from tests.matrix import wide
 
 FIRST = "adapter first = lora(rank = 4, alpha = 12) { on q_proj, v_proj }"
 SECOND = "adapter second = lora(rank = 2, alpha = 5) { on q_proj, up_proj, down_proj }"
@@ -212,7 +213,7 @@ def test_merge_elsewhere_keeps_the_tie(zoo: Any, tmp_path: Path) -> None:
         assert plain.config.tie_word_embeddings is True
 
 
-@pytest.mark.parametrize("name", ["gpt2", "t5", "bert", "moe", "gemma3"])
+@pytest.mark.parametrize("name", wide(["gpt2", "t5", "bert", "moe", "gemma3"], ("gpt2", "moe")))
 def test_merge_other_architectures(name: str, zoo: Any) -> None:
     more = {"gpt2": ", wte, wpe", "t5": ", shared", "bert": ", word_embeddings", "gemma3": ", embed_tokens"}
     extra = "  on mlp.experts.{gate_up_proj, down_proj}" if name == "moe" else ""

@@ -11,6 +11,7 @@ from transformers.utils import ModelOutput
 
 from peftc import compiler
 from peftc.grammar.diagnostics import UsageError
+from tests.matrix import wide
 
 CALLS: dict[str, dict[str, Any]] = {
     "hidden": dict(output_hidden_states=True),
@@ -78,7 +79,7 @@ def test_options(call: str, pair: Any, zoo: Any, tmp_path: Any) -> None:
     _check(*pair("llama", tmp_path), {**zoo.batch("llama", 1, 6), **CALLS[call]})
 
 
-@pytest.mark.parametrize("name", ["bert", "vit", "t5", "roberta"])
+@pytest.mark.parametrize("name", wide(["bert", "vit", "t5", "roberta"], ("bert", "vit")))
 def test_hidden_states_and_labels(name: str, pair: Any, zoo: Any, tmp_path: Any) -> None:
     batch = {**zoo.batch(name, 1, 6), "labels": zoo.labels(name, 1, 6), "output_hidden_states": True}
     batch.pop("decoder_input_ids", None)

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,9 +16,19 @@ from peftc.compiler.lower import copy_graph
 from peftc.compiler.trace import Tracer
 from peftc.grammar.elaborate import read_spec
 from peftc.passes.emit import Origin, fake_like
-from peftc.passes.plan import AdapterPlan
+from peftc.passes.plan import IDS, ORDER, ROWS, AdapterPlan
 from peftc.passes.resolve import resolve, survey
-from peftc.passes.structure import Structure, copy_role, copy_slot, float_of, site_slot, structure_of, weighted
+from peftc.passes.structure import (
+    LOG_WEIGHT,
+    Structure,
+    copy_role,
+    copy_slot,
+    float_of,
+    rows_slot,
+    site_slot,
+    structure_of,
+    weighted,
+)
 from peftc.passes.traced import Traced
 from peftc.runtime.call import read_call
 
@@ -105,6 +116,45 @@ class Attention(nn.Module):
         return x[:, :, None].expand(rows, heads, 2, length, size).reshape(rows, heads * 2, length, size)
 
 
+class Seer(nn.Module):
+    """Two layers that attend, by the operator and by hand, to tokens with learned positions."""
+
+    config = SimpleNamespace(num_hidden_layers=2, num_attention_heads=2, head_dim=4, hidden_size=8)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(9, 8)
+        self.position_embeddings = nn.Embedding(16, 8)
+        self.layers = nn.ModuleList([Looking(by_hand=False), Looking(by_hand=True)])
+
+    def forward(self, input_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        hidden = self.tokens(input_ids) + self.position_embeddings(torch.arange(input_ids.shape[1]))
+        for layer in self.layers:
+            hidden = hidden + layer(hidden, mask)
+        return hidden
+
+
+class Looking(nn.Module):
+    """Two heads of four numbers under a mask that is added, with projections of the usual names."""
+
+    def __init__(self, by_hand: bool) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(8, 8, bias=by_hand) for _ in range(4))
+        self.by_hand = by_hand
+
+    def forward(self, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        query, key, value = (
+            each(hidden).view(*hidden.shape[:2], 2, 4).transpose(1, 2)
+            for each in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if self.by_hand:
+            scores = torch.matmul(query, key.transpose(2, 3)) * 0.5 + mask
+            seen = torch.matmul(nn.functional.softmax(scores, dim=-1), value)
+        else:
+            seen = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        return self.o_proj(seen.transpose(1, 2).reshape(hidden.shape))
+
+
 class Scan(nn.Module):
     """Convolutions of every number of axes: a strided one, a grouped and dilated one, one that wraps around."""
 
@@ -134,7 +184,60 @@ class Packed(nn.Module):
         return self.other(seen, y, y)[0]
 
 
-MODELS = {each.__name__: each for each in (Two, Lookup, Experts, Tied, Attention, Scan, Packed)}
+class Reader(nn.Module):
+    """One layer that attends to a cache of plain tensors, which it returns longer, with a loss where labels are given.
+
+    A mask is `[rows, places]` of ones and zeros, or is added to the scores and then says everything.
+    """
+
+    config = SimpleNamespace(num_hidden_layers=1, num_attention_heads=2, head_dim=4, hidden_size=8)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.places = nn.Embedding(9, 8), nn.Embedding(32, 8)
+        self.query, self.key, self.value, self.head = (nn.Linear(8, 8, bias=False) for _ in range(4))
+        self.say = nn.Linear(8, 9, bias=False)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_0_key: torch.Tensor | None = None,
+        past_0_value: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, ...]:
+        hidden = self.embed(input_ids) if inputs_embeds is None else inputs_embeds
+        now = hidden.shape[1]
+        if position_ids is None:
+            position_ids = torch.arange(now)
+        hidden = hidden + self.places(position_ids)
+        query, key, value = (
+            each(hidden).view(hidden.shape[0], now, 2, 4).transpose(1, 2) for each in (self.query, self.key, self.value)
+        )
+        if past_0_key is not None and past_0_value is not None:
+            key, value = torch.cat([past_0_key, key], 2), torch.cat([past_0_value, value], 2)
+        keys = key.shape[2]
+        mask = attention_mask
+        if mask is None or mask.dim() == 2:
+            seen = torch.arange(keys) <= torch.arange(keys - now, keys)[:, None]
+            mask = torch.where(seen if mask is None else seen & (mask != 0)[:, None, None], 0.0, -1e9)
+        weights = torch.softmax(torch.matmul(query, key.mT) + mask, -1)
+        said = self.say(torch.tanh(self.head(torch.matmul(weights, value).transpose(1, 2).flatten(2))))
+        if labels is None:
+            return said, key, value
+        return nn.functional.cross_entropy(said.flatten(0, 1), labels.flatten()), said, key, value
+
+
+class Judge(Reader):
+    """The same with a mask for every query, and labels."""
+
+
+MODELS = {each.__name__: each for each in (Two, Lookup, Experts, Tied, Attention, Seer, Scan, Packed, Reader, Judge)}
 INPUTS: dict[str, tuple[torch.Tensor, ...]] = {
     "Two": (torch.zeros(2, 5, 4),),
     "Lookup": (torch.ones(2, 5, dtype=torch.long),),
@@ -142,7 +245,23 @@ INPUTS: dict[str, tuple[torch.Tensor, ...]] = {
     "Tied": (torch.ones(2, 5, dtype=torch.long),),
     "Scan": (torch.zeros(2, 3, 9, 8),),
     "Packed": (torch.zeros(2, 5, 8), torch.zeros(2, 3, 8)),
+    "Seer": (torch.ones(2, 5, dtype=torch.long), torch.zeros(2, 1, 5, 5)),
     "Attention": (torch.zeros(2, 5, 8), torch.ones(2, 1, 5, 5, dtype=torch.bool)),
+    "Reader": (
+        torch.ones(2, 3, dtype=torch.long),
+        torch.ones(2, 7, dtype=torch.long),
+        torch.ones(2, 3, dtype=torch.long),
+        torch.zeros(2, 2, 4, 4),
+        torch.zeros(2, 2, 4, 4),
+    ),
+    "Judge": (
+        torch.ones(2, 3, dtype=torch.long),
+        torch.zeros(2, 1, 3, 7),
+        torch.ones(2, 3, dtype=torch.long),
+        torch.zeros(2, 2, 4, 4),
+        torch.zeros(2, 2, 4, 4),
+        torch.ones(2, 3, dtype=torch.long),
+    ),
 }
 
 
@@ -155,7 +274,8 @@ class Active:
     plans: tuple[AdapterPlan, ...]
 
     def slot_value(self, position: int, site: str, role: str, near: fx.Node) -> torch.Tensor:
-        tensor = self.tensors[f"{site_slot(position, site)}.{role}"]
+        trained = rows_slot(position, site) if role in (ROWS, IDS, ORDER) else site_slot(position, site)
+        tensor = self.tensors[f"{trained}.{role.removeprefix('@')}"]
         return fake_like(tensor.shape, tensor.dtype, near)
 
     def tensor(self, position: int, site: str, role: str) -> torch.Tensor:
@@ -203,8 +323,8 @@ class Lab:
         """The trace of a model of the test's own."""
         return Tracer(model).trace(self._call(model, args)).graph
 
-    def active(self, name: str, *specs: str) -> Active:
-        """Adapters, in this order of activation."""
+    def active(self, name: str, *specs: str, weights: tuple[float, ...] = ()) -> Active:
+        """Adapters, in this order of activation; `weights` are those of prefixes."""
         model = self.model(name)
         ground = survey(model)
         plans = tuple(resolve(read_spec(each).adapters[0], ground) for each in specs)
@@ -228,12 +348,25 @@ class Lab:
                     path = f"{copy_slot(position, copy.module)}.{copy_role(tensor)}"
                     tensors[path] = torch.randn(shape, generator=generator)
                     dtypes[position][copy.module, tensor] = torch.float32
-        return Active(structure_of(list(zip(plans, dtypes, strict=True))), tensors, plans)
+            for rows in plan.rows:
+                slot = rows_slot(position, rows.module)
+                tensors[f"{slot}.rows"] = torch.randn(len(rows.ids), rows.width, generator=generator)
+                tensors[f"{slot}.ids"] = torch.tensor(sorted(rows.ids))
+                tensors[f"{slot}.order"] = torch.tensor(rows.order)
+                dtypes[position][rows.module, ROWS] = torch.float32
+        for position, weight in enumerate(weights):
+            tensors[f"{site_slot(position, '@cache')}.{LOG_WEIGHT}"] = torch.tensor(weight).log()
+        return Active(structure_of(list(zip(plans, dtypes, strict=True)), weights), tensors, plans)
 
     def run(self, graph: fx.Graph, tensors: Mapping[str, Any], *inputs: torch.Tensor) -> torch.Tensor:
         """The one output of a graph on real tensors."""
         (output,) = _Evaluate(graph, tensors).run(*inputs)
         return output
+
+    def results(self, graph: fx.Graph, tensors: Mapping[str, Any], **inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The outputs of a graph on real tensors, given by the names of its inputs."""
+        names = [str(node.target) for node in graph.find_nodes(op="placeholder")]
+        return tuple(_Evaluate(graph, tensors).run(*(inputs[name] for name in names)))
 
     def show(self, graph: fx.Graph) -> str:
         """A line a node: what it holds, what it calls, who made it. Sizes that may vary are shown as `?`."""
@@ -253,7 +386,7 @@ class Lab:
 
     def _call(self, model: nn.Module, args: tuple[torch.Tensor, ...]) -> Any:
         names = inspect.signature(model.forward).parameters
-        return read_call("", model.training, None, dict(zip(names, args, strict=True)))
+        return read_call("", model.training, None, dict(zip(names, args, strict=False)))
 
     def _line(self, node: fx.Node) -> str:
         if node.op == "output":

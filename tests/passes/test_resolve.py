@@ -147,9 +147,9 @@ def test_a_wrong_value_is_told_once_and_not_for_every_layer(ground):
     assert len(found) == 1
 
 
-def test_tokens_are_not_supported_yet(ground):
+def test_the_text_of_a_token_needs_a_tokenizer(ground):
     (found,) = refused(ground, 'on c_attn  tokens ["<a>"]')
-    assert found.code == "E244"
+    assert found.code == "E227"
 
 
 def test_quantized_modules_are_refused_by_name():
@@ -216,3 +216,66 @@ adapter a = m {
     with pytest.raises(SpecError) as caught:
         resolve(read_spec(text).adapters[0], survey(model))
     golden("diagnostics/site_shared.txt", f"{caught.value}\n")
+
+
+# --- places that are no weight ---
+
+OWN = (
+    'method own(length: int = 2) { on attention param P[length, out] = normal saved "P" prompt\' = P } adapter a = own'
+)
+
+
+def placed(ground, text):
+    return resolve(read_spec(text).adapters[0], ground)
+
+
+@pytest.mark.parametrize(
+    ("text", "chosen"),
+    [
+        ("adapter a = prompt(length = 3)", {"@prompt": (3, 8)}),
+        ("adapter a = prefix(length = 3)", {"@cache": (3, 2 * 2 * 8)}),
+        (OWN, {"h.0.attn": (2, 8), "h.1.attn": (2, 8)}),
+        (OWN + " { on h[-1].attn }", {"h.1.attn": (2, 8)}),
+        (OWN + " { on h[1].attn, h[0].attn }", {"h.0.attn": (2, 8), "h.1.attn": (2, 8)}),
+        (OWN + " { on attn  on h[1].attn with length = 5 }", {"h.0.attn": (2, 8), "h.1.attn": (5, 8)}),
+    ],
+)
+def test_places_that_are_no_weight(ground, text, chosen):
+    found = placed(ground, text).sites
+    assert {each.site.name.removeprefix("transformer."): each.front for each in found} == chosen
+
+
+def test_a_place_is_beside_what_is_trained(ground):
+    found = placed(ground, "adapter a = prompt(length = 3) { train score  bias all }")
+    assert [each.module for each in found.copies if not each.is_bias] == ["score"]
+    assert sum(each.is_bias for each in found.copies) == 13
+
+
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [
+        ("adapter a = prompt { on attn }", "E233"),
+        ("adapter a = prefix { refine attn with length = 3 }", "E233"),
+        ("adapter a = prefix { skip h[0] }", "E233"),
+        (OWN + " { on attn skip h[0] }", "E233"),
+        (OWN + " { on attn where in_features > 3 }", "E233"),
+        (OWN + " { on mlp }", "E234"),
+    ],
+)
+def test_places_that_cannot_be_chosen(ground, text, code):
+    with pytest.raises(SpecError) as caught:
+        placed(ground, text)
+    assert [each.code for each in caught.value.diagnostics] == [code]
+
+
+@pytest.mark.parametrize("text", ["adapter a = prompt", "adapter a = prefix", OWN])
+def test_a_model_without_the_place(text):
+    with pytest.raises(SpecError) as caught:
+        placed(survey(nn.Linear(4, 4)), text)
+    assert [each.code for each in caught.value.diagnostics] == ["E232"]
+
+
+def test_a_layer_is_told_its_place_and_model(ground):
+    sizes = 'let n = num_layers * num_heads * num_stacks param P[n, out] = normal saved "P" prompt\' = P'
+    (found,) = placed(ground, f"method own() {{ on cache {sizes} }} adapter a = own").sites
+    assert found.front == (2 * 2 * 1, 32)

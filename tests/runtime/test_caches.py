@@ -4,8 +4,19 @@ import pytest
 import torch
 import transformers as hf
 from torch.testing import assert_close
-from transformers import DynamicCache, EncoderDecoderCache, StaticCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers import DynamicCache, EncoderDecoderCache, QuantizedCache, StaticCache
+from transformers.cache_utils import (
+    Cache,
+    DynamicIndexedLayer,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionLayer,
+    MtpCache,
+    QuantizedLayer,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
 
 from peftc import compiler
 from peftc.grammar.diagnostics import ModelError
@@ -104,17 +115,124 @@ def mistral():
     return model, adapted
 
 
-def test_caches_of_other_kinds_are_refused(mistral):
-    model, adapted = mistral
-    ids = torch.randint(0, 40, (2, 3))
-    cache = StaticCache(config=model.config, max_cache_len=8)
-    with torch.no_grad():
-        model(input_ids=ids, past_key_values=cache)
-        with pytest.raises(ModelError, match="E410") as caught:
-            adapted(input_ids=ids, past_key_values=cache)
+@pytest.mark.parametrize("length", [1, 3, 4, 6])
+def test_buffers_are_written_with_what_is_new(length):
+    """As transformers' own update would: the same buffers, the same counters."""
+    layout = caches.Layout((FULL, SLIDING))
+    tensors = keys_and_values(layout.own, 9)
+    ours, theirs = buffers(12), buffers(12)
+    for end in (length, length + 1, 9):
+        seen = int(theirs.get_seq_length())
+        for index in range(2):
+            new = [each[:, :, seen:end] for each in tensors[2 * index : 2 * index + 2]]
+            theirs.update(*new, index)
+        read = caches.read(ours, layout, 2, torch.device("cpu"))
+        assert [each.shape[2] for each in read] == [seen] * 4
+        caches.store(
+            ours, layout, [torch.cat([old, each[:, :, seen:end]], 2) for old, each in zip(read, tensors, strict=True)]
+        )
+        for mine, reference in zip(ours.layers, theirs.layers, strict=True):
+            assert mine.get_seq_length() == reference.get_seq_length() == end
+            assert_close((mine.keys, mine.values), (reference.keys, reference.values))
+    read = caches.read(ours, layout, 2, torch.device("cpu"))
+    assert_close(read[:2], tensors[:2])
+    assert_close(read[2][:, :, -WINDOW:], tensors[2][:, :, -WINDOW:])
+    assert not read[2][:, :, :-WINDOW].any()
+
+
+def buffers(length):
+    return Cache(layers=[StaticLayer(length), StaticSlidingWindowLayer(length, WINDOW)])
+
+
+@pytest.mark.parametrize("layer", [StaticLayer(5), StaticSlidingWindowLayer(3, WINDOW)])
+def test_a_buffer_that_is_too_short(layer):
+    """Refused before anything is written; a buffer that cannot hold its window is too short as well."""
+    layout = caches.Layout((FULL if type(layer) is StaticLayer else SLIDING,))
+    cache, room = Cache(layers=[layer]), layer.max_cache_len
+    caches.store(cache, layout, keys_and_values(layout.own, room))
+    with pytest.raises(ModelError, match=rf"E412.*holds {room} tokens, and there are {room + 1}"):
+        caches.store(cache, layout, keys_and_values(layout.own, room + 1))
+    assert cache.get_seq_length() == room
+
+
+def test_a_buffer_as_long_as_its_window_never_is():
+    layout = caches.Layout((SLIDING,))
+    cache = Cache(layers=[StaticSlidingWindowLayer(WINDOW, WINDOW)])
+    caches.store(cache, layout, keys_and_values(layout.own, 3 * WINDOW))
+    assert cache.get_seq_length() == 3 * WINDOW
+
+
+def test_allocated_early_is_empty():
+    cache = StaticCache(hf.LlamaConfig(num_hidden_layers=1), max_cache_len=5)
+    cache.early_initialization(2, FULL.heads, 3, torch.float32, torch.device("cpu"))
+    (keys, _) = caches.read(cache, caches.Layout((FULL,)), 2, torch.device("cpu"))
+    assert keys.shape == (2, FULL.heads, 0, 3)
+
+
+class Halves(QuantizedLayer):
+    """Exact for the numbers below."""
+
+    def _quantize(self, tensor, axis):
+        return (2 * tensor).to(torch.int8), axis
+
+    def _dequantize(self, held):
+        return held[0] / 2
+
+
+def test_quantized_and_reordered():
+    """Beam search reorders what is quantized at the next update, and the residual at once: it reads as one."""
+    layout = caches.Layout((FULL,))
+    tensors = [torch.randint(-9, 9, each.shape) / 2 for each in keys_and_values(layout.own, 6)]
+    cache = Cache(layers=[Halves(residual_length=4)])
+    for end in (3, 5, 6):
+        caches.store(cache, layout, [each[:, :, :end] for each in tensors])
+    assert cache.layers[0]._quantized_keys[0].shape[2] == 3
+    assert cache.layers[0].keys.shape[2] == 3
+    assert_close(caches.read(cache, layout, 2, torch.device("cpu")), tensors)
+    turned = torch.tensor([1, 0])
+    cache.reorder_cache(turned)
+    assert_close(caches.read(cache, layout, 2, torch.device("cpu")), [each[turned] for each in tensors])
+    more = [torch.cat([each[turned], each[:, :, :1]], 2) for each in tensors]
+    caches.store(cache, layout, more)
+    assert cache.layers[0]._quantized_keys[0].shape[2] == 7
+    assert_close(caches.read(cache, layout, 2, torch.device("cpu")), more)
+
+
+def test_transformers_quantized_cache():
+    layout = caches.Layout((FULL,))
+    tensors = keys_and_values(layout.own, 6)
+    ours, theirs = (QuantizedCache("fp8", hf.LlamaConfig(num_hidden_layers=1)) for _ in range(2))
+    for start, end in ((0, 4), (4, 6)):
+        caches.store(ours, layout, [each[:, :, :end] for each in tensors])
+        kept = theirs.update(*(each[:, :, start:end] for each in tensors), 0)
+    assert_close(caches.read(ours, layout, 2, torch.device("cpu")), list(kept))
+
+
+@pytest.mark.parametrize(
+    ("cache", "said"),
+    [
+        (Cache(layers=[DynamicLayer(), LinearAttentionLayer()]), "a cache layer of kind LinearAttentionLayer"),
+        (Cache(layers=[DynamicIndexedLayer()]), "a cache layer of kind DynamicIndexedLayer"),
+        (Cache(layers=[LinearAttentionAndFullAttentionLayer()]), "a cache layer of kind LinearAttentionAndFull"),
+        (EncoderDecoderCache(DynamicCache(), Cache(layers=[DynamicIndexedLayer()])), "a cache layer of kind DynamicI"),
+        (MtpCache(), "a cache of kind MtpCache"),
+    ],
+)
+def test_what_is_more_than_keys_and_values_is_refused(cache, said):
+    with pytest.raises(ModelError, match="E410") as caught:
+        caches.kind_of(cache)
     (found,) = caught.value.diagnostics
-    assert found.message.startswith("a cache layer of kind Static")
-    assert "DynamicCache" in found.help
+    assert found.message.startswith(said)
+    assert "use_cache=False" in found.help
+
+
+def test_static_caches_are_of_the_same_kind():
+    static = EncoderDecoderCache(buffers(4), buffers(4))
+    assert caches.kind_of(buffers(4)) == ("decoder", False)
+    assert caches.kind_of(static) == ("encoder-decoder", False)
+    layout = caches.Layout((FULL, SLIDING), (FULL, SLIDING))
+    caches.store(static, layout, keys_and_values(layout.own + layout.cross, 3))
+    assert caches.kind_of(static) == ("encoder-decoder", True)
 
 
 @pytest.mark.parametrize("first", [2, 4, 7])

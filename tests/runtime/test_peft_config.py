@@ -218,7 +218,7 @@ def test_everything_peft_writes_by_default_is_read(read):
         ({"layers_to_transform": 1, "target_modules": ".*q"}, "needs 'target_modules' to be a list"),
         ({"use_dora": True}, "field 'use_dora' = true is not supported by method 'lora': only false"),
         ({"layer_replication": [[0, 2]]}, "field 'layer_replication' = [[0, 2]] is not supported yet"),
-        ({"trainable_token_indices": [1]}, "field 'trainable_token_indices' = [1] is not supported yet"),
+        ({"trainable_token_indices": ["a"]}, "is not a list of whole numbers, or one for each module"),
         ({"init_lora_weights": "pissa_niter_4"}, "this initialisation may have changed the base weights"),
         ({"init_lora_weights": 3}, "field 'init_lora_weights' = 3 is not true, false or a text"),
         ({"init_lora_weights": "olora"}, "path_initial_model_for_weight_conversion"),

@@ -4,10 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-from peftc.grammar.diagnostics import CheckpointError
+from peftc.grammar.diagnostics import CheckpointError, UsageError
 from peftc.grammar.elaborate import read_spec
+from peftc.grammar.library import builtin_methods
 from peftc.passes.resolve import resolve, survey
 from peftc.runtime.peft_config import read_config, write_config
+from peftc.runtime.peft_fields import task_of
 from peftc.runtime.peft_rule import (
     constant_fields,
     decided_fields,
@@ -16,8 +18,10 @@ from peftc.runtime.peft_rule import (
     mapped_fields,
     mismatches,
     pattern_fields,
+    placed_fields,
     same,
     undecided,
+    with_values,
 )
 
 TEXT = """method m(rank: int = 8, s: float = 2, deep: bool = false, how: text("plain", "odd", "even") = "plain") {
@@ -153,3 +157,108 @@ def test_written_and_read_back(rule):
 def test_what_one_field_cannot_say_of_two_sites():
     with pytest.raises(CheckpointError, match="one 'odd' for all modules, but 'how' differs between sites"):
         written(planned('refine v with how = "odd"', rank=2))
+
+
+LISTS = read_spec(
+    """method m(ids: ints = [0], types: ints = none) {
+    on      prompt
+    const   I[len(ids)]      = listed(ids)                               recomputed
+    const   T[len(ids)]      = listed(types) if types != none else zeros recomputed
+    param   P[len(ids), out] = zeros                                     saved "P"
+    prompt' = P
+    labels' = I + T
+    peft    M { token_ids = ids, type_mask = types }
+}
+adapter a = m"""
+)
+
+
+@pytest.mark.parametrize(
+    ("config", "values"),
+    [
+        ({}, {"ids": (0,), "types": None}),
+        ({"token_ids": [7, 3], "type_mask": None}, {"ids": (7, 3), "types": None}),
+        ({"token_ids": [], "type_mask": [1]}, {"ids": (), "types": (1,)}),
+    ],
+)
+def test_a_field_that_is_a_list(config, values):
+    assert dict(read(LISTS.adapters[0].rule, **config).values) == values
+
+
+@pytest.mark.parametrize("raw", [3, "x", [1.0], [True], ["3"], {"a": 1}])
+def test_a_field_that_is_no_list(raw):
+    assert "is not a list of whole numbers" in refusal(LISTS.adapters[0].rule, token_ids=raw)
+
+
+def test_a_list_is_written_as_one():
+    model = nn.Module()
+    model.embed = nn.Embedding(9, 4)
+    model.get_input_embeddings = lambda: model.embed
+    spec = read_spec(LISTS.source.text + "(ids = [4, 2])").adapters[0]
+    config = write_config(
+        resolve(spec, survey(model)), module_names=["embed"], base_model_name_or_path=None, task_type=None
+    )
+    assert config["token_ids"] == [4, 2]
+    assert config["type_mask"] is None
+
+
+def test_other_values(rule):
+    spec = read_spec(f"{TEXT} adapter a = m(rank = 4) {{ on q  refine q with s = 3 }}").adapters[0]
+    found = with_values(spec, {"s": 5, "how": "odd", "deep": True})
+    assert dict(found.values) == dict(spec.values) | {"s": 5.0, "how": "odd", "deep": True}
+    assert isinstance(dict(found.values)["s"], float)
+    assert (found.name, found.on, found.refine) == (spec.name, spec.on, spec.refine)
+    assert with_values(spec, {}) == spec
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"rnak": 2}, "method 'm' has no hyperparameter 'rnak'"),
+        ({"rank": 2.5}, "rank = 2.5 is not a whole number"),
+        ({"rank": True}, "rank = True is not a whole number"),
+        ({"deep": 1}, "deep = 1 is not"),
+        ({"how": "new"}, "how = 'new' is not one of plain, odd, even"),
+        ({"s": float("inf")}, "s = inf is not a number"),
+    ],
+)
+def test_other_values_that_are_refused(rule, values, says):
+    spec = read_spec(f"{TEXT} adapter a = m {{ on q }}").adapters[0]
+    with pytest.raises(UsageError) as caught:
+        with_values(spec, values)
+    (found,) = caught.value.diagnostics
+    assert found.code == "E568"
+    assert found.message.startswith(says)
+    if "rnak" in values:
+        assert found.help == "did you mean 'rank'?"
+
+
+def test_sizes_of_the_place():
+    """Fields whose name stands for no hyperparameter, but for what a method sees of the model."""
+    methods = builtin_methods()
+    assert placed_fields(methods["prefix"]) == {
+        "token_dim": "in",
+        "num_layers": "num_layers",
+        "num_attention_heads": "num_heads",
+        "num_transformer_submodules": "num_stacks",
+    }
+    assert placed_fields(methods["prompt"])["token_dim"] == "out"
+    assert "num_transformer_submodules" not in placed_fields(methods["prompt"]), "a hyperparameter there"
+    assert placed_fields(methods["lora"]) == {}
+
+
+@pytest.mark.parametrize(
+    ("classes", "task"),
+    [
+        (("LlamaForCausalLM", "LlamaPreTrainedModel"), "CAUSAL_LM"),
+        (("GPT2LMHeadModel",), "CAUSAL_LM"),
+        (("T5ForConditionalGeneration",), "SEQ_2_SEQ_LM"),
+        (("Mine", "BertForSequenceClassification", "BertModel"), "SEQ_CLS"),
+        (("BertForTokenClassification",), "TOKEN_CLS"),
+        (("BertForQuestionAnswering",), "QUESTION_ANS"),
+        (("BertModel", "Module"), "FEATURE_EXTRACTION"),
+        ((), "FEATURE_EXTRACTION"),
+    ],
+)
+def test_the_task_of_a_class(classes, task):
+    assert task_of(classes) == task
