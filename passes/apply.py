@@ -156,7 +156,7 @@ class Apply:
 
     def cast(self, node: fx.Node, dtype: torch.dtype) -> fx.Node:
         """The node in this type, itself if it already is."""
-        return node if node.meta["val"].dtype == dtype else self.emit.call(aten.to.dtype, node, dtype)
+        return self.emit.cast(node, dtype)
 
     def _linear(self, x: fx.Node, weight: fx.Node) -> fx.Node:
         # As PEFT does: a float32 adapter on a bfloat16 base computes its part in float32.

@@ -43,6 +43,10 @@ class Emit:
             node.meta["val"] = op(*values[0], **values[1])
         return self._mark(node, self.origin)
 
+    def cast(self, node: fx.Node, dtype: torch.dtype) -> fx.Node:
+        """The node in this type, itself if it already is."""
+        return node if self.tensor(node).dtype == dtype else self.call(torch.ops.aten.to.dtype, node, dtype)
+
     def tensor(self, node: fx.Node) -> torch.Tensor:
         """The fake tensor a node holds."""
         value = node.meta["val"]

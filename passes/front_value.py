@@ -50,7 +50,7 @@ def prompts(
             value = emit.call(aten.index_select.default, value, 0, _given(tasks))
         else:
             value = emit.call(aten.unsqueeze.default, value, 0)
-        made.append(value if emit.tensor(value).dtype == dtype else emit.call(aten.to.dtype, value, dtype))
+        made.append(emit.cast(value, dtype))
     if len(made) == 1:
         return made[0]
     if any(each.tasks for each in fronts):

@@ -8,7 +8,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from peftc.passes.site import Site
-from peftc.passes.sites import tied_names
+from peftc.passes.sites import input_embedding, tied_names
 
 SEPARATE = ("q_proj", "k_proj", "v_proj", "o_proj")  # what an attention module is told by
 PACKED = "c_attn"
@@ -100,14 +100,9 @@ def _first(config: Any, *names: str) -> int | None:
 
 
 def _embedding(model: nn.Module) -> tuple[str, nn.Embedding] | None:
-    get = getattr(model, "get_input_embeddings", None)
-    try:
-        module = get() if callable(get) else None
-    except (NotImplementedError, AttributeError):
-        module = None
-    if not isinstance(module, nn.Embedding):
-        return None
-    return next(((path, module) for path, each in model.named_modules() if each is module), None)
+    path = input_embedding(model)
+    module = model.get_submodule(path)
+    return (path, module) if path and isinstance(module, nn.Embedding) else None
 
 
 def _scale(module: nn.Embedding) -> float:

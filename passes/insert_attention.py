@@ -80,7 +80,7 @@ class InsertAttention:
         gate = None if front.term.bias is None else values.of(front.term.bias)
         seen = self._attend(emit, front, attention, prompt, weights)
         if gate is not None:
-            seen = emit.call(aten.mul.Tensor, seen, _cast(emit, gate, emit.tensor(seen).dtype))
+            seen = emit.call(aten.mul.Tensor, seen, emit.cast(gate, emit.tensor(seen).dtype))
         rows, length = (emit.call(aten.sym_size.int, attention.query, axis) for axis in (0, 2))
         merged = emit.call(aten.transpose.int, seen, 1, 2)
         merged = emit.call(aten.reshape.default, merged, [rows, length, math.prod(emit.tensor(merged).shape[2:])])
@@ -89,7 +89,7 @@ class InsertAttention:
             merged = _linear(emit, merged, out, weights)
         if emit.tensor(merged).shape[-1] != front.site.out_features:
             raise UnfitError(front.site, f"its heads give {emit.tensor(merged).shape[-1]} numbers a token")
-        total = emit.call(aten.add.Tensor, result, _cast(emit, merged, result.meta["val"].dtype))
+        total = emit.call(aten.add.Tensor, result, emit.cast(merged, result.meta["val"].dtype))
         result.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)
         return len(emit.made)
 
@@ -108,7 +108,7 @@ class InsertAttention:
                 )
             node = emit.call(aten.reshape.default, node, [1, front.length, own, each])
             node = emit.call(aten.transpose.int, node, 1, 2)
-            parts.append(expanded(emit, _cast(emit, node, emit.tensor(query).dtype), rows))
+            parts.append(expanded(emit, emit.cast(node, emit.tensor(query).dtype), rows))
         grouped = {"enable_gqa": True} if emit.tensor(parts[0]).shape[1] != heads else {}
         return emit.call(aten.scaled_dot_product_attention.default, query, *parts, scale=1 / math.sqrt(size), **grouped)
 
@@ -121,7 +121,7 @@ def _projected(emit: Emit, front: Front, prompt: fx.Node, weights: Weights) -> t
         return key, value
     bias = weights.get(f"{front.site.module}.{PACKED}.bias")
     width = int(emit.tensor(packed).shape[1]) // 3
-    prompt = _cast(emit, prompt, emit.tensor(packed).dtype)
+    prompt = emit.cast(prompt, emit.tensor(packed).dtype)
     both = emit.call(aten.matmul.default, prompt, emit.call(aten.slice.Tensor, packed, 1, width, 3 * width))
     if bias is not None:
         both = emit.call(aten.add.Tensor, both, emit.call(aten.slice.Tensor, bias, 0, width, 3 * width))
@@ -131,12 +131,8 @@ def _projected(emit: Emit, front: Front, prompt: fx.Node, weights: Weights) -> t
 
 def _linear(emit: Emit, x: fx.Node, module: str, weights: Weights) -> fx.Node:
     weight, bias = weights[f"{module}.weight"], weights.get(f"{module}.bias")
-    x = _cast(emit, x, emit.tensor(weight).dtype)
+    x = emit.cast(x, emit.tensor(weight).dtype)
     return emit.call(aten.linear.default, x, weight, *([] if bias is None else [bias]))
-
-
-def _cast(emit: Emit, node: fx.Node, dtype: torch.dtype) -> fx.Node:
-    return node if emit.tensor(node).dtype == dtype else emit.call(aten.to.dtype, node, dtype)
 
 
 def _result(node: fx.Node, module: str) -> fx.Node:

@@ -108,7 +108,7 @@ class InsertTokens:
         if found.padding is not None:
             is_padding = emit.call(aten.unsqueeze.default, emit.call(aten.eq.Scalar, ids, found.padding), -1)
             values = emit.call(aten.where.self, is_padding, emit.call(aten.detach.default, values), values)
-        tokens = _cast(emit, found.ids, torch.int64)
+        tokens = emit.cast(found.ids, torch.int64)
         # The last of the ids that is not above the token, or the first: no id has to be counted for that.
         above = emit.call(aten.searchsorted.Tensor, ids, tokens, right=True)
         place = emit.call(aten.clamp.default, emit.call(aten.sub.Tensor, above, 1), 0)
@@ -121,11 +121,11 @@ class InsertTokens:
         before = emit.call(aten.index_select.default, weight, 0, ids)
         kind = weight.meta["val"].dtype
         exact = torch.float32 if kind.itemsize < 4 else kind  # a difference of numbers that are nearly the same
-        change = emit.call(aten.sub.Tensor, _cast(emit, values, exact), _cast(emit, before, exact))
-        added = emit.call(aten.linear.default, _cast(emit, found.h, exact), change)
+        change = emit.call(aten.sub.Tensor, emit.cast(values, exact), emit.cast(before, exact))
+        added = emit.call(aten.linear.default, emit.cast(found.h, exact), change)
         if self.autocast:
             added = emit.call(aten.type_as.default, added, total)
-        return emit.call(aten.index_add.default, total, -1, ids, _cast(emit, added, total.meta["val"].dtype))
+        return emit.call(aten.index_add.default, total, -1, ids, emit.cast(added, total.meta["val"].dtype))
 
     def _whole(self, graph: fx.Graph, weight: fx.Node, rows: Sequence[ReplacedRows]) -> tuple[fx.Node, int]:
         emit = Emit(graph, weight.next, Origin(self.name, rows[0].module), like=next(iter(weight.users)))
@@ -145,11 +145,7 @@ class InsertTokens:
 
         values, order, ids = read(ROWS), read(ORDER), read(IDS)
         ordered = emit.call(aten.embedding.default, values, order)
-        return _cast(emit, ordered, weight.meta["val"].dtype), ids
-
-
-def _cast(emit: Emit, node: fx.Node, dtype: torch.dtype) -> fx.Node:
-    return node if node.meta["val"].dtype == dtype else emit.call(aten.to.dtype, node, dtype)
+        return emit.cast(ordered, weight.meta["val"].dtype), ids
 
 
 def _node(argument: object) -> fx.Node:

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -98,11 +99,15 @@ class Engine:
         self.recompute: Recompute | None = None  # how layers are recomputed in training, if they are
         self.model = model
         self.parameters = frozenset(inspect.signature(model.forward).parameters)
-        self.positions = positions_of(model)
         self._takes_cache: dict[str, bool] = {}
         self._traces: dict[Signature, Traced] = {}
         self._specialisations: dict[Structure, Specialisation] = {}
         self.plain = self._tenant = Tenant(self.specialisation(Structure()), _no_slots, _no_slots)
+
+    @cached_property
+    def positions(self) -> int | None:
+        """How many tokens the model has learned positions for."""
+        return positions_of(self.model)
 
     def specialisation(self, structure: Structure) -> Specialisation:
         """The programs of this structure, the same object for equal structures."""

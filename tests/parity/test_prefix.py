@@ -14,7 +14,19 @@ from transformers.cache_utils import DynamicCache
 from peftc import compiler
 from peftc.compiler.driver import adapt
 from tests.matrix import wide
-from tests.parity.cases.fronts import CARTRIDGE, GENERATE, NEAR, PREFIX, PROJECTION, both_ways, own, tokens, unpadded
+from tests.parity.cases.fronts import (
+    CARTRIDGE,
+    GENERATE,
+    NEAR,
+    PREFIX,
+    PROJECTION,
+    both_ways,
+    own,
+    recomputes,
+    switches_without_compiling,
+    tokens,
+    unpadded,
+)
 
 METHODS = {"prefix": PREFIX, "projection": PROJECTION, "cartridge": CARTRIDGE}
 TASKS = {"llama": "CAUSAL_LM", "gpt2": "CAUSAL_LM", "t5": "SEQ_2_SEQ_LM", "t5-3": "SEQ_2_SEQ_LM"}
@@ -150,44 +162,12 @@ def test_gradient_checkpointing(name: str, zoo: Any) -> None:
         ours.add_adapter(PROJECTION.spec("a"))
         ours.set_adapter("a")
         zoo.randomise(ours, scale=0.7)
-        ours.train()
-        runs = []
-        for enabled in (False, True):
-            if enabled:
-                ours.gradient_checkpointing_enable()
-            kept: list[torch.Tensor] = []
-            with torch.autograd.graph.saved_tensors_hooks(
-                lambda each, kept=kept: kept.append(each) or each, lambda each: each
-            ):
-                loss = ours(**batch).loss
-            loss.backward()
-            runs.append((loss.item(), len(kept), {role: each.grad.clone() for role, each in own(ours, "a").items()}))
-            ours.zero_grad()
-        ours.gradient_checkpointing_disable()
-        (loss, saved, gradients), (again, less, recomputed) = runs
-        assert again == loss
-        assert less < saved
-        for role, each in gradients.items():
-            assert_close(recomputed[role], each, **NEAR)
-            assert each.abs().max() > 1e-5
+        recomputes(ours, batch)
 
 
 def test_switching_compiles_nothing_anew(llama: Any, zoo: Any) -> None:
-    batch, wanted = _labelled(zoo, "llama"), {}
-    for name in "ab":
-        llama.set_adapter(name)
-        wanted[name] = zoo.logits(llama, batch)
-    assert (wanted["a"] - wanted["b"]).abs().max() > 1e-3
-    torch._dynamo.reset()
-    compiled = torch.compile(llama, fullgraph=True, backend="eager", dynamic=True)
-    zoo.logits(compiled, batch)
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        for name in "abab":
-            llama.set_adapter(name)
-            assert_close(zoo.logits(compiled, batch), wanted[name], **NEAR)
-        other = {**zoo.batch("llama", 4, 11), "labels": zoo.labels("llama", 4, 11)}
-        assert_close(zoo.logits(compiled, other), zoo.logits(llama, other), **NEAR)
-    torch._dynamo.reset()
+    other = {**zoo.batch("llama", 4, 11), "labels": zoo.labels("llama", 4, 11)}
+    switches_without_compiling(llama, zoo, _labelled(zoo, "llama"), other)
 
 
 def test_trainer(zoo: Any, tmp_path: Path) -> None:

@@ -23,6 +23,8 @@ from tests.parity.cases.fronts import (
     PTUNING,
     both_ways,
     own,
+    recomputes,
+    switches_without_compiling,
     tokens,
     unpadded,
 )
@@ -245,44 +247,12 @@ def test_gradient_checkpointing(method: str, zoo: Any) -> None:
         ours.add_adapter(METHODS[method].spec("a"))
         ours.set_adapter("a")
         zoo.randomise(ours, scale=0.7)
-        ours.train()
-        runs = []
-        for enabled in (False, True):
-            if enabled:
-                ours.gradient_checkpointing_enable()
-            kept: list[torch.Tensor] = []
-            with torch.autograd.graph.saved_tensors_hooks(
-                lambda each, kept=kept: kept.append(each) or each, lambda each: each
-            ):
-                loss = ours(**batch).loss
-            loss.backward()
-            runs.append((loss.item(), len(kept), {role: each.grad.clone() for role, each in own(ours, "a").items()}))
-            ours.zero_grad()
-        ours.gradient_checkpointing_disable()
-        (loss, saved, gradients), (again, less, recomputed) = runs
-        assert again == loss
-        assert less < saved
-        for role, each in gradients.items():
-            assert_close(recomputed[role], each, **NEAR)
-            assert each.abs().max() > 1e-5
+        recomputes(ours, batch)
 
 
 def test_switching_compiles_nothing_anew(gpt2: Any, zoo: Any) -> None:
-    batch, wanted = _labelled(zoo, "gpt2"), {}
-    for name in "ab":
-        gpt2.set_adapter(name)
-        wanted[name] = zoo.logits(gpt2, batch)
-    assert (wanted["a"] - wanted["b"]).abs().max() > 1e-3
-    torch._dynamo.reset()
-    compiled = torch.compile(gpt2, fullgraph=True, backend="eager", dynamic=True)
-    zoo.logits(compiled, batch)
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        for name in "abab":
-            gpt2.set_adapter(name)
-            assert_close(zoo.logits(compiled, batch), wanted[name], **NEAR)
-        other = {**zoo.batch("gpt2", 4, 11), "labels": zoo.labels("gpt2", 4, 11)}
-        assert_close(zoo.logits(compiled, other), zoo.logits(gpt2, other), **NEAR)
-    torch._dynamo.reset()
+    other = {**zoo.batch("gpt2", 4, 11), "labels": zoo.labels("gpt2", 4, 11)}
+    switches_without_compiling(gpt2, zoo, _labelled(zoo, "gpt2"), other)
 
 
 def test_low_precision(tmp_path: Path) -> None:

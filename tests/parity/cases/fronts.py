@@ -219,3 +219,47 @@ def unpadded(prompt: Mapping[str, torch.Tensor], row: int = 0) -> dict[str, torc
     keep, twice = prompt["attention_mask"][row].bool(), [row, row]
     wide = ("input_ids", "attention_mask")
     return {key: each[twice][:, keep] if key in wide else each[twice] for key, each in prompt.items()}
+
+
+def recomputes(ours: Any, batch: dict[str, torch.Tensor]) -> None:
+    """With gradient checkpointing the adapter `a` has the same losses and gradients, and less is kept."""
+    ours.train()
+    runs = []
+    for enabled in (False, True):
+        if enabled:
+            ours.gradient_checkpointing_enable()
+        kept: list[torch.Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda each, kept=kept: kept.append(each) or each, lambda each: each
+        ):
+            loss = ours(**batch).loss
+        loss.backward()
+        runs.append((loss.item(), len(kept), {role: each.grad.clone() for role, each in own(ours, "a").items()}))
+        ours.zero_grad()
+    ours.gradient_checkpointing_disable()
+    (loss, saved, gradients), (again, less, recomputed) = runs
+    assert again == loss
+    assert less < saved
+    for role, each in gradients.items():
+        assert_close(recomputed[role], each, **NEAR)
+        assert each.abs().max() > 1e-5
+
+
+def switches_without_compiling(
+    ours: Any, zoo: Any, batch: dict[str, torch.Tensor], other: dict[str, torch.Tensor]
+) -> None:
+    """Compiled for one of the adapters `a` and `b`, the model serves both and other sizes without compiling anew."""
+    wanted = {}
+    for name in "ab":
+        ours.set_adapter(name)
+        wanted[name] = zoo.logits(ours, batch)
+    assert (wanted["a"] - wanted["b"]).abs().max() > 1e-3
+    torch._dynamo.reset()
+    compiled = torch.compile(ours, fullgraph=True, backend="eager", dynamic=True)
+    zoo.logits(compiled, batch)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for name in "abab":
+            ours.set_adapter(name)
+            assert_close(zoo.logits(compiled, batch), wanted[name], **NEAR)
+        assert_close(zoo.logits(compiled, other), zoo.logits(ours, other), **NEAR)
+    torch._dynamo.reset()
