@@ -14,6 +14,7 @@ from peftc.compiler.driver import apply
 from peftc.compiler.facts import BuildFacts, ModelFacts
 from peftc.compiler.models import FoundModel, seeded
 from peftc.compiler.output import check_target, replaced, seal
+from peftc.compiler.quantizing import description
 from peftc.compiler.summary import adapter_facts
 from peftc.compiler.tokenizers import tokenizer_for
 from peftc.grammar.elaborate import read_spec
@@ -21,9 +22,10 @@ from peftc.grammar.format import format_file
 from peftc.grammar.spec import Spec
 from peftc.grammar.write import to_tree
 from peftc.passes.resolve import survey
+from peftc.passes.schemes.known import parameter_count
 from peftc.runtime.adapter_files import DEFAULT
 from peftc.runtime.manifest import spec_digest
-from peftc.runtime.model import AdaptedModel
+from peftc.runtime.model import AdaptedModel, base_view
 from peftc.runtime.saving import versions
 
 
@@ -73,10 +75,10 @@ def build(
         check_target(target, force=force)
     meant = spec if isinstance(spec, Spec) else read_spec(spec)
     tell("loading the model")
-    found = as_found(model)
+    found = as_found(model, meant.quantize)
     tell("resolving the spec")
     with seeded(seed):
-        adapted = apply(found.model, meant, tokenizer=tokenizer_for(meant, found))
+        adapted = apply(found.model, meant, tokenizer=tokenizer_for(meant, found), dense=found.dense)
     tell(f"tracing {type(found.model).__name__}")
     before, after = graphs(adapted, needed_inputs(found, inputs))
     facts = _facts(adapted, found, seed)
@@ -88,16 +90,18 @@ def build(
 
 
 def _facts(adapted: AdaptedModel, found: FoundModel, seed: int) -> BuildFacts:
-    ground = survey(found.model)
+    ground = survey(base_view(adapted))
     state = adapted._adapter_state
     weights = dict(state.active)
     adapters = tuple(
         adapter_facts(adapted.adapter_plan(name), ground, adapted.adapter_state_dict(name), weights.get(name))
         for name in state.names()
     )
-    base = sum(each.numel() for each in found.model.parameters())
+    base = parameter_count(found.model)
     trained = sum(each.parameters for each in adapters)
     notes = list(found.notes)
+    if stored := description(adapted):
+        notes.append(f"the base is quantized, {stored}")
     if not weights:
         notes.append("no adapter starts active: the spec has several and no 'activate'")
     return BuildFacts(

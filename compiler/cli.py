@@ -29,7 +29,7 @@ from peftc.grammar.diagnostics import AdapterError, Diagnostic
 WRONG, USAGE, UNREADABLE, BUG, INTERRUPTED, BROKEN_PIPE = 1, 2, 3, 70, 130, 141
 
 # What is not there, cannot be read or written, or cannot be reached; everything else is wrong in itself.
-_UNREADABLE = frozenset(("E101", "E301", "E302", "E308", "E350", "E450", "E455", "E550", "E551", "E552"))
+_UNREADABLE = frozenset(("E101", "E301", "E302", "E308", "E350", "E450", "E455", "E460", "E550", "E551", "E552"))
 
 HELP = """
 A compiler for adapters: puts the adapters of a spec into a model's graph.

@@ -22,7 +22,7 @@ from peftc.grammar.miss import misses
 from peftc.grammar.parse import parse
 from peftc.grammar.select import matches_inside
 from peftc.grammar.source import Source
-from peftc.grammar.spec import Spec
+from peftc.grammar.spec import Quantize, Spec
 from peftc.passes.resolve import survey
 from peftc.passes.structure import Structure
 from peftc.runtime.model import AdaptedModel
@@ -63,11 +63,11 @@ def draw(
     """
     if format == "svg" and not can_render():
         fail(UsageError, "E552", "graphviz is not installed", help="install it (its command is dot), or ask for dot")
-    found = as_found(model)
+    meant = spec if isinstance(spec, Spec) else read_spec(spec)
+    found = as_found(model, meant.quantize)
     with seeded(found.seed or 0):
         # Any numbers do for a picture: what starts from data starts from the example, if there is one.
         example = (needed_inputs(found, inputs) for _ in range(1))
-        meant = spec if isinstance(spec, Spec) else read_spec(spec)
         adapted = apply(found.model, meant, calibration=example, tokenizer=tokenizer_for(meant, found))
     shown = None if focus is None else within(focus, found.model)
     before, after = graphs(adapted, needed_inputs(found, inputs))
@@ -106,13 +106,13 @@ def active_names(adapted: AdaptedModel) -> tuple[str, ...]:
     return tuple(name for name, _ in adapted._adapter_state.active)
 
 
-def as_found(model: nn.Module | FoundModel | str | PathLike[str]) -> FoundModel:
-    """The model meant, with where it is from. Raises ModelError."""
+def as_found(model: nn.Module | FoundModel | str | PathLike[str], quantize: Quantize | None = None) -> FoundModel:
+    """The model meant, with where it is from; `quantize` as in `find_model`. Raises ModelError."""
     if isinstance(model, FoundModel):
         return model
     if isinstance(model, nn.Module):
         return FoundModel(model, type(model).__name__, "object")
-    return find_model(model)
+    return find_model(model, quantize=quantize)
 
 
 def needed_inputs(found: FoundModel, inputs: Inputs | None) -> Inputs:

@@ -11,10 +11,13 @@ import torch
 from peftc.compiler.driver import AdaptedModel, apply, load
 from peftc.compiler.example_inputs import example_inputs
 from peftc.compiler.models import FoundModel, seeded
+from peftc.compiler.quantizing import is_packed
 from peftc.compiler.tokenizers import tokenizer_for
+from peftc.grammar.diagnostics import UsageError, fail
 from peftc.grammar.elaborate import read_spec
 from peftc.grammar.spec import Spec
 from peftc.runtime.drift import MergeDrift
+from peftc.runtime.repack import Quantized
 
 ROWS, LENGTH = 2, 32
 
@@ -26,6 +29,7 @@ def drift(
     seed: int = 0,
     dtype: torch.dtype | str | None = None,
     use: str | PathLike[str] | None = None,
+    quantized: Quantized | None = None,
 ) -> MergeDrift:
     """Measure what merging would cost: `AdaptedModel.merge_drift` for adapters on disk.
 
@@ -36,28 +40,32 @@ def drift(
         seed: For those tokens, and the initial values of a spec's adapters.
         dtype: Convert the base to this type first (`bfloat16`, or torch's own), as it would be served.
         use: An `.adapter` file with methods of your own, for a checkpoint.
+        quantized: Of a quantized base, what becomes of the weights, as in `merge_drift`.
 
     Returns:
         The drift; without outputs for a model of which nothing is known that it could be called with.
 
     Raises:
-        AdapterError: the spec, the checkpoint or the model is wrong.
+        AdapterError: the spec, the checkpoint or the model is wrong, or `quantized` is not said and needed.
     """
     if dtype is not None:
+        if is_packed(model.model):
+            message = f"{model.name} is quantized, so its type cannot be changed"
+            fail(UsageError, "E590", message, help="convert the model that it is quantized from", where=model.name)
         wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         model = replace(model, model=model.model.to(wanted))
     with seeded(seed):
         adapted = _adapted(adapters, model, use)
         args, kwargs = _arguments(model)
-        return adapted.merge_drift(*args, **kwargs)
+        return adapted.merge_drift(*args, **kwargs, quantized=quantized)
 
 
 def _adapted(adapters: Spec | str | PathLike[str], model: FoundModel, use: str | PathLike[str] | None) -> AdaptedModel:
     if isinstance(adapters, Spec):
-        return apply(model.model, adapters, tokenizer=tokenizer_for(adapters, model))
+        return apply(model.model, adapters, tokenizer=tokenizer_for(adapters, model), dense=model.dense)
     if str(adapters).endswith(".adapter") or Path(adapters).is_file():
         meant = read_spec(Path(adapters))
-        return apply(model.model, meant, tokenizer=tokenizer_for(meant, model))
+        return apply(model.model, meant, tokenizer=tokenizer_for(meant, model), dense=model.dense)
     return load(model.model, adapters, use=use)
 
 

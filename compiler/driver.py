@@ -8,26 +8,30 @@ import torch
 from torch import fx, nn
 
 from peftc.compiler.lower import lower, specialise
+from peftc.compiler.quantizing import check_is_backed, quantize_linears
 from peftc.compiler.trace import Tracer
 from peftc.grammar.diagnostics import ModelError, UsageError, fail
 from peftc.grammar.elaborate import read_spec
 from peftc.grammar.rule import Value
 from peftc.grammar.spec import AdapterSpec, Spec
 from peftc.passes.cost import Choice
+from peftc.passes.foreign import check_quantization
 from peftc.passes.insert_delta import SlotValue
 from peftc.passes.plan import AdapterPlan
 from peftc.passes.resolve import Ground, check_base, resolve, survey
+from peftc.passes.schemes.known import packed_modules
 from peftc.passes.structure import Structure
 from peftc.passes.traced import Traced
 from peftc.passes.vocabulary import Vocabulary, enlarged, vocabulary
 from peftc.runtime import model as runtime
 from peftc.runtime.bank import AdapterParameters, trained_keys
-from peftc.runtime.base import base_tensors
+from peftc.runtime.base import base_values
 from peftc.runtime.calibration import Batches, measured
 from peftc.runtime.call import Call
+from peftc.runtime.dense import Dense, Source
 from peftc.runtime.engine import Engine
 from peftc.runtime.initial import initial
-from peftc.runtime.model import STATE, adapted_class, base_view
+from peftc.runtime.model import ADAPTED, STATE, adapted_class, base_view
 from peftc.runtime.program import Lowered
 from peftc.runtime.segments import Recompute
 from peftc.runtime.share import share
@@ -44,7 +48,8 @@ class Compiler:
 
     def trace(self, call: Call) -> Traced:
         """The base graph for calls of this signature. Raises ModelError."""
-        return Tracer(base_view(self._model)).trace(call)
+        with self._model._holding(self._model._before_dense()):
+            return Tracer(base_view(self._model)).trace(call)
 
     def specialise(
         self,
@@ -58,7 +63,16 @@ class Compiler:
         mode: str,
     ) -> fx.Graph:
         """The trace with adapters in it. Raises ModelError."""
-        return specialise(traced, structure, slot_value, training=training, autocast=autocast, choice=choice, mode=mode)
+        return specialise(
+            traced,
+            structure,
+            slot_value,
+            training=training,
+            autocast=autocast,
+            choice=choice,
+            mode=mode,
+            packed=packed_modules(self._model),
+        )
 
     def takes_cache(self, call: Call) -> bool:
         """Whether the model can be given keys and values that attention sees beside the call's own."""
@@ -78,12 +92,13 @@ class Compiler:
         return vocabulary(self.ground())
 
     def ground(self) -> Ground:
-        """What there is to adapt; looked at again when a weight changed its shape or place."""
-        view = base_view(self._model)
-        seen = tuple((name, each.shape, each.device, each.dtype) for name, each in view.named_parameters())
-        if self._ground is None or self._ground[0] != seen:
-            self._ground = (seen, survey(view))
-        return self._ground[1]
+        """What there is to adapt, without what is merged; looked at again when a weight changed its shape or place."""
+        with self._model._holding(self._model._adapter_state.merged):
+            view = base_view(self._model)
+            seen = tuple((name, each.shape, each.device, each.dtype) for name, each in view.named_parameters())
+            if self._ground is None or self._ground[0] != seen:
+                self._ground = (seen, survey(view))
+            return self._ground[1]
 
     def for_model(self, model: nn.Module) -> "Compiler":
         """The same for a copy of the model."""
@@ -116,12 +131,14 @@ def apply(
     example_inputs: Sequence[Any] | Mapping[str, Any] | None = None,
     calibration: Batches | None = None,
     tokenizer: Any | None = None,
+    dense: Source | None = None,
+    prepare_for_kbit_training: bool = True,
 ) -> AdaptedModel:
     """Put the adapters of a spec into a model.
 
     Args:
         model: Any transformers model, or any `nn.Module` that torch.export can trace. It is not changed, and the
-            result shares its weights.
+            result shares its weights, but for those that the spec has quantized.
         spec: A path to an `.adapter` file, the text itself, or a Spec.
         example_inputs: Positional (a sequence) or named (a mapping) arguments to trace the first graph with at once.
             Without them every graph is traced when a call first needs it.
@@ -131,6 +148,11 @@ def apply(
         tokenizer: For tokens that the spec names by their text, and for a method that starts from a text: it takes
             the place of the one that the spec names for it. Tokens that it has and the model has not are new: the
             result, not the model, has its embeddings resized, as transformers does it.
+        dense: For a method that starts from what quantization rounded away: the model that this one was quantized from,
+            or its directory of safetensors. Not needed where the spec has `model` quantized.
+        prepare_for_kbit_training: On a quantized base, hold what is not quantized (norms, embeddings, the head) in
+            float32, as PEFT's `prepare_model_for_kbit_training` does. The user's model keeps its own, and so does what
+            is unloaded. Without effect elsewhere.
 
     Returns:
         An object of the model's class with the spec's adapters, freshly initialised. The adapters that the spec
@@ -139,21 +161,29 @@ def apply(
     Raises:
         SpecError: the spec is wrong, in itself or for this model.
         ModelError: the model cannot be copied or traced.
-        UsageError: a method needs a calibration, and it is missing or reaches not every site; or a tokenizer.
+        UsageError: a method needs a calibration, and it is missing or reaches not every site; or a tokenizer, or the
+            dense model.
     """
     meant = spec if isinstance(spec, Spec) else read_spec(spec)
-    ground = survey(_checked(model))
+    adapted = adapt(_checked(model))
+    state: AdapterState = adapted._adapter_state
+    ground = survey(base_view(adapted))
     check_base(meant.base, ground)
+    if meant.quantize is not None and quantize_linears(adapted, meant.quantize):
+        mark_adapted(adapted)
+        dense = model if dense is None else dense
+        ground = survey(base_view(adapted))
     specs, tokens = fitted(meant.adapters, ground, tokenizer)
     plans = [resolve(each, ground if tokens is None else enlarged(ground, tokens)) for each in specs]
-    adapted = adapt(model)
     if tokens is not None:
         adapted._enlarge(tokens)
-    state: AdapterState = adapted._adapter_state
-    base = dict(base_tensors(adapted, {}))
+    if prepare_for_kbit_training:
+        adapted._widen()
+    base = base_values(adapted, {})
     moments = measured(adapted.unload, plans, calibration)
+    weights = None if dense is None else Dense(dense)
     for plan in plans:
-        tensors = initial(plan, base.get, calibration=moments, tokenizer=tokenizer)
+        tensors = initial(plan, base, calibration=moments, tokenizer=tokenizer, dense=weights)
         state.add(AdapterParameters(plan, tensors, trained_keys(plan)))
     state.activate(meant.active, trainable=True)
     if example_inputs is not None:
@@ -196,6 +226,7 @@ def load(
     autocast_adapter_dtype: bool = True,
     use: str | PathLike[str] | None = None,
     values: Mapping[str, Value] | None = None,
+    prepare_for_kbit_training: bool = True,
 ) -> AdaptedModel:
     """Put an adapter from a PEFT checkpoint, ours or peft's, into a model.
 
@@ -214,12 +245,15 @@ def load(
         use: An `.adapter` file with methods of your own. What peftc saved needs none: the definition is in it.
         values: Hyperparameters that are to be other than the file says. `{"peft_compatible": True}` has virtual tokens
             counted and returned as PEFT does.
+        prepare_for_kbit_training: As in `apply`, if the adapter `is_trainable`.
 
     Raises:
         CheckpointError: the checkpoint is damaged, unsupported, or does not fit the model.
         ModelError: the model cannot be copied or traced.
     """
     adapted = adapt(_checked(model))
+    if is_trainable and prepare_for_kbit_training:
+        adapted._widen()
     adapted.load_adapter(
         peft_model_id,
         adapter_name,
@@ -244,7 +278,8 @@ def adapt(model: nn.Module) -> AdaptedModel:
     adapted.__dict__.update(plain.__dict__)
     bank = nn.Module()
     adapted.add_module(BANK, bank)
-    requires_grad = {name: each.requires_grad for name, each in model.named_parameters(remove_duplicate=False)}
+    requires_grad = dict.fromkeys((name for name, _ in plain.named_parameters(remove_duplicate=False)), False)
+    requires_grad |= {name: each.requires_grad for name, each in model.named_parameters(remove_duplicate=False)}
     config = getattr(model, "config", None)
     name = getattr(config, "_name_or_path", None) or getattr(model, "name_or_path", None)
     facts = Facts(base_name=name or None, base_revision=getattr(config, "_commit_hash", None))
@@ -252,7 +287,14 @@ def adapt(model: nn.Module) -> AdaptedModel:
     adapted.__dict__[STATE] = AdapterState(engine=engine, bank=bank, requires_grad=requires_grad, facts=facts)
     if any(getattr(each, "gradient_checkpointing", False) is True for each in model.modules()):
         engine.recompute = Recompute()
+    mark_adapted(adapted)
     return adapted
+
+
+def mark_adapted(adapted: AdaptedModel) -> None:
+    """Let transformers know that there are adapters to train, without which it refuses to train a quantized model."""
+    if getattr(adapted, "is_quantized", False):
+        adapted.__dict__[ADAPTED] = True
 
 
 def prepare(adapted: runtime.AdaptedModel, example_inputs: Sequence[Any] | Mapping[str, Any]) -> Call:
@@ -283,4 +325,6 @@ def _checked(model: nn.Module) -> nn.Module:
         )
     if hasattr(model, "peft_config") and hasattr(model, "base_model") and type(model).__module__.startswith("peft."):
         fail(ModelError, "E406", "the model is wrapped by peft", help="pass the model peft wraps: model.unload()")
+    check_quantization(model)
+    check_is_backed(model)
     return model

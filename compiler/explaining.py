@@ -12,6 +12,7 @@ from peftc.compiler.driver import fitted
 from peftc.compiler.facts import CallFacts, CostFacts, ExplainFacts, GroupFacts, TermFacts, TogetherFacts
 from peftc.compiler.inserted import inserted
 from peftc.compiler.models import FoundModel
+from peftc.compiler.quantizing import quantized_copy
 from peftc.compiler.tokenizers import tokenizer_for
 from peftc.grammar import algebra
 from peftc.grammar.diagnostics import UsageError, fail
@@ -20,10 +21,12 @@ from peftc.grammar.spec import Spec
 from peftc.passes.cost import LOWERINGS, Sizes, alternatives, anonymous, cheapest, sizes_of, typical
 from peftc.passes.plan import AdapterPlan
 from peftc.passes.resolve import check_base, resolve, survey
+from peftc.passes.schemes.known import packed_modules
 from peftc.passes.structure import AdaptedSite, structure_of
 from peftc.passes.vocabulary import enlarged
 from peftc.runtime.bank import AdapterParameters, trained_keys
 from peftc.runtime.calibration import imagined
+from peftc.runtime.dense import ImaginedDense
 from peftc.runtime.initial import initial
 from peftc.runtime.tokens import imagined as imagined_tokenizer
 
@@ -57,9 +60,10 @@ def explain(
         if count < 1:
             fail(UsageError, "E553", f"a call cannot have {count} tokens", help="give a number from 1")
     meant = spec if isinstance(spec, Spec) else read_spec(spec)
-    found = as_found(model)
-    ground = survey(found.model)
-    check_base(meant.base, ground)
+    found = as_found(model, meant.quantize)
+    check_base(meant.base, survey(found.model))
+    stored = quantized_copy(found.model, meant.quantize)
+    ground = survey(stored)
     specs, size = fitted(meant.adapters, ground, tokenizer_for(meant, found))
     plans = {each.name: resolve(each, ground if size is None else enlarged(ground, size)) for each in specs}
     together = [tuple(name for name, _ in meant.active)] if meant.active else [(name,) for name in plans]
@@ -71,7 +75,7 @@ def explain(
         together=tuple(
             TogetherFacts(
                 names,
-                tuple(_groups(found.model, [plans[name] for name in names], tokens, training)),
+                tuple(_groups(stored, [plans[name] for name in names], tokens, training)),
                 tuple(each for name in names for each in inserted(plans[name])),
             )
             for names in together
@@ -130,8 +134,13 @@ def _call(adapted: AdaptedSite, sizes: Sizes, tokens: int, training: bool) -> Ca
 def _imagined(model: nn.Module, plans: Iterable[AdapterPlan]) -> Iterator[AdapterParameters]:
     """The adapters' tensors as they would be, without their numbers: some are made from weights, at some expense."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    tensors = {name: mode.from_tensor(each.detach()) for name, each in model.state_dict(keep_vars=True).items()}
+    packed = {f"{name}.weight": each.packing for name, each in packed_modules(model).items()}
+    own = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    tensors = {name: mode.from_tensor(each.detach()) for name, each in own if name not in packed}
     for plan in plans:
         with mode:
-            made = initial(plan, tensors.get, calibration=imagined(plan), tokenizer=imagined_tokenizer)
+            dense = {name: torch.zeros(each.out_features, each.in_features) for name, each in packed.items()}
+            base = {**tensors, **dense}.get
+            moments, weights = imagined(plan), ImaginedDense()
+            made = initial(plan, base, calibration=moments, tokenizer=imagined_tokenizer, dense=weights)
             yield AdapterParameters(plan, made, trained_keys(plan))

@@ -9,9 +9,10 @@ from peftc.compiler.drawing import as_found
 from peftc.compiler.driver import fitted
 from peftc.compiler.facts import AdapterFacts
 from peftc.compiler.models import FoundModel
+from peftc.compiler.quantizing import quantized_copy
 from peftc.compiler.summary import adapter_facts
 from peftc.compiler.tokenizers import tokenizer_for
-from peftc.grammar.diagnostics import Diagnostic, SpecError
+from peftc.grammar.diagnostics import Diagnostic, ModelError, SpecError
 from peftc.grammar.spec import Base, Spec
 from peftc.passes.resolve import Ground, check_base, resolve, survey
 from peftc.passes.vocabulary import enlarged
@@ -20,9 +21,12 @@ from peftc.passes.vocabulary import enlarged
 def check_fit(spec: Spec, model: nn.Module | FoundModel) -> tuple[tuple[AdapterFacts, ...], tuple[Diagnostic, ...]]:
     """What every adapter of a spec would put where on a model, and every diagnostic of those that do not fit."""
     found = as_found(model)
-    model = found.model
-    ground = survey(model)
+    ground = survey(found.model)
     problems = list(_base_problems(spec.base, ground))
+    try:
+        ground = survey(quantized_copy(found.model, spec.quantize))
+    except (SpecError, ModelError) as error:
+        problems += error.diagnostics
     weights = dict(spec.active)
     facts = []
     for each in spec.adapters:

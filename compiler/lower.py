@@ -1,5 +1,7 @@
 """The pipelines: from a trace to the graph that runs."""
 
+from collections.abc import Mapping
+
 from torch import fx
 
 from peftc.grammar.diagnostics import ModelError, fail
@@ -21,7 +23,10 @@ from peftc.passes.insert_prefix import CarryPrompt, InsertPrefix
 from peftc.passes.insert_prompt import InsertPrompt
 from peftc.passes.insert_tokens import InsertTokens
 from peftc.passes.join_cats import JoinCats
+from peftc.passes.lower_quantized import LowerQuantized
 from peftc.passes.native import NativeCalls
+from peftc.passes.schemes.known import Packed
+from peftc.passes.stop_early import StopEarly
 from peftc.passes.structure import Structure
 from peftc.passes.traced import Traced
 from peftc.runtime import virtual
@@ -39,8 +44,11 @@ def specialise(
     autocast: bool,
     choice: Choice = PUSHED,
     mode: str = "",
+    packed: Mapping[str, Packed] | None = None,
 ) -> fx.Graph:
     """A copy of the trace with adapters of this structure in it, widened as the mode of the call says.
+
+    `packed` are the modules that store their weight packed.
 
     Raises ModelError where an adapter cannot be put in as asked.
     """
@@ -55,6 +63,7 @@ def specialise(
         pipeline.append(InsertTokens(structure, slot_value, autocast))
     if structure.copies:
         pipeline.append(InsertCopy(structure))
+    pipeline += [StopEarly(), LowerQuantized(packed or {}, training)]
     try:
         driver.run(graph, pipeline)
     except UnfitError as error:

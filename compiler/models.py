@@ -17,16 +17,13 @@ from torch import nn
 
 from peftc.compiler.pretrained import from_config, from_hub, from_weights
 from peftc.grammar.diagnostics import Diagnostic, ModelError, did_you_mean, fail
+from peftc.grammar.spec import Quantize
 from peftc.runtime.adapter_files import CONFIG
+from peftc.runtime.dense import INDEX, WEIGHTS
 
 _FACTORY = re.compile(r"([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*)")
 _REPO = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
-_WEIGHTS = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
+_WEIGHTS = (WEIGHTS, INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
 @dataclass(frozen=True)
@@ -36,6 +33,7 @@ class FoundModel:
     `origin` is weights (a directory), hub, random (a directory with only a config.json), factory or object (a module
     that was there already); `notes` say aloud what was decided, `warnings` what looks wrong. `tokenizer` is for tokens
     that a spec names by their text; without one it is loaded from where the model is from, with the options `loading`.
+    `dense` is the directory of the weights that the model was quantized from as it was loaded.
     """
 
     model: nn.Module
@@ -47,6 +45,7 @@ class FoundModel:
     warnings: tuple[str, ...] = ()
     tokenizer: Any | None = None
     loading: Mapping[str, Any] = field(default_factory=dict)
+    dense: Path | None = None
 
 
 def find_model(
@@ -56,6 +55,7 @@ def find_model(
     trust_remote_code: bool = False,
     revision: str | None = None,
     local_files_only: bool = False,
+    quantize: Quantize | None = None,
 ) -> FoundModel:
     """The model that `peftc compile SPEC MODEL` means.
 
@@ -67,24 +67,28 @@ def find_model(
         trust_remote_code: Run a modelling file that comes with the model.
         revision: Of the repository on the Hub.
         local_files_only: Never ask the Hub.
+        quantize: Of a spec: weights are packed one after the other as they are read, so that the dense model is never
+            in memory. Random weights and a factory's model are left to `apply`, and so is a model that is quantized
+            already, to be compared.
 
     Raises:
         ModelError: what is wrong with the argument, the config or the weights, and what to do instead.
+        SpecError: `quantize` would skip modules that there are not.
     """
     text = str(argument)
     path = Path(text).expanduser()
     factory = _FACTORY.fullmatch(text)
     with seeded(seed):
         if _exists(path, text):
-            return _from_path(path, text, seed, trust_remote_code)
+            return _from_path(path, text, seed, trust_remote_code, quantize)
         if factory:
             return _from_factory(text, factory[1], factory[2], seed)
         if isinstance(argument, Path) or not _REPO.fullmatch(text):
             fail(ModelError, "E450", f"no such directory: '{text}'", help=_missing_help(path, text), where=text)
         help = _missing_help(path, text)
-        model, warnings = from_hub(text, revision, trust_remote_code, local_files_only, near=help)
+        model, warnings, at = from_hub(text, revision, trust_remote_code, local_files_only, help, quantize)
     loading = {"revision": revision, "trust_remote_code": trust_remote_code, "local_files_only": local_files_only}
-    return FoundModel(model, text, "hub", warnings=warnings, loading=loading)
+    return FoundModel(model, text, "hub", warnings=warnings, loading=loading, dense=_dense(model, at, quantize))
 
 
 @contextmanager
@@ -114,7 +118,7 @@ def _missing_help(path: Path, text: str) -> str:
 # --- directories ---
 
 
-def _from_path(path: Path, text: str, seed: int, trust_remote_code: bool) -> FoundModel:
+def _from_path(path: Path, text: str, seed: int, trust_remote_code: bool, quantize: Quantize | None) -> FoundModel:
     if not path.is_dir():
         help = f"give its directory: '{path.parent}'" if path.name in ("config.json", *_WEIGHTS) else ""
         help = help or ("write package.module:factory for code" if path.suffix == ".py" else "")
@@ -130,11 +134,19 @@ def _from_path(path: Path, text: str, seed: int, trust_remote_code: bool) -> Fou
         fail(ModelError, "E450", "no file 'config.json': this is not a model's directory", help=help, where=text)
     loading = {"trust_remote_code": trust_remote_code, "local_files_only": True}
     if present & set(_WEIGHTS):
-        model, warnings = from_weights(path, text, trust_remote_code)
-        return FoundModel(model, text, "weights", warnings=warnings, loading=loading)
+        model, warnings = from_weights(path, text, trust_remote_code, quantize)
+        dense = _dense(model, path, quantize)
+        return FoundModel(model, text, "weights", warnings=warnings, loading=loading, dense=dense)
     model, warnings = from_config(path, text, trust_remote_code)
     note = f"{text} holds no weights: the model's weights are random, from seed {seed}"
     return FoundModel(model, text, "random", seed, notes=(note,), warnings=warnings, loading=loading)
+
+
+def _dense(model: nn.Module, path: Path, quantize: Quantize | None) -> Path | None:
+    """The directory, if what it holds was packed as it was loaded."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    packed_here = quantize is not None and quantizer is not None and not quantizer.pre_quantized
+    return path if packed_here and any((path / each).is_file() for each in (WEIGHTS, INDEX)) else None
 
 
 # --- factories ---

@@ -5,7 +5,7 @@ import logging
 import socket
 import warnings as python_warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
@@ -20,7 +20,10 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging as transformers_logging
 
+from peftc.compiler.memory import releasing
+from peftc.compiler.storing import Storing, storing
 from peftc.grammar.diagnostics import Diagnostic, ModelError, did_you_mean, fail
+from peftc.grammar.spec import Quantize
 
 Loaded = tuple[nn.Module, tuple[str, ...]]
 
@@ -33,11 +36,15 @@ _ALWAYS = frozenset(
 _ALSO_KNOWN = _ALWAYS | {"quantization_config", "task_specific_params", "tokenizer_class", "use_cache"}
 
 
-def from_weights(path: Path, name: str, trust_remote_code: bool) -> Loaded:
-    """A model of a directory with config.json and weights. Raises ModelError."""
+def from_weights(path: Path, name: str, trust_remote_code: bool, quantize: Quantize | None = None) -> Loaded:
+    """A model of a directory with config.json and weights, packed as they are read if they are to be.
+
+    Raises ModelError, and SpecError if it has no module that `quantize` skips.
+    """
     config = _read(path / "config.json")
     kind, warnings = _class(config, path, trust_remote_code)
-    return _load(kind, str(path), name, warnings, trust_remote_code=trust_remote_code, local_files_only=True)
+    stored = storing(config, kind, path, quantize, str(path / "config.json"), trust_remote_code)
+    return _load(kind, str(path), name, warnings, stored, trust_remote_code=trust_remote_code, local_files_only=True)
 
 
 def from_config(path: Path, name: str, trust_remote_code: bool) -> Loaded:
@@ -49,6 +56,8 @@ def from_config(path: Path, name: str, trust_remote_code: bool) -> Loaded:
         with _quiet():
             config = transformers.AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code)
             config._name_or_path = name
+            if vars(config).pop("quantization_config", None) is not None:
+                warnings += (f"{where}: the field 'quantization_config' has no effect on random weights",)
             make: Callable[..., nn.Module] = getattr(kind, "_from_config", None) or kind.from_config
             model = make(config, **({} if hasattr(kind, "_from_config") else {"trust_remote_code": trust_remote_code}))
     except Exception as error:  # a config's own checks, and whatever its model meets
@@ -56,21 +65,35 @@ def from_config(path: Path, name: str, trust_remote_code: bool) -> Loaded:
     return model.eval(), warnings
 
 
-def from_hub(name: str, revision: str | None, trust_remote_code: bool, local_files_only: bool, near: str) -> Loaded:
-    """A model of the Hub, downloaded unless it is in the cache. `near` helps if there is none. Raises ModelError."""
+def from_hub(
+    name: str,
+    revision: str | None,
+    trust_remote_code: bool,
+    local_files_only: bool,
+    near: str,
+    quantize: Quantize | None = None,
+) -> tuple[nn.Module, tuple[str, ...], Path]:
+    """A model of the Hub, downloaded unless it is in the cache, warnings, and the directory that it is in.
+
+    `near` helps if there is none; `quantize` as in `from_weights`. Raises ModelError and SpecError.
+    """
     reachable = not local_files_only and _hub_is_known()
     with _quiet():
         path = _fetch_config(name, revision, reachable=reachable, wanted=not local_files_only, near=near)
-    kind, warnings = _class(_read(path), path.parent, trust_remote_code)
-    return _load(
+    config = _read(path)
+    kind, warnings = _class(config, path.parent, trust_remote_code)
+    stored = storing(config, kind, path.parent, quantize, str(path), trust_remote_code)
+    model, warnings = _load(
         kind,
         name,
         name,
         warnings,
+        stored,
         revision=revision,
         trust_remote_code=trust_remote_code,
         local_files_only=not reachable,
     )
+    return model, warnings, path.parent
 
 
 # --- config.json ---
@@ -161,15 +184,17 @@ def _unknown_fields(config: dict[str, Any], kind: type[PreTrainedConfig], where:
 # --- loading ---
 
 
-def _load(kind: Any, source: str, name: str, warnings: tuple[str, ...], **options: Any) -> Loaded:
+def _load(kind: Any, source: str, name: str, warnings: tuple[str, ...], stored: Storing, **options: Any) -> Loaded:
     try:
-        with _quiet():
-            model, info = kind.from_pretrained(source, output_loading_info=True, **options)
+        with _quiet(), releasing() if stored.quantize else nullcontext():
+            model, info = kind.from_pretrained(source, output_loading_info=True, **options, **stored.options)
     except (hub.HfHubHTTPError, hub.OfflineModeIsEnabled, ConnectionError) as error:
         _refuse("E455", "the weights cannot be downloaded", error, name)
     except Exception as error:  # damaged files, shapes that do not fit, a config that does not hold together
+        stored.check(error, name)
         _refuse("E454", "the model cannot be loaded", error, name)
     missing = sorted(info.get("missing_keys") or ())
+    stored.settle(model, missing, name)
     if missing:
         shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
         warnings += (f"{name}: the weights lack {shown}, which are random now",)

@@ -46,7 +46,6 @@ class Tracer:
 
     def __init__(self, model: nn.Module):
         self._source = model
-        self._aliases = tied_names(model)
 
     def trace(self, call: Call) -> Traced:
         """The graph for calls of this signature.
@@ -55,17 +54,18 @@ class Tracer:
         """
         layout = self._layout(call) if call.cache is not None else None
         twin = self._twin(call)
+        aliases = tied_names(twin.model)  # a packed module may hold no tensor of the name that the twin's weight has
         inputs = self._inputs(twin, call, layout)
         forward = _FlatForward(twin.model, call, layout)
         with _apart(call):
             module, guards = _export(twin.model, forward, inputs, type(self._source).__name__)
         graph = _flat_graph(module, inputs)
-        driver.run(graph, [SplitOwners(self._aliases)])
+        driver.run(graph, [SplitOwners(aliases)])
         return Traced(
             graph=graph,
             inputs=tuple(each.name for each in inputs),
             shapes=tuple(_bound_sizes(node) for node in graph.find_nodes(op="placeholder")),
-            constants=_constants(module, graph, self._aliases),
+            constants=_constants(module, graph, aliases),
             outputs=forward.form,
             cache=layout or forward.layout,
             guards=guards,

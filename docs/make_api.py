@@ -18,13 +18,14 @@ from peftc.grammar.diagnostics import (
     UsageError,
 )
 from peftc.grammar.source import Source, Span
-from peftc.grammar.spec import AdapterSpec, Base, Spec, Target
+from peftc.grammar.spec import AdapterSpec, Base, Quantize, Spec, Target
 from peftc.passes.plan import AdapterPlan, PlannedCopy, PlannedSite
 from peftc.passes.site import Site
 from peftc.runtime.allocating import Allocating
 from peftc.runtime.drift import MergeDrift, OutputDrift, TensorDrift
 from peftc.runtime.kv_prefix import KvPrefix
 from peftc.runtime.lifecycle import Lifecycle
+from peftc.runtime.merging import Merging
 from peftc.runtime.model import AdaptedModel
 from peftc.runtime.recomputing import Recomputing
 from peftc.runtime.saving import Saving
@@ -32,13 +33,14 @@ from peftc.runtime.saving import Saving
 PAGE = Path(__file__).parent / "api.md"
 WIDTH = 100  # of a signature on one line
 
-OWNERS = (Lifecycle, Saving, Allocating, Recomputing, KvPrefix, AdaptedModel)
+OWNERS = (Lifecycle, Merging, Saving, Allocating, Recomputing, KvPrefix, AdaptedModel)
 ERRORS = (AdapterError, SpecError, CheckpointError, ModelError, UsageError, Diagnostic, Span, Source)
 DATA = (
     Spec,
     AdapterSpec,
     Target,
     Base,
+    Quantize,
     AdapterPlan,
     PlannedSite,
     PlannedCopy,

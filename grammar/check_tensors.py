@@ -9,7 +9,15 @@ from peftc.grammar.diagnostics import SpecError, did_you_mean, fail
 from peftc.grammar.functions import FUNCTIONS, MAX_AXES
 from peftc.grammar.infer import BOOL, DROP, INT, TEXT, Scalar, Type, need, size_of, type_of
 from peftc.grammar.infer import number as need_number
-from peftc.grammar.initialisers import MEASURED, TYPED, branches, initialiser, match_arguments, unknown_initialiser
+from peftc.grammar.initialisers import (
+    MEASURED,
+    ROUNDED,
+    TYPED,
+    branches,
+    initialiser,
+    match_arguments,
+    unknown_initialiser,
+)
 from peftc.grammar.rule import KINDS, PLACES, ParamRule
 from peftc.grammar.scalar import SCALAR_FUNCTIONS
 from peftc.grammar.shapes import Shape, differ
@@ -147,8 +155,10 @@ class TensorChecks:
         if item.condition is not None:
             need(item.condition, self._type(item.condition), BOOL, "'if'")
         seeded = isinstance(item, tree.ConstItem) and item.seed is not None
-        if (item.shared or seeded) and any(initialiser(each) in MEASURED for each in branches(item.init)):
-            message = f"'{item.name}' is made of the inputs of a site: it can be neither shared nor seeded"
+        starts = {initialiser(each) for each in branches(item.init)}
+        if (item.shared or seeded) and starts & {*MEASURED, ROUNDED}:
+            of = "weight" if ROUNDED in starts else "inputs"
+            message = f"'{item.name}' is made of the {of} of a site: it can be neither shared nor seeded"
             fail(SpecError, "E136", message, item.init.span)
         if seeded and any(initialiser(each) in TYPED for each in branches(item.init)):
             fail(SpecError, "E136", f"nothing of '{item.name}' is drawn, so there is nothing to seed", item.init.span)
@@ -175,6 +185,9 @@ class TensorChecks:
         assert isinstance(square, Shape)
         if initialiser(expr) in MEASURED and shape.sizes != (square.sizes[1],) * 2:
             message = f"a {initialiser(expr)} of inputs is of shape [in, in], and this is to be {shape}"
+            fail(SpecError, "E133", message, expr.span)
+        if initialiser(expr) == ROUNDED and shape.sizes != square.sizes:
+            message = f"a {ROUNDED} is of the weight's shape [out, in], and this is to be {shape}"
             fail(SpecError, "E133", message, expr.span)
         for argument, value in match_arguments(expr).items():
             if initialiser(expr) in TYPED:

@@ -13,6 +13,7 @@ from peftc.grammar.library import builtin_methods
 from peftc.grammar.load import load_source
 from peftc.grammar.methods_of import Loader, Methods, methods_of
 from peftc.grammar.parse import parse
+from peftc.grammar.quantize import read_quantize
 from peftc.grammar.rule import KINDS, MethodRule
 from peftc.grammar.source import Source, Span
 from peftc.grammar.spec import AdapterSpec, Base, Spec, Target, Tokens
@@ -224,7 +225,8 @@ def _base(file: tree.File) -> Base | None:
             fail(SpecError, "E142", f"'{each.name}' is a text in double quotes", each.value.span)
         if each.name != "quantize":
             _check_entry(each)
-    return Base(found.entries, found.span)
+    quantize = next((read_quantize(each) for each in found.entries if each.name == "quantize"), None)
+    return Base(tuple(each for each in found.entries if each.name != "quantize"), quantize, found.span)
 
 
 def _check_entry(entry: tree.BaseEntry) -> None:

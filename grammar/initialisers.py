@@ -25,9 +25,11 @@ INITIALISERS: Mapping[str, tuple[tuple[str, float | str | None], ...]] = {
     "listed": (("values", None),),
     "covariance": (),
     "second_moment": (),
+    "quantization_error": (),
 }
 TYPED = {"encoded": "text", "listed": "ints"}  # what takes no numbers: the type of its arguments
 MEASURED = ("covariance", "second_moment")  # of the inputs a site sees
+ROUNDED = "quantization_error"  # of a site's weight: what it was less what is stored of it
 
 
 def initialiser(expr: tree.Expr) -> str:

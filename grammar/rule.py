@@ -42,7 +42,8 @@ class Init:
     listed(values): those of a list, encoded(text, tokenizer): the ids of its tokens, again and again until it is full,
     places(rows, columns): distinct places of a matrix, in order, row above column,
     off_diagonal(size): distinct places beside the diagonal of a square matrix,
-    covariance(), second_moment(): of the inputs that a site sees while the adapter is calibrated.
+    covariance(), second_moment(): of the inputs that a site sees while the adapter is calibrated,
+    quantization_error(): of the site's weight, what it was before it was quantized less what is stored of it.
     """
 
     function: str

@@ -9,6 +9,13 @@ from peftc.grammar.source import Source, Span
 
 Values = tuple[tuple[str, Value], ...]
 
+COMPUTE_TYPES = ("float32", "bfloat16", "float16")
+SCHEMES = {
+    "nf4": ("double_quant", "compute", "skip"),
+    "fp4": ("double_quant", "compute", "skip"),
+    "int8": ("threshold", "skip"),
+}
+
 
 @dataclass(frozen=True)
 class Target:
@@ -54,13 +61,31 @@ class AdapterSpec:
 
 
 @dataclass(frozen=True)
-class Base:
-    """What a spec demands of the model, checked before anything is rewritten.
+class Quantize:
+    """How the base's linears are to be stored, by bitsandbytes. Which options a scheme has, `SCHEMES` says.
 
-    `entries` are the entries as written, e.g. ("architecture", Text("LlamaForCausalLM")).
+    `double_quant` has the scales quantized too; `compute` is the type that the linears compute in, None for the model's
+    own; beyond `threshold` an activation is an outlier. `skip` are modules left dense with all that is in them, by
+    their names or the ends of those; None for what transformers leaves (the output head, what is to be in float32).
+    """
+
+    scheme: Literal["nf4", "fp4", "int8"]
+    double_quant: bool = False
+    compute: Literal["float32", "bfloat16", "float16"] | None = None
+    threshold: float = 6.0
+    skip: tuple[str, ...] | None = None
+    span: Span | None = field(default=None, compare=False, repr=False)
+
+
+@dataclass(frozen=True)
+class Base:
+    """What a spec demands of the model, checked before anything is rewritten, and how it is to be stored.
+
+    `entries` are the entries as written but for `quantize`, e.g. ("architecture", Text("LlamaForCausalLM")).
     """
 
     entries: tuple[tree.BaseEntry, ...] = ()
+    quantize: Quantize | None = None
     span: Span | None = field(default=None, compare=False, repr=False)
 
 
@@ -75,6 +100,11 @@ class Spec:
     active: tuple[tuple[str, float], ...] = ()
     base: Base | None = None
     source: Source | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def quantize(self) -> Quantize | None:
+        """How the base is to be stored, if the spec says so."""
+        return None if self.base is None else self.base.quantize
 
     def adapter(self, name: str) -> AdapterSpec:
         """The adapter of that name. Raises KeyError."""

@@ -4,8 +4,9 @@ import itertools
 
 from peftc.grammar import expression, tree
 from peftc.grammar.library import builtin_methods
+from peftc.grammar.quantize import to_expression
 from peftc.grammar.rule import MethodRule, ParamRule, Value
-from peftc.grammar.spec import AdapterSpec, Spec, Target, Values
+from peftc.grammar.spec import AdapterSpec, Base, Spec, Target, Values
 from peftc.grammar.values import complete
 
 
@@ -16,12 +17,18 @@ def to_tree(spec: Spec) -> tree.File:
     methods = {each.rule.name: each.rule for each in spec.adapters}
     statements += [_method(rule) for name, rule in methods.items() if builtin.get(name) != rule]
     if spec.base is not None:
-        statements.append(tree.Base(spec.base.entries))
+        statements.append(_base(spec.base))
     statements += [_adapter(each) for each in spec.adapters]
     lone = len(spec.adapters) == 1 and spec.active == ((spec.adapters[0].name, 1.0),)
     if spec.active and not lone:
         statements.append(tree.Activate(tuple(tree.ActivateTerm(weight, name) for name, weight in spec.active)))
     return tree.File(tuple(statements))
+
+
+def _base(base: Base) -> tree.Base:
+    if base.quantize is None:
+        return tree.Base(base.entries)
+    return tree.Base((*base.entries, tree.BaseEntry("quantize", to_expression(base.quantize))))
 
 
 def _adapter(spec: AdapterSpec) -> tree.Adapter:

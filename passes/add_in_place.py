@@ -8,10 +8,12 @@ from torch import fx
 
 from peftc.passes.driver import Change
 from peftc.passes.emit import Origin
+from peftc.passes.packed_operators import PACKED_LINEAR
 
 aten = torch.ops.aten
 
-OWN = (aten.linear.default, aten.addmm.default, aten.index_add_.default)  # operators whose output is their own
+# Operators whose output is their own.
+OWN = (aten.linear.default, PACKED_LINEAR, aten.addmm.default, aten.index_add_.default)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from peftc.passes.emit import fake_like
 from peftc.passes.fuse_low_rank import FuseLowRank
 from peftc.passes.hoist import kept_nodes
 from peftc.passes.insert_delta import InsertDelta
+from peftc.passes.packed_operators import QUANTIZED_LINEAR
 from peftc.passes.site import Site
 from peftc.passes.structure import AdaptedSite, Structure
 from peftc.passes.work import Work, backward_work, forward_work, trained_nodes
@@ -121,11 +122,12 @@ def alternatives(
     W' is computed only where it has the base weight's own precision: what is added to an activation is not rounded. It
     is kept only where the expression has to be computed as a whole matrix anyway, and nothing trains. Where the weight
     is used in a way that no law covers, W' is computed whatever it costs, and kept unless it is a stack of experts.
+    Where the base stores its weight packed, W' is neither computed nor kept: that is what it is packed for.
     """
     found: list[Lowering] = ["pushed"]
     if not _has_law(adapted.site):
         found = ["kept" if frozen and adapted.site.count == 1 else "dense"]  # a stack is most of its model
-    elif adapted.site.kind != "embedding" and not _is_rounded(adapted):
+    elif adapted.site.kind != "embedding" and adapted.site.packing is None and not _is_rounded(adapted):
         found.append("kept" if frozen and _counted(adapted, sizes, "pushed").makes_matrix else "dense")
     return {each: estimate(adapted, sizes, tokens, each, training=training, frozen=frozen) for each in found}
 
@@ -252,6 +254,8 @@ def _base(site: Site) -> fx.Graph:
                 op, arguments = aten.detach.default, [weight]
             case "embedding":
                 op, arguments = aten.embedding.default, [weight, activation]
+            case _ if site.packing is not None:
+                op, arguments = QUANTIZED_LINEAR, [activation, weight, node(graph.get_attr(site.bias), bias)]
             case "conv1d":
                 op, arguments = aten.addmm.default, [node(graph.get_attr(site.bias), bias), activation, weight]
             case _ if site.has_bias:

@@ -53,7 +53,7 @@ class Emit:
         assert isinstance(value, torch.Tensor)
         return value
 
-    def slot(self, target: str, value: torch.Tensor, position: int, role: str) -> fx.Node:
+    def slot(self, target: str, value: torch.Tensor, position: int | None = None, role: str = "") -> fx.Node:
         """A read of a tensor by its attribute name; `value` is a (fake) tensor like the one that will be there."""
         with self.graph.inserting_before(self.before):
             node = self.graph.create_node("get_attr", target)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from peftc.passes.schemes.known import packed
 from peftc.passes.site import Site
 from peftc.passes.sites import input_embedding, tied_names
 
@@ -117,11 +118,16 @@ def _attention(model: nn.Module, heads: Heads | None) -> list[Site]:
     found: list[Site] = []
     for path, module in model.named_modules():
         children = dict(module.named_children())
-        packed = isinstance(children.get(PACKED), Conv1D) and "q_attn" not in children
-        if not (set(SEPARATE) <= set(children) or packed):
+        fused = isinstance(children.get(PACKED), Conv1D) and "q_attn" not in children
+        if not (set(SEPARATE) <= set(children) or fused):
             continue
-        weight = children[PACKED if packed else "q_proj"].get_parameter("weight")
-        hidden = weight.shape[0] if packed else weight.shape[1]
+        query = children[PACKED if fused else "q_proj"]
+        held = packed(query)
+        if held is not None:
+            hidden, dtype, device = held.packing.in_features, held.packing.dtype, held.parts[0].device
+        else:
+            weight = query.get_parameter("weight")
+            hidden, dtype, device = weight.shape[0 if fused else 1], weight.dtype, weight.device
         found.append(
             Site(
                 module=path,
@@ -129,8 +135,8 @@ def _attention(model: nn.Module, heads: Heads | None) -> list[Site]:
                 kind="attention",
                 out_features=hidden,
                 in_features=hidden,
-                dtype=weight.dtype,
-                device=weight.device,
+                dtype=dtype,
+                device=device,
                 layers=heads.layers if heads else 0,
                 heads=heads.heads if heads else 0,
             )

@@ -8,6 +8,7 @@ from torch import fx
 
 from peftc.passes.driver import Change, Miss
 from peftc.passes.emit import Emit, Origin
+from peftc.passes.packed_operators import PACKED_LINEAR
 from peftc.passes.structure import float_of
 
 aten = torch.ops.aten
@@ -99,8 +100,8 @@ class _Rows:
         if node not in self.known:
             # Right behind the value, so that every reader can share the rows.
             emit = Emit(self.graph, node.next, node.meta.get("peftc") or Origin(FuseLowRank.name), like=node)
-            if node.target is aten.linear.default:
-                self.known[node] = emit.call(aten.linear.default, self.of(_node(node.args[0])), *node.args[1:])
+            if node.target in (aten.linear.default, PACKED_LINEAR):
+                self.known[node] = emit.call(node.target, self.of(_node(node.args[0])), *node.args[1:])
             else:
                 self.known[node] = emit.call(aten.reshape.default, node, [-1, int(node.meta["val"].shape[-1])])
         return self.known[node]
@@ -124,7 +125,7 @@ class _Rows:
 
 
 def _makes_own_output(node: fx.Node) -> bool:
-    own = (aten.linear.default, aten.addmm.default, aten.addmm_.default)
+    own = (aten.linear.default, PACKED_LINEAR, aten.addmm.default, aten.addmm_.default)
     shaped = node.target is aten.view.default and isinstance(node.meta.get("peftc"), Origin)
     return node.target in own or shaped
 

@@ -1,5 +1,6 @@
 """Takes what depends on weights and parameters alone out of a graph, to be computed once and kept."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -8,9 +9,12 @@ from torch import fx
 
 from peftc.passes.driver import Change
 from peftc.passes.emit import Origin
+from peftc.passes.packed_operators import PACKED_LINEAR, UNPACK
+from peftc.passes.packing import from_text
 from peftc.passes.work import is_view
 
 PIECES = "pieces"
+KEPT_SHARE = 8
 
 
 @dataclass(frozen=True)
@@ -18,7 +22,8 @@ class Hoist:
     """f(x, g(W, A))  ->  f(x, piece), piece = g(W, A)
 
     For adapters that are not trained. At the sites of `transient` a whole weight would be kept for every call to save
-    little: there the graph stays as it is. `prologue` receives the graph that computes the pieces, in order.
+    little: there the graph stays as it is. Where the base stores its weight packed, only what is small beside it is
+    kept. `prologue` receives the graph that computes the pieces, in order.
     """
 
     transient: frozenset[str]
@@ -58,14 +63,32 @@ def _fixed(graph: fx.Graph, transient: frozenset[str]) -> tuple[set[fx.Node], se
     """The nodes that no activation goes into, and those of them that are worth keeping."""
     fixed: set[fx.Node] = set()
     worth: set[fx.Node] = set()
+    limits = _limits(graph)
     for node in graph.nodes:
         if node.op == "get_attr":
             fixed.add(node)
         elif _is_ours(node, transient) and all(each in fixed for each in node.all_input_nodes):
             fixed.add(node)
-            if not is_view(node) or _any(node.all_input_nodes, worth):
+            is_small = _size(node) <= limits.get(node.meta["peftc"].site, math.inf)
+            if is_small and (not is_view(node) or _any(node.all_input_nodes, worth)):
                 worth.add(node)
     return fixed, worth
+
+
+def _limits(graph: fx.Graph) -> dict[str, int]:
+    """How many numbers a piece may hold at the sites whose weights are stored packed: an eighth of the weight's."""
+    found: dict[str, int] = {}
+    for node in graph.nodes:
+        if node.target in (PACKED_LINEAR, UNPACK):
+            packing = from_text(node.args[3] if node.target is PACKED_LINEAR else node.args[1])
+            found[node.meta["peftc"].site] = packing.out_features * packing.in_features // KEPT_SHARE
+    return found
+
+
+def _size(node: fx.Node) -> int:
+    """How many numbers a node gives, all its results together."""
+    value = node.meta["val"]
+    return sum(each.numel() for each in (value if isinstance(value, tuple | list) else (value,)))
 
 
 def _is_ours(node: fx.Node, transient: frozenset[str]) -> bool:

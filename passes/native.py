@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from peftc.passes.driver import Change
+from peftc.passes.packed_operators import PACKED_LINEAR, UNPACK, packed_linear, unpacked
 
 aten = torch.ops.aten
 
@@ -53,6 +54,8 @@ NATIVE: dict[Callable[..., Any], Callable[..., Any]] = {
     aten.unsqueeze.default: torch.unsqueeze,
     aten.view.default: torch.Tensor.view,
     aten.__and__.Tensor: operator.and_,
+    PACKED_LINEAR: packed_linear,
+    UNPACK: unpacked,
 }
 
 

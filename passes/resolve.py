@@ -17,9 +17,10 @@ from peftc.passes.fronts import fronts
 from peftc.passes.places import places
 from peftc.passes.plan import AdapterPlan, PlannedSite
 from peftc.passes.resolve_copies import Tensors, bias_copies, chosen_copies, inside, trained_copies, trained_modules
+from peftc.passes.resolve_packed import check_unpacked
 from peftc.passes.resolve_rows import planned_rows
 from peftc.passes.site import WHOLE, Site
-from peftc.passes.sites import collect, input_embedding, is_quantized, output_head, tied_names, universe
+from peftc.passes.sites import collect, input_embedding, output_head, tied_names, universe
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,6 @@ class Ground:
     sites: tuple[Site, ...]
     universe: Universe
     tensors: Mapping[str, tuple[tuple[int, ...], bool]]  # name -> shape, is it a parameter
-    quantized: tuple[str, ...]  # modules whose weights are packed
     ties: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # name of a tensor -> all its names
     fronts: tuple[Site, ...] = ()  # places that are no weight
     embedding: str = ""  # the module that embeds tokens, if the model says so
@@ -56,7 +56,6 @@ def survey(model: nn.Module) -> Ground:
         universe=universe(model, sites),
         tensors={**parameters, **{name: value for name, value in buffers.items() if name in saved}},
         ties=tied_names(model),
-        quantized=tuple(name for name, module in model.named_modules() if is_quantized(module)),
         fronts=fronts(model),
         embedding=input_embedding(model),
         head=output_head(model),
@@ -64,11 +63,9 @@ def survey(model: nn.Module) -> Ground:
 
 
 def check_base(base: Base | None, ground: Ground) -> None:
-    """Raise SpecError unless the model is what the spec's `base` block demands."""
+    """Raise SpecError unless the model is what the spec's `base` block demands; how it is stored is not looked at."""
     for entry in base.entries if base else ():
         wanted = entry.value.value if isinstance(entry.value, tree.Number | tree.Text | tree.Flag) else None
-        if entry.name == "quantize":
-            fail(SpecError, "E240", "quantizing the base from a spec is not supported yet", entry.span)
         if entry.name == "architecture":
             if wanted not in ground.class_names:
                 help = f"the model is a {ground.class_names[0]}"
@@ -121,6 +118,7 @@ def resolve(spec: AdapterSpec, ground: Ground) -> AdapterPlan:
     tied = {full.rpartition(".")[0] for each in copies for _, full in each.tied}
     taken |= dict.fromkeys(tied, "is trained as a whole")
     rows = planned_rows(spec, ground.sites, ground.universe, ground.embedding, taken)
+    check_unpacked(spec, copies, rows, ground.sites, ground.universe)
     if not planned and not copies and not rows:
         fail(SpecError, "E220", f"adapter {spec.name!r} adapts nothing on this model", spec.span)
     return AdapterPlan(spec, tuple(planned), copies, rows)
@@ -152,8 +150,7 @@ def _chosen(spec: AdapterSpec, ground: Ground, trained: Collection[str]) -> Chos
         for selector in target.selectors:
             # A checkpoint may name modules that this model has not; its keys tell whether that matters.
             if spec.strict:
-                packed = _quantized_miss(selector, ground)
-                problems += [packed] if packed else misses(selector, target.where, ground.universe)
+                problems += misses(selector, target.where, ground.universe)
             for each in select(selector, target.where, ground.universe):
                 chosen[each.name] = ({**dict(spec.values), **dict(target.overrides)}, selector.span or target.span)
     for target in spec.skip:
@@ -299,13 +296,6 @@ def _ineffective(keyword: str, target: Target) -> Diagnostic:
         target.span,
         "remove it or mend it",
     )
-
-
-def _quantized_miss(selector: tree.Selector, ground: Ground) -> Diagnostic | None:
-    packed = Universe(candidates=(), modules=ground.quantized)
-    if not ground.quantized or isinstance(selector, tree.AllSelector) or not select_modules(selector, packed):
-        return None
-    return Diagnostic("E224", "the modules chosen are quantized, which is not supported yet", selector.span)
 
 
 def _distinct(problems: Iterable[Diagnostic]) -> list[Diagnostic]:

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
+from peftc.passes.packing import Packing
+
 WHOLE = ("prompt", "cache")  # places of which a model has one
 HELD = ("parameter", "multihead_attention")  # kinds of weight that a module holds under a name of their own
 
@@ -36,6 +38,7 @@ class Site:
     layers: int = 0  # of the model, and how many heads of keys each has: of a place that is no weight
     heads: int = 0
     scale: float = 1.0  # what the module multiplies the rows of an embedding by: `W` has what it returns
+    packing: Packing | None = None  # how the module stores it, where a quantization library does
     stacks: int = 1  # two where an encoder stands beside a decoder
 
     @property

@@ -8,6 +8,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from peftc.grammar.select import Candidate, Universe
+from peftc.passes.schemes.known import Packed, packed
 from peftc.passes.site import Site
 
 HEADS = ("score", "classifier")
@@ -15,8 +16,6 @@ HEADS = ("score", "classifier")
 CONVOLUTIONS = {nn.Conv1d: "convolution1d", nn.Conv2d: "conv2d", nn.Conv3d: "conv3d"}
 SINGLE = (nn.Linear, Conv1D, nn.Embedding, *CONVOLUTIONS)  # one weight each
 PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")  # of a MultiheadAttention
-
-QUANTIZED = ("bitsandbytes", "gptqmodel", "awq", "hqq", "torchao")
 
 
 def collect(model: nn.Module) -> tuple[Site, ...]:
@@ -75,16 +74,15 @@ def _told(model: nn.Module, method: str) -> str:
     return next((name for name, each in model.named_modules() if name and each is found), "")
 
 
-def is_quantized(module: nn.Module) -> bool:
-    """Whether a module stores its weight packed by a quantization library."""
-    return type(module).__module__.partition(".")[0] in QUANTIZED
-
-
 def _sites(model: nn.Module, aliases: dict[str, tuple[str, ...]], output: frozenset[int]) -> Iterator[Site]:
     attention: str | None = None
     for path, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, nn.MultiheadAttention):
             attention = path
+        held = packed(module) if path else None
+        if held is not None:
+            yield _packed_site(path, held, id(module) in output)
+            continue
         # A model that is a linear itself has no name to be called by, only its weight has. One that computes its weight
         # (weight_norm) has parameters of other names.
         if path and isinstance(module, SINGLE) and module._parameters.get("weight") is not None:
@@ -99,6 +97,22 @@ def _sites(model: nn.Module, aliases: dict[str, tuple[str, ...]], output: frozen
                     has_bias = leaf == "in_proj_weight" and module.in_proj_bias is not None
                     site = replace(site, kind="multihead_attention", attention=path, has_bias=has_bias)
                 yield site
+
+
+def _packed_site(path: str, held: Packed, is_output: bool) -> Site:
+    packing = held.packing
+    return Site(
+        module=path,
+        leaf="weight",
+        kind="linear",
+        out_features=packing.out_features,
+        in_features=packing.in_features,
+        dtype=packing.dtype,
+        device=held.parts[0].device,
+        has_bias=getattr(held.module, "bias", None) is not None,
+        output=is_output,
+        packing=packing,
+    )
 
 
 def _module_site(path: str, module: nn.Module, aliases: dict[str, tuple[str, ...]], is_output: bool) -> Site:

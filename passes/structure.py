@@ -18,6 +18,7 @@ from peftc.passes.site import Site
 
 FLOAT = "float__"  # in front of a scalar's name: the same value as a plain number
 LOG_WEIGHT = "log__weight"  # the scalar that weighs attention to what stands in front of the cache
+STORED = "packed"  # where graphs read what modules store packed
 WEIGHT = "weight"  # the scalar that carries an adapter's activation weight, where no other can
 
 
@@ -220,17 +221,17 @@ def _uses(matrix: algebra.Matrix, scalar: str) -> int:
 
 def site_slot(position: int, site: str) -> str:
     """The attribute path of an adapter's slot for a site; dots of the site's name would read as attributes."""
-    return f"slots.p{position}__{_flat(site)}"
+    return f"slots.p{position}__{flat(site)}"
 
 
 def copy_slot(position: int, module: str) -> str:
     """The attribute path of an adapter's slot for the trained copy of a module."""
-    return f"copies.p{position}__{_flat(module)}"
+    return f"copies.p{position}__{flat(module)}"
 
 
 def rows_slot(position: int, module: str) -> str:
     """The attribute path of an adapter's slot for trained rows of a module."""
-    return f"copies.r{position}__{_flat(module)}"
+    return f"copies.r{position}__{flat(module)}"
 
 
 def rows_role(role: str) -> str:
@@ -240,12 +241,17 @@ def rows_role(role: str) -> str:
 
 def copy_role(tensor: str) -> str:
     """A copied tensor's name within its slot."""
-    return _flat(tensor)
+    return flat(tensor)
 
 
 def slot_role(role: str) -> str:
     """A role's name within its slot; graphs become Python code, in which some words are taken."""
     return f"{role}__" if keyword.iskeyword(role) else role
+
+
+def storage_slot(module: str) -> str:
+    """The attribute path of what a module stores packed."""
+    return f"{STORED}.{flat(module)}"
 
 
 def float_of(slot_scalar: str) -> str:
@@ -254,7 +260,8 @@ def float_of(slot_scalar: str) -> str:
     return f"{owner}.{FLOAT}{name}"
 
 
-def _flat(name: str) -> str:
+def flat(name: str) -> str:
+    """A dotted name as one attribute's."""
     flat = name.replace(".", "__")
     # `a.b` and `a__b` would be one slot: a name whose own underscores can be taken for a dot says which it is.
     ambiguous = any(each in name for each in ("__", "_.", "._"))

@@ -10,9 +10,13 @@ from peftc.passes.apply import Activation, Dense, OneHot
 from peftc.passes.convolve import CONVOLUTIONS, Patches
 from peftc.passes.driver import Miss
 from peftc.passes.emit import Emit
+from peftc.passes.packed_operators import QUANTIZED_LINEAR
 from peftc.passes.site import Site
 
 aten = torch.ops.aten
+
+LINEARS = (aten.linear.default, QUANTIZED_LINEAR)
+LINEAR_KINDS = ("linear", "multihead_attention")
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,8 @@ class Use:
         match x:
             case OneHot(ids, options):
                 return emit.call(aten.embedding.default, weight, ids, *options)
+            case Dense(node) if self.node.target is QUANTIZED_LINEAR:
+                return emit.call(QUANTIZED_LINEAR, node, weight, None)
             case Dense(node):
                 kind = weight.meta["val"].dtype
                 cast = node if node.meta["val"].dtype == kind else emit.call(aten.to.dtype, node, kind)
@@ -56,7 +62,7 @@ class Use:
 def use_of(node: fx.Node, weight: fx.Node, site: Site) -> Use | Miss:
     """How a node uses the weight."""
     match node.target:
-        case aten.linear.default if node.args[1] is weight and site.kind in ("linear", "multihead_attention"):
+        case OpOverload() as op if op in LINEARS and node.args[1] is weight and site.kind in LINEAR_KINDS:
             bias = node.args[2] if len(node.args) > 2 else None
             return Use(node, Dense(_node(node.args[0])), bias if isinstance(bias, fx.Node) else None)
         case aten.addmm.default if node.args[2] is weight and site.kind == "conv1d" and not node.kwargs:

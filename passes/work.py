@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from peftc.passes.emit import Origin
+from peftc.passes.packed_operators import QUANTIZED_LINEAR
 
 aten = torch.ops.aten
 
@@ -27,7 +28,7 @@ _SUMS = frozenset({aten.add.Tensor, aten.sub.Tensor})
 
 # Which operand's last size is the one summed over.
 _PRODUCTS: dict[Callable[..., Any], int] = {
-    **dict.fromkeys((aten.linear.default, aten.matmul.default, aten.mm.default, aten.bmm.default), 0),
+    **dict.fromkeys((QUANTIZED_LINEAR, aten.linear.default, aten.matmul.default, aten.mm.default, aten.bmm.default), 0),
     **dict.fromkeys((aten.addmm.default, aten.addmm_.default), 1),
     aten.einsum.default: 0,
 }

@@ -10,6 +10,7 @@ import torch
 from torch import fx, nn
 
 from peftc.grammar.spec import AdapterSpec
+from peftc.passes import structure as structures
 from peftc.passes.cost import Choice, Lookup, choose
 from peftc.passes.insert_delta import SlotValue
 from peftc.passes.plan import AdapterPlan
@@ -20,6 +21,7 @@ from peftc.runtime.call import Call, Signature, read_call
 from peftc.runtime.program import Lowered, Program
 from peftc.runtime.segments import Recompute
 from peftc.runtime.slots import Slots
+from peftc.runtime.storage import Storage
 from peftc.runtime.virtual import Virtual
 from peftc.runtime.widening import positions_of, widened
 
@@ -66,6 +68,8 @@ class Backend(Protocol):
         ...
 
 
+ADAPTERS = ("slots.", "copies.")  # how the attribute paths of slots begin
+STORED = f"{structures.STORED}."
 COMPILED = Choice()  # how sites are lowered under torch.compile, whatever the size of the call
 
 
@@ -96,6 +100,7 @@ class Engine:
     def __init__(self, backend: Backend, model: nn.Module):
         self.backend = backend
         self.slots = Slots()
+        self.storage = Storage(model)
         self.recompute: Recompute | None = None  # how layers are recomputed in training, if they are
         self.model = model
         self.parameters = frozenset(inspect.signature(model.forward).parameters)
@@ -171,9 +176,14 @@ class Engine:
         """The graph that serves a call: what diagrams show."""
         return self._specialised(self.traced(call), call.signature, False, COMPILED)
 
-    def reset(self) -> None:
-        """Forget every trace and program: the model was moved, or its weights have other shapes."""
-        self._traces.clear()
+    def reset(self, *, traces: bool = True) -> None:
+        """Forget every trace and program: the model was moved, or its weights have other shapes.
+
+        Without `traces` only the programs: weights are stored in another way.
+        """
+        if traces:
+            self._traces.clear()
+        self.storage.refresh()
         for each in self._specialisations.values():
             each.programs.clear()
 
@@ -183,6 +193,12 @@ class Engine:
         engine._traces = dict(self._traces)
         engine.recompute = self.recompute
         return engine
+
+    def _find(self, owner: str) -> nn.Module:
+        """The module that an attribute of a graph belongs to."""
+        if owner.startswith(ADAPTERS):
+            return self.slots.module(owner)
+        return self.storage.module(owner) if owner.startswith(STORED) else self.model.get_submodule(owner)
 
     def _choice(self, call: Call) -> Choice:
         """How sites are lowered for a call of this size: sizes between two powers of two share one choice."""
@@ -202,7 +218,7 @@ class Engine:
         traced = self.traced(call)
         graph = self._specialised(traced, call.signature, autocast, choice)
         lowered = self.backend.lower(graph, autocast=autocast, choice=choice)
-        program = Program(traced, lowered, self.model, self.slots, training=call.signature.training)
+        program = Program(traced, lowered, self._find, training=call.signature.training)
         self._tenant.specialisation.programs[call.signature, autocast, choice] = program
         return program
 

@@ -9,13 +9,14 @@ import numpy
 import torch
 from torch import nn
 
-from peftc.grammar.initialisers import MEASURED
+from peftc.grammar.initialisers import MEASURED, ROUNDED
 from peftc.grammar.rule import BoundParam, Derived, Init
 from peftc.passes.materialise import Values, restack, to_logical, unstack
 from peftc.passes.plan import IDS, ORDER, ROWS, AdapterPlan, ParamKey, PlannedRows, PlannedSite
 from peftc.passes.scene import Eager
 from peftc.passes.site import Site
 from peftc.runtime.calibration import Moments
+from peftc.runtime.dense import Dense, quantization_error
 from peftc.runtime.tokens import text_ids
 
 LOW_PRECISION = (torch.float16, torch.bfloat16)
@@ -36,15 +37,17 @@ def initial(
     upcast: bool = True,
     calibration: Mapping[str, Moments] | None = None,
     tokenizer: Any | None = None,
+    dense: Dense | None = None,
 ) -> Tensors:
     """A tensor for every key of the plan: the given one, or a fresh one.
 
     Fresh tensors come from torch's random state, from the seed their method names (on the CPU, so that every machine
     makes the same), or from the base weight, in float32 where the base is float16 or bfloat16. Given ones of these
     types become float32 too if `upcast`, as in PEFT. `calibration` says what is known of the inputs of modules;
-    `tokenizer` is for what starts as a text, where not the one that the method names.
+    `tokenizer` is for what starts as a text, where not the one that the method names; `dense` are the weights that the
+    base was quantized from.
     """
-    making = _Making(plan, base, dict(given or {}), upcast, calibration or {}, tokenizer)
+    making = _Making(plan, base, dict(given or {}), upcast, calibration or {}, tokenizer, dense)
     making.grouped()
     for at in plan.sites:
         making.at(at)
@@ -72,6 +75,7 @@ class _Making:
     upcast: bool
     calibration: Mapping[str, Moments]
     tokenizer: Any | None = None
+    dense: Dense | None = None
     made: Tensors = field(default_factory=dict)
     shared_generators: dict[int, torch.Generator] = field(default_factory=dict)
 
@@ -115,6 +119,10 @@ class _Making:
     def _new(
         self, param: BoundParam, init: Init, at: PlannedSite, generators: dict[int, torch.Generator]
     ) -> torch.Tensor:
+        if init.function == ROUNDED:
+            stored = self.base(at.site.weight)
+            assert stored is not None
+            return quantization_error(self.dense, at.site, stored.detach(), self.plan.spec.rule.name)
         if init.function in MEASURED:
             return self.calibration[at.site.module].value(init.function).to(at.site.device, _dtype(at.site))
         if init.function == "encoded":

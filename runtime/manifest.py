@@ -29,7 +29,7 @@ class Manifest:
     """What a checkpoint was made from, and by what.
 
     `spec_sha256` is that of `spec`; `fingerprint` that of the base's tensors; `versions` are of peftc, torch,
-    transformers and the PEFT format.
+    transformers and the PEFT format; `quantized` is how the base's weights are stored ("nf4"), None where dense.
     """
 
     base_id: str | None
@@ -40,6 +40,7 @@ class Manifest:
     spec_sha256: str
     versions: Mapping[str, str]
     seed: int | None = None
+    quantized: str | None = None
     adapters: Mapping[str, AdapterFacts] = field(default_factory=dict)
     format: int = FORMAT
 
@@ -104,15 +105,23 @@ def fingerprint(named_tensors: Iterable[tuple[str, Tensor]]) -> str:
     return digest.hexdigest()
 
 
-def compare(manifest: Manifest, found: str, *, base_class: str, base_id: str | None = None) -> tuple[str, ...]:
+def compare(
+    manifest: Manifest, found: str, *, base_class: str, base_id: str | None = None, quantized: str | None = None
+) -> tuple[str, ...]:
     """What differs between the base a checkpoint was made on and a model, as sentences; empty when nothing does.
 
-    Another name for the same weights is no difference: a model may have been moved.
+    Another name for the same weights is no difference: a model may have been moved. Weights that are stored in another
+    way cannot be compared.
     """
     messages = []
     if base_class != manifest.base_class:
         messages.append(f"the adapter was trained on a {manifest.base_class}, this model is a {base_class}")
-    if found != manifest.fingerprint:
+    if quantized != manifest.quantized:
+        messages.append(
+            f"the adapter was trained on {_stored(manifest.quantized)}, this model has {_stored(quantized)}: outputs "
+            "differ by what quantization rounds away, and whether the weights are otherwise the same was not checked"
+        )
+    elif found != manifest.fingerprint:
         revision = f" at revision {manifest.base_revision}" if manifest.base_revision else ""
         trained = f"'{manifest.base_id}'{revision}" if manifest.base_id else "a base without a name"
         here = f"'{base_id}'" if base_id else "this model"
@@ -121,6 +130,10 @@ def compare(manifest: Manifest, found: str, *, base_class: str, base_id: str | N
             f"fingerprint {found[:12]}, expected {manifest.fingerprint[:12]}"
         )
     return tuple(messages)
+
+
+def _stored(quantized: str | None) -> str:
+    return f"quantized weights ({quantized})" if quantized else "dense weights"
 
 
 _EXPECTED = {
@@ -132,6 +145,7 @@ _EXPECTED = {
     "spec_sha256": "a text",
     "versions": "an object of texts",
     "seed": "a whole number or null",
+    "quantized": "a text or null",
 }
 
 

@@ -11,41 +11,67 @@ from peftc.passes.apply import Primes, compose, renamed
 from peftc.passes.materialise import Values, to_logical, to_stored, unstack
 from peftc.passes.plan import ROWS, ParamKey, PlannedRows, PlannedSite
 from peftc.passes.scene import Eager
+from peftc.passes.schemes.known import packed
+from peftc.passes.site import Site
 from peftc.passes.structure import weighted
 from peftc.runtime.bank import AdapterParameters
+from peftc.runtime.repack import DEQUANTIZE, Quantized, check_packed, stored, unpacked_modules
 from peftc.runtime.slots import scalars
 
 Merged = dict[str, torch.Tensor]
 """Full tensor name -> the new tensor."""
 
+Changes = dict[str, torch.Tensor | nn.Module]
+"""Full tensor name -> the new tensor; or the name of a module that stores its weight packed -> the new module."""
+
 Terms = Sequence[tuple[AdapterParameters, float, PlannedSite]]
 """What is merged at one site: adapters, their weights, and what they put there."""
 
-Replaced = dict[str, torch.Tensor | None]
-"""Full tensor name -> what was there: nothing, where a merge gave a module a bias."""
+Replaced = dict[str, torch.Tensor | nn.Module | None]
+"""Name of a tensor or module -> what was there: nothing, where a merge gave a module a bias."""
 
 
 @torch.no_grad()
 def merged_tensors(
-    model: nn.Module, active: Sequence[tuple[AdapterParameters, float]], *, safe_merge: bool = False
-) -> Merged:
-    """The tensors of the model that change when these adapters are merged, computed in the adapters' precision.
+    model: nn.Module,
+    active: Sequence[tuple[AdapterParameters, float]],
+    *,
+    safe_merge: bool = False,
+    quantized: Quantized | None = None,
+) -> Changes:
+    """What changes in the model when these adapters are merged, computed in the adapters' precision.
 
-    Raises UsageError, with `safe_merge`, if one is not finite. Changes nothing.
+    `quantized` says what becomes of weights that are stored packed. Raises UsageError if it does not and one is adapted
+    and, with `safe_merge`, if a value is not finite. Changes nothing.
     """
-    merged = replaced_tensors(model, [adapter for adapter, _ in active])
+    check_packed(active, quantized)
+    copied = replaced_tensors(model, [adapter for adapter, _ in active])
+    tensors, modules = dict(copied), dict[str, nn.Module]()
+    _check_finite(copied, safe_merge)
     for terms in merged_sites(active):
-        merged |= merged_site(model, terms, changed=merged)
-    if safe_merge:
-        for name, value in merged.items():
-            if not torch.isfinite(value).all():
-                fail(
-                    UsageError,
-                    "E520",
-                    f"merging would put NaN or infinite values into {name}",
-                    help="nothing was merged",
-                )
-    return merged
+        found = merged_site(model, terms, changed=copied)
+        _check_finite(found, safe_merge)
+        site = terms[0][2].site
+        if site.packing is None:
+            tensors |= found
+            continue
+        modules[site.module] = stored(model, site, {**_held_by(site.module, copied), **found}, quantized)
+    if quantized == DEQUANTIZE:
+        modules |= unpacked_modules(model, modules, copied)
+    folded = {name for module in modules for name in _held_by(module, copied)}
+    return {**modules, **{name: tensor for name, tensor in tensors.items() if name not in folded}}
+
+
+def _held_by(module: str, tensors: Mapping[str, torch.Tensor]) -> Merged:
+    name = f"{module}.bias"
+    return {name: tensors[name]} if name in tensors else {}
+
+
+def _check_finite(tensors: Mapping[str, torch.Tensor], safe_merge: bool) -> None:
+    for name, value in tensors.items() if safe_merge else ():
+        if not torch.isfinite(value).all():
+            message = f"merging would put NaN or infinite values into {name}"
+            fail(UsageError, "E520", message, help="nothing was merged")
 
 
 @torch.no_grad()
@@ -87,13 +113,19 @@ def merged_rows(model: nn.Module, adapters: Sequence[AdapterParameters]) -> Merg
     return merged
 
 
-def put(model: nn.Module, tensors: Mapping[str, torch.Tensor | None]) -> Replaced:
-    """Replace tensors of the model by others, and return what was there. The old ones are not written to."""
+def put(model: nn.Module, tensors: Mapping[str, torch.Tensor | nn.Module | None]) -> Replaced:
+    """Replace tensors and modules of the model by others. Nothing is written to.
+
+    Returns what was there, last things first: put again, it undoes this one.
+    """
     before: Replaced = {}
     for name, tensor in tensors.items():
         owner, _, leaf = name.rpartition(".")
         module = model.get_submodule(owner)
-        if leaf in module._parameters:
+        if isinstance(tensor, nn.Module):
+            before[name] = module._modules[leaf]
+            module._modules[leaf] = tensor.train(module.training)
+        elif leaf in module._parameters:
             before[name] = module._parameters[leaf]
             if tensor is None or isinstance(tensor, nn.Parameter):
                 module._parameters[leaf] = tensor
@@ -102,7 +134,7 @@ def put(model: nn.Module, tensors: Mapping[str, torch.Tensor | None]) -> Replace
         else:
             before[name] = module._buffers[leaf]
             module._buffers[leaf] = tensor
-    return before
+    return dict(reversed(before.items()))
 
 
 def merged_sites(active: Sequence[tuple[AdapterParameters, float]]) -> Iterator[Terms]:
@@ -121,7 +153,8 @@ def merged_site(
     """The tensors of a site once these adapters are merged.
 
     They are computed in the widest of the types involved and rounded to the base's; or in `exact`, and not rounded.
-    `changed` are tensors of the model that others have taken the place of.
+    A weight that is stored packed is unpacked, and neither rounded nor packed again. `changed` are tensors of the model
+    that others have taken the place of.
     """
     site = terms[0][2].site
     ops = Eager()
@@ -138,17 +171,17 @@ def merged_site(
         own_bias = at.bound.bias
         matrix = weighted(at.bound.weight, own_bias)[0]
         primes.append((renamed(matrix, prefix), None if own_bias is None else renamed(own_bias, prefix)))
-    own = (changed or {}).get(site.weight)
-    stored = model.get_parameter(site.weight) if own is None else own
+    held = packed(model.get_submodule(site.module)) if site.packing is not None else None
+    base = _weight(model, site, changed or {}) if held is None else held.unpack()
     bias = (changed or {}).get(site.bias, model.get_parameter(site.bias)) if site.has_bias else None
-    dtype = exact or stored.dtype
+    dtype = exact or base.dtype
     for each in params.values():
         dtype = torch.promote_types(dtype, each.dtype) if each.is_floating_point() else dtype
     values = Values(
         ops,
         params,
         scalar_values,
-        weight=lambda: to_logical(ops, stored.detach().to(dtype), site),
+        weight=lambda: to_logical(ops, base.detach().to(dtype), site),
         bias=None if bias is None else bias.detach().to(dtype),
         lead=site.lead,
     )
@@ -158,4 +191,10 @@ def merged_site(
         merged[site.weight] = to_stored(ops, values.of(new_weight), site)
     if new_bias is not None:
         merged[site.bias] = values.of(new_bias)
-    return {name: value.to(exact or stored.dtype).contiguous() for name, value in merged.items()}
+    kept = exact or (base.dtype if held is None else dtype)
+    return {name: value.to(kept).contiguous() for name, value in merged.items()}
+
+
+def _weight(model: nn.Module, site: Site, changed: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    own = changed.get(site.weight)
+    return model.get_parameter(site.weight) if own is None else own

@@ -9,10 +9,13 @@ import torch
 from torch import nn
 
 from peftc.grammar.diagnostics import UsageError, fail
+from peftc.passes.schemes.known import packed
 from peftc.runtime.allocating import Allocating
 from peftc.runtime.engine import COMPILED
+from peftc.runtime.kbit import widened_tensors
 from peftc.runtime.kv_prefix import KvPrefix
 from peftc.runtime.lifecycle import Lifecycle
+from peftc.runtime.merge import Replaced, put
 from peftc.runtime.recomputing import Recomputing
 from peftc.runtime.saving import Saving
 from peftc.runtime.share import placement, share
@@ -20,6 +23,7 @@ from peftc.runtime.state import BANK, AdapterState
 from peftc.runtime.virtual import EXTRA_INPUTS
 
 STATE = "_adapter_state"
+ADAPTED = "_hf_peft_config_loaded"  # by which transformers knows that a quantized model has something to train
 COMPILED_CALLS = ("_compiled", "_compiled_call_impl", "_compiled_call")  # bound to this model, no other
 Root = TypeVar("Root", bound="AdaptedModel")
 
@@ -113,14 +117,30 @@ class AdaptedModel(Lifecycle, Saving, Allocating, Recomputing, KvPrefix):
     def __deepcopy__(self, memo: dict[int, Any]) -> "AdaptedModel":
         copied = self.__class__.__new__(self.__class__)
         memo[id(self)] = copied
+        for module in [*self.modules(), *self._adapter_state.merged.values()]:
+            held = packed(module) if isinstance(module, nn.Module) else None
+            if held is not None and id(held.module) not in memo:
+                # A library's own copy refers to the original, or holds what it shares twice.
+                memo[id(held.module)] = held.scheme.share(copy.deepcopy(held.module, memo))
         for name, value in self.__dict__.items():
             if name != STATE and name not in COMPILED_CALLS:
                 copied.__dict__[name] = copy.deepcopy(value, memo)
         copied.__dict__[STATE] = self._adapter_state.copy_for(copied, memo)
         return copied
 
-    def _plain(self) -> nn.Module:
-        return share(base_view(self))
+    def _plain(self, tensors: Replaced) -> nn.Module:
+        """A model of the user's class over this one's weights, with these in the place of some."""
+        with self._holding(tensors):
+            return share(base_view(self))
+
+    def _widen(self) -> None:
+        """Hold what a quantized base has beside its packed weights in float32, as training wants it."""
+        state: AdapterState = self._adapter_state
+        before = put(self, widened_tensors(base_view(self)))
+        if before:
+            types = {name: each.dtype for name, each in before.items() if isinstance(each, torch.Tensor)}
+            state.widened = {**types, **state.widened}
+            state.engine.reset()
 
     def _base_parameters(self) -> list[nn.Parameter]:
         adapters = {id(each) for each in self.get_submodule(BANK).parameters()}
@@ -197,7 +217,7 @@ def adapted_class(base: type[nn.Module], root: type[Root]) -> type[Root]:
 def base_view(model: AdaptedModel) -> nn.Module:
     """The model as an object of the user's class: the same modules, without the adapters. Not to be kept."""
     view = object.__new__(model.base_class)
-    view.__dict__.update({name: value for name, value in model.__dict__.items() if name != STATE})
+    view.__dict__.update({name: value for name, value in model.__dict__.items() if name not in (STATE, ADAPTED)})
     view.__dict__["_modules"] = {name: module for name, module in model._modules.items() if name != BANK}
     for name in COMPILED_CALLS:
         view.__dict__.pop(name, None)

@@ -116,8 +116,14 @@ def _rule(config: Mapping[str, object], methods: Mapping[str, MethodRule], where
         lines = f"{guess}\n{supported}" if guess else supported
         fail(CheckpointError, "E320", f"PEFT type {shown(wanted)} is not supported yet", help=lines, where=where)
     of_type = [rule for rule in methods.values() if rule.peft_type == wanted]
-    # Where none fits, the nearest one says what is wrong.
-    return min(of_type, key=lambda rule: len(mismatches(config, rule)) + len(undecided(config, rule)))
+
+    # Where none fits, the nearest one says what is wrong; where several do, they differ in how they start, which is
+    # past: the one that needs the least for it.
+    def distance(rule: MethodRule) -> tuple[int, int]:
+        wrong = len(mismatches(config, rule)) + len(undecided(config, rule))
+        return wrong, sum(each.once for each in rule.params)
+
+    return min(of_type, key=distance)
 
 
 def _refuse_unsupported(reader: FieldReader, rule: MethodRule) -> None:

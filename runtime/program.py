@@ -15,7 +15,6 @@ from peftc.passes.traced import Traced
 from peftc.runtime import caches, nest, virtual
 from peftc.runtime.call import Call
 from peftc.runtime.segments import Names, Recompute, layer_names, python_function, stitched
-from peftc.runtime.slots import Slots
 
 Constants = Mapping[str, torch.Tensor | nn.Module]
 
@@ -38,20 +37,19 @@ class Program:
     is kept, and when first asked for becomes a function of a third kind, which recomputes layers in the backward pass.
     """
 
-    def __init__(self, traced: Traced, lowered: Lowered, model: nn.Module, slots: Slots, *, training: bool = False):
+    def __init__(self, traced: Traced, lowered: Lowered, find: "Finder", *, training: bool = False):
         self.traced = traced
         self.form: nest.Form = traced.outputs  # type: ignore[assignment]
         self.layout: caches.Layout | None = traced.cache  # type: ignore[assignment]
         self.returns_cache = nest.holds_cache(self.form)
         self.cached = traced.cached
         self.count = nest.count_tensors(self.form)
-        find = _finder(model, slots)
         self._guard = _guard(traced.guards)
         self.pieces = None if lowered.prologue is None else Pieces(lowered.prologue, find)
         root = _bound(lowered.plain, traced.constants, find, self.pieces)
         self.function = _function(lowered.plain, root)
         self._recomputed: tuple[Recompute, Callable[..., Any]] | None = None
-        self._cut = partial(_cut, lowered.plain, model, root) if training else None
+        self._cut = partial(_cut, lowered.plain, find(""), root) if training else None
         self.module = _module(lowered.traceable, traced.constants, find)
 
     def fits(self, call: Call) -> bool:
@@ -149,13 +147,7 @@ def _guard(guards: tuple[str, ...]) -> Guard | None:
 
 
 Finder = Callable[[str], nn.Module]
-
-
-def _finder(model: nn.Module, slots: Slots) -> Finder:
-    def find(owner: str) -> nn.Module:
-        return slots.module(owner) if owner.startswith(("slots.", "copies.")) else model.get_submodule(owner)
-
-    return find
+"""The path of a module in graphs -> the live module; the empty path is the model."""
 
 
 def _module(graph: fx.Graph, constants: Constants, find: Finder) -> fx.GraphModule:

@@ -8,25 +8,48 @@ from torch import nn
 from torch.nn import functional
 from torch.utils import _pytree as pytree
 
+from peftc.passes.schemes.known import packed
+from peftc.passes.site import Site
 from peftc.runtime.bank import AdapterParameters
 from peftc.runtime.drift import OutputDrift, TensorDrift
-from peftc.runtime.merge import merged_site, merged_sites, replaced_tensors
+from peftc.runtime.merge import Merged, merged_site, merged_sites, replaced_tensors
+from peftc.runtime.repack import Quantized, check_packed, stored
 
 EXACT = torch.float64
 
 
 @torch.no_grad()
-def tensor_drift(model: nn.Module, active: Sequence[tuple[AdapterParameters, float]]) -> tuple[TensorDrift, ...]:
-    """The drift of every tensor that merging these adapters would compute, site by site. Changes nothing."""
+def tensor_drift(
+    model: nn.Module, active: Sequence[tuple[AdapterParameters, float]], quantized: Quantized | None = None
+) -> tuple[TensorDrift, ...]:
+    """The drift of every tensor that merging these adapters would compute, site by site. Changes nothing.
+
+    Of a weight that is stored packed, `quantized` says how it would be stored. Raises UsageError if it has to and does
+    not.
+    """
+    check_packed(active, quantized)
     found: list[TensorDrift] = []
     changed = replaced_tensors(model, [adapter for adapter, _ in active])
     for terms in merged_sites(active):
         exact = merged_site(model, terms, exact=EXACT, changed=changed)
-        for name, merged in merged_site(model, terms, changed=changed).items():
+        computed = merged_site(model, terms, changed=changed)
+        site, label = terms[0][2].site, ""
+        if site.packing is not None and quantized is not None:
+            computed, label = _as_stored(stored(model, site, computed, quantized), site, computed)
+        for name, merged in computed.items():
             difference = _largest(merged.to(EXACT) - exact[name])
-            dtype = str(merged.dtype).removeprefix("torch.")
+            dtype = label if label and name == site.weight else str(merged.dtype).removeprefix("torch.")
             found.append(TensorDrift(name, dtype, difference, _share(difference, _largest(exact[name]))))
     return tuple(found)
+
+
+def _as_stored(module: nn.Module, site: Site, computed: Merged) -> tuple[Merged, str]:
+    """What a module that holds merged tensors stands for, and what its way to store the weight is called."""
+    held = packed(module)
+    weight = module.get_parameter("weight") if held is None else held.unpack()
+    values = {site.weight: weight, site.bias: module._parameters.get("bias")}
+    found = {name: value.detach() for name, value in values.items() if name in computed and value is not None}
+    return found, "" if held is None else held.packing.label
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from peftc.grammar import layout
 from peftc.grammar.diagnostics import CheckpointError, SpecError, UsageError, fail
@@ -22,7 +23,7 @@ from peftc.passes.sites import tied_names
 from peftc.runtime import peft_fields as fields
 from peftc.runtime.adapter_files import adapter_directory, locate, read_adapter, write_adapter, write_files
 from peftc.runtime.bank import AdapterParameters, trained_keys
-from peftc.runtime.base import base_tensors, is_adapters
+from peftc.runtime.base import base_tensors, base_values, identity, is_adapters, quantization
 from peftc.runtime.checkpoint import Entry, entries, fit, kept_masks, unpruned
 from peftc.runtime.initial import initial
 from peftc.runtime.manifest import (
@@ -39,6 +40,7 @@ from peftc.runtime.peft_rule import mask_field, with_values
 from peftc.runtime.settled import settled, settled_value
 from peftc.runtime.spec_config import check_growth, known_methods, spec_text
 from peftc.runtime.state import BANK, AdapterState
+from peftc.runtime.storage import check_trainable, without_packed
 from peftc.runtime.tokens import check_ties, needed_vocabulary
 
 # A Trainer resumes a model that is not peft's only from this file, and saves nowhere else under such names.
@@ -96,7 +98,9 @@ class Saving(nn.Module):
         """As torch's. A state of adapters alone, loaded with `strict=False`, does not miss the base.
 
         Base values that differ from the user's do not overwrite them: this model gets tensors of its own for these.
+        Raises UsageError where they are those of a weight that is stored packed.
         """
+        state_dict = without_packed(self, state_dict)
         _unshare(self, state_dict)
         result = super().load_state_dict(state_dict, strict=strict, assign=assign)
         if not strict and all(is_adapters(key) for key in state_dict):
@@ -150,7 +154,7 @@ class Saving(nn.Module):
         plan, tokens = self._planned(with_values(facts.spec, values or {}), directory)
         if facts.ties:
             check_ties(plan, tied_names(self), str(directory))
-        base = dict(base_tensors(self, self._adapter_state.merged))
+        base = dict(base_tensors(self, self._adapter_state.originals))
         shapes = {name: tuple(tensor.shape) for name, tensor in base.items()}
         tensors, masks = unpruned(plan, tensors, facts.masks, where=str(directory))
         plan = settled(plan, set(tensors))
@@ -159,8 +163,8 @@ class Saving(nn.Module):
         self._check_manifest(directory)
         if tokens is not None:
             self._enlarge(tokens, drawn=False)
-            base = dict(base_tensors(self, self._adapter_state.merged))
-        made = initial(plan, base.get, fitted, upcast=autocast_adapter_dtype)
+        own = base_values(self, state.originals)
+        made = initial(plan, own, fitted, upcast=autocast_adapter_dtype)
         adapter = AdapterParameters(plan, made, trained_keys(plan))
         if adapter.allocator is not None:
             adapter.allocator.restore(masks, adapter.tensor)
@@ -173,11 +177,15 @@ class Saving(nn.Module):
     def base_fingerprint(self) -> str:
         """A digest of the base's names, shapes and sampled contents, without what is merged or room for new tokens."""
         known = self._adapter_state.facts.fingerprint
-        return known or fingerprint(base_tensors(self, self._adapter_state.merged))
+        return known or fingerprint(identity(self, self._adapter_state.originals))
 
     def requires_grad_(self, requires_grad: bool = True) -> "Saving":
-        """As torch's, for every parameter. A base that is to be trained gets storage of its own first."""
+        """As torch's, for every parameter. A base that is to be trained gets storage of its own first.
+
+        Raises UsageError where weights are stored packed: they cannot be trained.
+        """
         if requires_grad:
+            check_trainable(self)
             _unshare(self, None)
         super().requires_grad_(requires_grad)
         return self
@@ -209,7 +217,7 @@ class Saving(nn.Module):
             at, name = entry.planned, adapter.plan.name
             assert at is not None
             tensors = {each.role: _held(adapter, at.key(name, each), state_dict) for each in at.bound.params}
-            return settled_value(at, tensors, dict(base_tensors(self, self._adapter_state.merged)).get)
+            return settled_value(at, tensors, base_values(self, self._adapter_state.originals))
         value = _held(adapter, entry.key, state_dict)
         return value if value.shape == entry.shape else value.detach().reshape(entry.shape)
 
@@ -240,6 +248,7 @@ class Saving(nn.Module):
             spec=spec,
             spec_sha256=spec_digest(spec),
             versions=versions(),
+            quantized=quantization(self, self._adapter_state.originals),
             adapters={plan.name: AdapterFacts(plan.spec.rule.name, plan.parameter_count)},
         )
         write_adapter(directory, config, self.adapter_state_dict(plan.name, state_dict))
@@ -278,8 +287,15 @@ class Saving(nn.Module):
         manifest = read_manifest(directory)
         if manifest is None:
             return
-        base_name = self._adapter_state.facts.base_name
-        differences = compare(manifest, self.base_fingerprint(), base_class=type(self).__name__, base_id=base_name)
+        state, base_class = self._adapter_state, type(self).__name__
+        quantized = quantization(self, state.originals)
+        differences = compare(
+            manifest,
+            self.base_fingerprint(),
+            base_class=base_class,
+            base_id=state.facts.base_name,
+            quantized=quantized,
+        )
         for message in differences:
             warnings.warn(message, stacklevel=3)
 
@@ -297,7 +313,11 @@ def versions() -> dict[str, str]:
 
 def _unshare(model: nn.Module, state_dict: Mapping[str, Any] | None) -> None:
     """Give the model tensors of its own where a state dict (None: training) will change what it shares; ties stay."""
-    base = [(name, each) for name, each in model.named_parameters(remove_duplicate=False) if not is_adapters(name)]
+    base = [
+        (name, each)
+        for name, each in model.named_parameters(remove_duplicate=False)
+        if not is_adapters(name) and not is_traceable_wrapper_subclass(each)  # packed, and seen to be the same
+    ]
     own = {
         id(each): nn.Parameter(each.detach().clone(), requires_grad=each.requires_grad)
         for name, each in base

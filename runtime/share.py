@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from peftc.grammar.diagnostics import ModelError, fail
+from peftc.passes.schemes.known import packed
 
 
 def share(model: nn.Module, *, requires_grad: bool | None = None, leave_out: tuple[str, ...] = ()) -> nn.Module:
@@ -25,11 +26,16 @@ def share(model: nn.Module, *, requires_grad: bool | None = None, leave_out: tup
         )
     skipped = {name: getattr(model, name, None) for name in leave_out}
     memo: dict[int, object] = {id(value): None for value in skipped.values() if value is not None}
-    for parameter in model.parameters():
-        grad = parameter.requires_grad if requires_grad is None else requires_grad
-        memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=grad)
-    for buffer in model.buffers():
-        memo[id(buffer)] = buffer.detach().clone()
+    for module in model.modules():
+        held = packed(module)
+        if held is not None:
+            memo[id(module)] = held.scheme.share(module)
+            continue
+        for parameter in module.parameters(recurse=False):
+            grad = parameter.requires_grad if requires_grad is None else requires_grad
+            memo.setdefault(id(parameter), nn.Parameter(parameter.detach(), requires_grad=grad))
+        for buffer in module.buffers(recurse=False):
+            memo.setdefault(id(buffer), buffer.detach().clone())
     try:
         copied = copy.deepcopy(model, memo)
     except (TypeError, RuntimeError) as error:

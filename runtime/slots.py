@@ -36,6 +36,12 @@ class Slots:
             self._modules[path] = nn.Module()
         return self._modules[path]
 
+    def clear(self) -> None:
+        """Let go of every tensor: an adapter that is removed is not to live on here."""
+        for module in self._modules.values():
+            module._parameters.clear()
+            module._buffers.clear()
+
     def bindings(self, position: int, adapter: AdapterParameters, weight: float) -> list[Binding]:
         """What to put where so that this adapter, with this activation weight, is active at this position."""
         name, plan = adapter.plan.name, adapter.plan

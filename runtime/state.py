@@ -46,9 +46,32 @@ class AdapterState:
     enabled: bool = True
     merged: Replaced = field(default_factory=dict)  # full name -> the base's own tensor
     merged_active: Active = ()
+    widened: Mapping[str, torch.dtype] = field(default_factory=dict)  # held in float32, for the types of before
     requires_grad: Mapping[str, bool] = field(default_factory=dict)  # the user's model's own, given back on unload
     facts: Facts = field(default_factory=Facts)
     _prepared: dict[Active, tuple[Tenant, list[Binding]]] = field(default_factory=dict)
+
+    @property
+    def originals(self) -> Replaced:
+        """What the user's model has and this one holds something else in place of.
+
+        What is widened is rounded to what it was, anew each time: to hold on to it would take half as much again.
+        """
+        made: dict[int, nn.Parameter] = {}
+        narrowed: Replaced = {}
+        for name, dtype in self.widened.items():
+            wide = self._unmerged(name)
+            narrowed[name] = made.setdefault(id(wide), nn.Parameter(wide.detach().to(dtype), requires_grad=False))
+        return {**self.merged, **narrowed}
+
+    def _unmerged(self, name: str) -> torch.Tensor:
+        """A tensor of the base as it is without what is merged."""
+        owner, _, leaf = name.rpartition(".")
+        module, tensor = self.merged.get(owner), self.merged.get(name)
+        if isinstance(tensor, torch.Tensor):
+            return tensor
+        found = module if isinstance(module, nn.Module) else self.engine.model.get_submodule(owner)
+        return found.get_parameter(leaf)
 
     def adapter(self, name: str) -> AdapterParameters:
         """The adapter of that name. Raises UsageError with the nearest names."""
@@ -82,6 +105,7 @@ class AdapterState:
         self.adapter(name)
         del self.bank._modules[name]
         self._prepared.clear()
+        self.engine.slots.clear()
         self.activate(tuple(each for each in self.active if each[0] != name))
 
     def activate(self, active: Active, *, trainable: bool | None = None) -> None:
@@ -105,6 +129,7 @@ class AdapterState:
 
     def refresh(self) -> None:
         """Look at every tensor again: they were moved or replaced."""
+        self.engine.storage.refresh()
         self._prepared.clear()
         self.activate(self.active)
 
@@ -116,6 +141,7 @@ class AdapterState:
             enabled=self.enabled,
             merged=deepcopy(self.merged, memo),
             merged_active=self.merged_active,
+            widened=self.widened,
             requires_grad=self.requires_grad,
             facts=replace(self.facts),
         )

@@ -22,7 +22,15 @@ from peftc.grammar.elaborate import read_spec
 from peftc.grammar.library import builtin_methods
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/tutorial.md", "docs/own-method.md", "docs/how-it-works.md", "CONTRIBUTING.md")
+PAGES = (
+    "README.md",
+    "docs/tutorial.md",
+    "docs/quantized.md",
+    "docs/own-method.md",
+    "docs/own-scheme.md",
+    "docs/how-it-works.md",
+    "CONTRIBUTING.md",
+)
 
 # Installing and running the tests from the tests would go in circles; `.ci/run` runs these.
 EXEMPT = ("python3 -m venv ", ".venv/bin/", ".ci/", "MYPY=", "git ")

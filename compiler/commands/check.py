@@ -32,8 +32,9 @@ def check(
                 revision=revision,
                 trust_remote_code=trust_remote_code,
                 local_files_only=local_files_only,
+                quantize=None if meant is None else meant.quantize,
             )
-        except ModelError as error:
+        except (ModelError, SpecError) as error:
             problems += error.diagnostics
     for each in found.warnings if found else ():
         console.warn(each)

@@ -46,6 +46,7 @@ def compile_(
             revision=revision,
             trust_remote_code=trust_remote_code,
             local_files_only=local_files_only,
+            quantize=meant.quantize,
         )
         facts = compiler.build(meant, found, out, seed=seed, force=force, progress=progress).facts
     for each in facts.warnings:

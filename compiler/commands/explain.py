@@ -31,6 +31,7 @@ def explain(
         revision=revision,
         trust_remote_code=trust_remote_code,
         local_files_only=local_files_only,
+        quantize=meant.quantize,
     )
     facts = compiler.explain(meant, found, tokens=tokens, training=train)
     for each in facts.warnings:

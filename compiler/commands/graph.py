@@ -57,6 +57,7 @@ def graph(
             revision=revision,
             trust_remote_code=trust_remote_code,
             local_files_only=local_files_only,
+            quantize=meant.quantize,
         )
         progress(f"tracing {type(found.model).__name__}")
         picture = compiler.draw(meant, found, which=which, focus=focus, unfold=unfold, format=form)

@@ -15,6 +15,8 @@ from transformers.cache_utils import Cache, LinearAttentionLayer, StaticCache
 
 from peftc import compiler
 from peftc.compiler.models import find_model
+from peftc.passes.schemes import known
+from tests.passes.storages import STORES
 
 SPEC = "adapter a = lora(rank = 2) { on q_proj, v_proj }"
 Case = Callable[["Ground"], object]
@@ -204,11 +206,35 @@ CASES: dict[str, Case] = {
     "tokens_and_delta": lambda g: g.apply("on lm_head\n tokens [5] in lm_head"),
     "tokens_alone_on_sites": lambda g: g.apply("on q_proj\n tokens [5]", "trainable_tokens"),
     "tokens_alone_without": lambda g: g.apply("", "trainable_tokens"),
+    "quantized_by_another": lambda g: compiler.apply(_foreign(), "adapter a = lora { on k_proj }"),
+    "quantized_trained": lambda g: compiler.apply(_packed(), "adapter a = lora { on q_proj train head }"),
+    "quantized_block_trained": lambda g: compiler.apply(_packed(), "adapter a = ln_tuning { on q_proj, norm }"),
+    "quantized_tokens": lambda g: compiler.apply(_packed(), "adapter a = lora { on q_proj tokens [1] in head }"),
+    "quantized_scheme_taken": lambda g: known.register(known.SCHEMES[0]),
     "no_default": lambda g: compiler.apply(nn.Sequential(nn.Linear(4, 4)), "adapter a = lora"),
     "base_architecture": lambda g: g.apply("on q_proj", after='base { architecture = "GPT2LMHeadModel" }'),
     "base_field": lambda g: g.apply("on q_proj", after="base { hidden_size = 65 }"),
     "base_unknown_field": lambda g: g.apply("on q_proj", after="base { hiden_size = 32 }"),
-    "base_quantize": lambda g: g.apply("on q_proj", after="base { quantize = nf4(double_quant = true) }"),
+    "quantize_unknown_scheme": lambda g: _quantized(g.model, "nf5(double_quant = true)"),
+    "quantize_no_scheme": lambda g: _quantized(g.model, "4"),
+    "quantize_unknown_option": lambda g: _quantized(g.model, "nf4(dobule_quant = true)"),
+    "quantize_option_of_another": lambda g: _quantized(g.model, "nf4(threshold = 6)"),
+    "quantize_option_without_a_name": lambda g: _quantized(g.model, "nf4(true)"),
+    "quantize_option_twice": lambda g: _quantized(g.model, "fp4(compute = float32, compute = float32)"),
+    "quantize_no_flag": lambda g: _quantized(g.model, "fp4(double_quant = 1)"),
+    "quantize_no_type": lambda g: _quantized(g.model, "nf4(compute = bflaot16)"),
+    "quantize_type_in_quotes": lambda g: _quantized(g.model, 'nf4(compute = "bfloat16")'),
+    "quantize_threshold_below_zero": lambda g: _quantized(g.model, "int8(threshold = -1)"),
+    "quantize_threshold_a_text": lambda g: _quantized(g.model, 'int8(threshold = "6")'),
+    "quantize_skip_a_text": lambda g: _quantized(g.model, 'nf4(skip = "lm_head")'),
+    "quantize_skip_no_name": lambda g: _quantized(g.model, 'nf4(skip = ["lm_head", "layers[*]"])'),
+    "quantize_skip_twice": lambda g: _quantized(g.model, 'nf4(skip = ["lm_head", "lm_head"])'),
+    "quantize_skip_missing": lambda g: _quantized(g.model, 'nf4(skip = ["lm_heda"])'),
+    "quantize_otherwise": lambda g: _quantized(_packed(), "nf4(double_quant = true)"),
+    "quantize_into_another_scheme": lambda g: _quantized(_packed(), "int8(threshold = 5.5)"),
+    "quantize_skip_packed": lambda g: _quantized(_packed(), 'nf4(skip = ["head"])'),
+    "quantize_nothing": lambda g: _quantized(nn.Sequential(nn.LayerNorm(4)), "nf4()"),
+    "quantize_of_doubles": lambda g: _quantized(nn.Sequential(nn.Linear(4, 4)).double(), "nf4()"),
     "spec_of_a_megabyte": lambda g: compiler.apply(g.model, "adapter a = lora { on q_proj }\n" + "#" * 2**21),
     "spec_missing": lambda g: compiler.apply(g.model, g.directory / "absent.adapter"),
     "use_escapes": lambda g: compiler.apply(
@@ -224,6 +250,9 @@ CASES: dict[str, Case] = {
     "model_config_unknown_type": lambda g: find_model(
         str(g.write("m/config.json", '{"model_type": "lama"}').directory / "m")
     ),
+    "model_quantized_by_hqq": lambda g: _checkpoint(g, quant_method="hqq"),
+    "model_quantized_by_a_typo": lambda g: _checkpoint(g, quant_method="gtpq"),
+    "model_quantized_by_nobody": lambda g: _checkpoint(g, bits=4),
     "model_factory_missing": lambda g: find_model("json:no_such_factory"),
     "model_factory_module_missing": lambda g: find_model("no_such_module_at_all:make"),
     # checkpoints
@@ -327,6 +356,28 @@ class _Stack(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x @ self.experts
+
+
+def _packed() -> nn.Module:
+    store = STORES["nf4"]
+    names = {"q_proj": store(nn.Linear(64, 64)), "norm": nn.LayerNorm(64), "head": store(nn.Linear(64, 64))}
+    return nn.ModuleDict(names)
+
+
+def _quantized(model: nn.Module, scheme: str) -> object:
+    return compiler.apply(model, f'base {{ quantize = {scheme} }}\nadapter a = lora {{ on q_proj, "0" }}')
+
+
+def _checkpoint(ground: Ground, **quantization: object) -> object:
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "quantization_config": quantization}
+    ground.write("m/model.safetensors", b"")
+    return find_model(str(ground.write("m/config.json", json.dumps(config)).directory / "m"))
+
+
+def _foreign() -> nn.Module:
+    made = type("TorchQuantLinear", (nn.Module,), {"__module__": "gptqmodel.nn_modules.qlinear.torch"})()
+    made.register_buffer("qweight", torch.zeros(4, 2, dtype=torch.int32))
+    return nn.ModuleDict({"q_proj": made, "k_proj": nn.Linear(4, 4)})
 
 
 @pytest.fixture(scope="module")

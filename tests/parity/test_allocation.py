@@ -12,6 +12,7 @@ import torch
 import transformers as hf
 
 from peftc import compiler
+from tests.matrix import wide
 
 STEPS = 16
 SCHEDULE = dict(init_r=5, target_r=2, total_step=STEPS, tinit=2, tfinal=4, deltaT=2, beta1=0.8, beta2=0.7)
@@ -92,7 +93,10 @@ def _kept(masks: Mapping[str, Sequence[bool]]) -> int:
     return sum(map(sum, masks.values()))
 
 
-@pytest.mark.parametrize(("name", "kind"), [("llama", "sgd"), ("llama", "adamw"), ("gpt2", "adamw"), ("bert", "adamw")])
+MASKED = [("llama", "sgd"), ("llama", "adamw"), ("gpt2", "adamw"), ("bert", "adamw")]
+
+
+@pytest.mark.parametrize(("name", "kind"), wide(MASKED, ("llama", "bert")))
 def test_masks_and_losses(name: str, kind: str, zoo: Any, load: Load, tmp_path: Path) -> None:
     ours, theirs = _pair(zoo, load, name, tmp_path)
     got, wanted = _run(zoo, name, ours, kind), _run(zoo, name, theirs, kind)

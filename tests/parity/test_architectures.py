@@ -36,7 +36,7 @@ SEQ2SEQ = {
     **TOKENS,
 }
 
-ALWAYS = ("opt", "bloom", "falcon", "modernbert")
+ALWAYS = ("opt", "falcon")
 MAKE: dict[str, Callable[[], nn.Module]] = {
     "mistral": lambda: T.MistralForCausalLM(T.MistralConfig(**DECODER, sliding_window=6)),
     "qwen2": lambda: T.Qwen2ForCausalLM(T.Qwen2Config(**DECODER)),

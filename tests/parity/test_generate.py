@@ -51,7 +51,7 @@ def _tokens(model: Any, prompt: dict[str, torch.Tensor], **options: Any) -> torc
     return model.generate(**prompt, pad_token_id=0, **{"max_new_tokens": 10, **options})
 
 
-@pytest.mark.parametrize(("name", "way"), wide(CASES, ("llama", "gpt2", "t5", "gemma3")))
+@pytest.mark.parametrize(("name", "way"), wide(CASES, ("llama", "t5", "gemma3")))
 def test_tokens(name: str, way: str, pairs: Any, zoo: Any) -> None:
     ours, theirs = pairs(name)
     for rows, length in ((1, 4), (3, 9)):

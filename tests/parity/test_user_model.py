@@ -11,6 +11,7 @@ from torch import nn
 
 from peftc import compiler
 from peftc.grammar.diagnostics import AdapterError, ModelError, SpecError, UsageError
+from tests.matrix import wide
 
 SPEC = "adapter a = lora(rank = 4, alpha = 8) { on all linear }"
 EVERYTHING = "adapter a = lora(rank = 4) { on embed_tokens, q_proj, lm_head  train norm }"
@@ -98,7 +99,7 @@ def models(zoo: Any) -> Any:
 
 
 @pytest.mark.parametrize("step", STEPS)
-@pytest.mark.parametrize("name", ["llama", "tied"])
+@pytest.mark.parametrize("name", wide(["llama", "tied"], ("tied",)))
 def test_untouched(name: str, step: str, zoo: Any, models: Any) -> None:
     model, made = models(name)
     before = zoo.snapshot(model)

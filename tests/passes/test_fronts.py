@@ -6,6 +6,7 @@ import transformers
 from torch import nn
 
 from peftc.passes.fronts import Heads, fronts, heads_of
+from tests.passes.storages import STORES
 
 SIZES = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4}
 
@@ -64,6 +65,14 @@ def test_packed_attention():
     assert [each.name for each in found["attention"]] == ["transformer.h.0.attn", "transformer.h.1.attn"]
     assert {each.out_features for each in found["attention"]} == {16}, "a Conv1D is stored the other way round"
     assert (found["cache"][0].in_features, found["cache"][0].out_features) == (16, 2 * 2 * 16)
+
+
+@pytest.mark.parametrize("name", ["nf4", "torchao int4", "hqq 4"])
+def test_attention_whose_weights_are_quantized(name):
+    attention = nn.ModuleDict({each: nn.Identity() for each in ("k_proj", "v_proj", "o_proj")})
+    attention["q_proj"] = STORES[name](nn.Linear(64, 32))
+    ((site,),) = by_kind(nn.ModuleDict({"attn": attention})).values()
+    assert (site.name, site.in_features, site.dtype) == ("attn", 64, torch.float32)
 
 
 def test_packed_attention_to_another_sequence_is_none():

@@ -1,5 +1,6 @@
 import operator
 
+import bitsandbytes as bnb
 import pytest
 import torch
 from torch.testing import assert_close
@@ -7,6 +8,8 @@ from torch.testing import assert_close
 from peftc.passes import driver
 from peftc.passes.clean import Clean
 from peftc.passes.native import NATIVE, NativeCalls
+from peftc.passes.packed_operators import PACKED_LINEAR, UNPACK
+from peftc.passes.schemes.known import packed
 
 aten = torch.ops.aten
 
@@ -22,6 +25,10 @@ def positive(*shape):
 def mask():
     return torch.ones(2, 1, 3, 3).tril().log()
 
+
+EIGHT = packed(bnb.nn.Linear8bitLt(64, 32, has_fp16_weights=False).to("cpu"))
+assert EIGHT is not None
+NUMBERS, PACKING = EIGHT.parts, EIGHT.packing.text
 
 # Calls as they occur in traces: every form of arguments an operator is met with.
 CALLS = [
@@ -95,6 +102,9 @@ CALLS = [
     (aten.view.default, (f(2, 3, 4), [6, -1]), {}),
     (aten.__and__.Tensor, (torch.tensor([True, True, False]), torch.tensor([True, False, False])), {}),
     (aten.__and__.Tensor, (torch.tensor([6, 3]), torch.tensor([5, 1])), {}),
+    (PACKED_LINEAR, (f(2, 3, 64), None, [*NUMBERS], PACKING, False), {}),
+    (PACKED_LINEAR, (f(2, 64), f(32), [*NUMBERS], PACKING, True), {}),
+    (UNPACK, ([*NUMBERS], PACKING), {}),
 ]
 
 

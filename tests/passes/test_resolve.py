@@ -7,6 +7,7 @@ from peftc.grammar.diagnostics import SpecError
 from peftc.grammar.elaborate import read_spec
 from peftc.passes.plan import PlannedCopy
 from peftc.passes.resolve import check_base, resolve, survey
+from tests.passes.storages import STORES
 
 
 @pytest.fixture(scope="module")
@@ -152,13 +153,42 @@ def test_the_text_of_a_token_needs_a_tokenizer(ground):
     assert found.code == "E227"
 
 
-def test_quantized_modules_are_refused_by_name():
-    packed = type("Linear4bit", (nn.Module,), {"__module__": "bitsandbytes.nn.modules"})
-    model = nn.ModuleDict({"q_proj": packed(), "v_proj": nn.Linear(2, 2)})
-    (found,) = refused(survey(model), "on q_proj")
+@pytest.fixture(scope="module")
+def stored():
+    """A head that is packed, and an embedding and a norm that are not."""
+    four_bit = STORES["nf4"]
+    inner = nn.ModuleDict({"q_proj": four_bit(nn.Linear(64, 64)), "norm": nn.LayerNorm(64)})
+    return survey(nn.ModuleDict({"embed": nn.Embedding(7, 64), "block": inner, "head": four_bit(nn.Linear(64, 64))}))
+
+
+@pytest.mark.parametrize(
+    ("clauses", "pointed_at", "method"),
+    [
+        ("on q_proj train head", "head", "lora"),
+        ("on head train block", "block", "lora"),
+        ("on q_proj, norm", "q_proj", "ln_tuning"),
+        ("on q_proj tokens [1] in head", "tokens [1] in head", "lora"),
+        ("tokens [1] in embed tokens [2] in head", "tokens [2] in head", "trainable_tokens"),
+    ],
+)
+def test_what_is_packed_is_not_trained_as_a_whole(stored, clauses, pointed_at, method):
+    with pytest.raises(SpecError) as caught:
+        resolve(read_spec(f"adapter a = {method} {{ {clauses} }}").adapters[0], stored)
+    (found,) = caught.value.diagnostics
     assert found.code == "E224"
-    assert found.span.text == "q_proj"
-    assert names(plan(survey(model), "on v_proj")) == ["v_proj"]
+    assert found.span.text == pointed_at
+    assert "quantized (nf4)" in found.message
+
+
+def test_what_is_beside_a_packed_weight_is_trained(stored):
+    found = plan(stored, "on q_proj, head train norm tokens [1] in embed bias all")
+    assert names(found) == ["block.q_proj", "head"]
+    assert [(each.module, each.is_bias) for each in found.copies] == [
+        ("block.norm", False),
+        ("block.q_proj", True),
+        ("head", True),
+    ]
+    assert [each.module for each in found.rows] == ["embed"]
 
 
 def test_a_survey_changes_nothing(lab):
@@ -176,7 +206,6 @@ BASES = [
     ('architecture = "GPT2LMHeadModel"', "E241"),
     ("n_layr = 2", "E242"),
     ("n_layer = 3", "E243"),
-    ("quantize = nf4()", "E240"),
 ]
 
 

@@ -2,7 +2,7 @@ import torch
 import transformers
 from torch import nn
 
-from peftc.passes.sites import collect, is_quantized, tied_names, universe
+from peftc.passes.sites import collect, tied_names, universe
 
 
 def by_name(model):
@@ -150,10 +150,3 @@ def test_universe(lab):
     found = universe(model, collect(model))
     assert [each.name for each in found.candidates] == ["embed", "conv", "bag.table"]
     assert found.modules == ("embed", "conv", "bag")
-
-
-def test_is_quantized():
-    packed = type("Linear4bit", (nn.Linear,), {"__module__": "bitsandbytes.nn.modules"})
-    assert is_quantized(packed(2, 2))
-    assert not is_quantized(nn.Linear(2, 2))
-    assert not is_quantized(type("Odd", (nn.Linear,), {"__module__": "my.bitsandbytes"})(2, 2))

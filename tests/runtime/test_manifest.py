@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -111,3 +112,21 @@ def test_differences_are_told(manifest):
     assert first == "the adapter was trained on a LlamaForCausalLM, this model is a GPT2LMHeadModel"
     assert "'some/model' at revision abc" in second
     assert "000000000000, expected ffffffffffff" in second
+
+
+def test_weights_that_are_stored_in_another_way_are_not_compared(manifest):
+    (said,) = compare(manifest, "0" * 64, base_class="LlamaForCausalLM", quantized="nf4")
+    assert said.startswith("the adapter was trained on dense weights, this model has quantized weights (nf4):")
+    packed = replace(manifest, quantized="nf4")
+    assert read(packed.to_json()) == packed
+    assert compare(packed, "f" * 64, base_class="LlamaForCausalLM", quantized="nf4") == ()
+    (same,) = compare(packed, "0" * 64, base_class="LlamaForCausalLM", quantized="nf4")
+    assert "fingerprint 000000000000" in same
+    (other,) = compare(packed, "f" * 64, base_class="LlamaForCausalLM")
+    assert "quantized weights (nf4), this model has dense weights" in other
+
+
+def test_a_manifest_from_before_bases_could_be_quantized_is_one_of_dense_weights(manifest):
+    old = json.loads(manifest.to_json())
+    del old["quantized"]
+    assert from_json(old, where="here") == manifest

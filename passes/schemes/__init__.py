@@ -1,0 +1,1 @@
+"""Ways to store a weight packed, one file for each."""
