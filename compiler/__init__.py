@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from peftc.compiler.drifting import drift
     from peftc.compiler.driver import AdaptedModel, apply, load
     from peftc.compiler.explaining import explain
+    from peftc.compiler.exporting import export
     from peftc.compiler.fitting import check_fit
     from peftc.compiler.models import FoundModel, find_model
     from peftc.grammar.diagnostics import (
@@ -47,6 +48,7 @@ __all__ = [
     "draw",
     "drift",
     "explain",
+    "export",
     "find_model",
     "inspect",
     "load",
@@ -57,6 +59,7 @@ _HOMES = {
     "peftc.compiler.builds": ("Build", "build"),
     "peftc.compiler.checking": ("check",),
     "peftc.compiler.explaining": ("explain",),
+    "peftc.compiler.exporting": ("export",),
     "peftc.compiler.fitting": ("check_fit",),
     "peftc.compiler.checkpoints": ("decompile", "inspect"),
     "peftc.compiler.drawing": ("draw",),

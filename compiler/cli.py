@@ -20,6 +20,7 @@ from peftc.compiler.commands.compile import compile_
 from peftc.compiler.commands.decompile import decompile
 from peftc.compiler.commands.drift import drift
 from peftc.compiler.commands.explain import explain
+from peftc.compiler.commands.export import export
 from peftc.compiler.commands.fmt import fmt
 from peftc.compiler.commands.graph import graph
 from peftc.compiler.commands.inspect import inspect
@@ -184,5 +185,5 @@ def options(
 
 
 app.command("compile")(compile_)
-for _command in (check, explain, fmt, graph, drift, inspect, decompile, methods):
+for _command in (check, explain, fmt, graph, drift, export, inspect, decompile, methods):
     app.command()(_command)

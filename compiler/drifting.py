@@ -55,12 +55,15 @@ def drift(
         wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         model = replace(model, model=model.model.to(wanted))
     with seeded(seed):
-        adapted = _adapted(adapters, model, use)
+        adapted = adapted_by(adapters, model, use)
         args, kwargs = _arguments(model)
         return adapted.merge_drift(*args, **kwargs, quantized=quantized)
 
 
-def _adapted(adapters: Spec | str | PathLike[str], model: FoundModel, use: str | PathLike[str] | None) -> AdaptedModel:
+def adapted_by(
+    adapters: Spec | str | PathLike[str], model: FoundModel, use: str | PathLike[str] | None
+) -> AdaptedModel:
+    """The model with the adapters of a checkpoint, or fresh ones of a spec."""
     if isinstance(adapters, Spec):
         return apply(model.model, adapters, tokenizer=tokenizer_for(adapters, model), dense=model.dense)
     if str(adapters).endswith(".adapter") or Path(adapters).is_file():

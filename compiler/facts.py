@@ -181,3 +181,12 @@ class ExplainFacts:
     def to_json(self) -> dict[str, Any]:
         """As a JSON object."""
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class ExportFacts:
+    """What `peftc export` wrote: where, which adapters are merged, and the files by name."""
+
+    directory: str
+    adapters: tuple[str, ...]
+    files: tuple[str, ...]

@@ -6,6 +6,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -104,7 +105,9 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 def seal(directory: Path, facts: Mapping[str, Any]) -> tuple[str, ...]:
     """Write manifest.json: the facts and every file with its size and digest. Returns the files' names, sorted."""
-    files = {name: _digest(directory / name) for name in _files(directory)}
+    names = _files(directory)
+    with ThreadPoolExecutor() as pool:  # hashing lets other threads run
+        files = dict(zip(names, pool.map(lambda name: _digest(directory / name), names), strict=True))
     manifest = {_MARK: FORMAT, **facts, "files": files}
     text = json.dumps(manifest, indent=2, sort_keys=True) + "\n"
     (directory / MANIFEST).write_text(text, encoding="utf-8")

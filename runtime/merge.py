@@ -47,10 +47,10 @@ def merged_tensors(
     check_packed(active, quantized)
     copied = replaced_tensors(model, [adapter for adapter, _ in active])
     tensors, modules = dict(copied), dict[str, nn.Module]()
-    _check_finite(copied, safe_merge)
+    check_finite(copied, safe_merge)
     for terms in merged_sites(active):
         found = merged_site(model, terms, changed=copied)
-        _check_finite(found, safe_merge)
+        check_finite(found, safe_merge)
         site = terms[0][2].site
         if site.packing is None:
             tensors |= found
@@ -67,7 +67,8 @@ def _held_by(module: str, tensors: Mapping[str, torch.Tensor]) -> Merged:
     return {name: tensors[name]} if name in tensors else {}
 
 
-def _check_finite(tensors: Mapping[str, torch.Tensor], safe_merge: bool) -> None:
+def check_finite(tensors: Mapping[str, torch.Tensor], safe_merge: bool) -> None:
+    """Raise UsageError, with `safe_merge`, if a value is not finite."""
     for name, value in tensors.items() if safe_merge else ():
         if not torch.isfinite(value).all():
             message = f"merging would put NaN or infinite values into {name}"

@@ -5,10 +5,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from peftc.grammar.diagnostics import UsageError, fail
 from peftc.passes.packing import Packing
@@ -16,7 +18,8 @@ from peftc.passes.schemes.known import packed
 from peftc.passes.sites import tied_names
 from peftc.runtime.drift import MergeDrift, OutputDrift
 from peftc.runtime.merge import Replaced, merged_tensors, put
-from peftc.runtime.repack import Quantized, forget_quantization, in_types_of
+from peftc.runtime.merged_checkpoint import can_stream, write_merged
+from peftc.runtime.repack import Quantized, check_packed, forget_quantization, in_types_of
 from peftc.runtime.rounding import in_evaluation, output_drift, tensor_drift
 from peftc.runtime.share import share
 from peftc.runtime.state import Active, AdapterState
@@ -112,6 +115,24 @@ class Merging(nn.Module):
         if any(len({id(_there(plain, name)) for name in names}) > 1 for names in ties):
             _untie(plain)
         return plain
+
+    def _write_merged(
+        self, directory: Path, *, max_shard_size: int | str, safe_merge: bool, quantized: Quantized | None
+    ) -> None:
+        """Fill an empty directory with the checkpoint of the merged model, weight by weight where that can be."""
+        state = self._adapter_state
+        active = () if state.merged else self._mergeable(None)
+        adapters = [(state.adapter(name), weight) for name, weight in active]
+        check_packed(adapters, quantized)
+        plain = self.unload()
+        if not isinstance(plain, PreTrainedModel):
+            message = f"a {type(plain).__name__} has no checkpoint format: it is no transformers model"
+            fail(UsageError, "E591", message, help="save merge_and_unload().state_dict() as you save the model")
+        if adapters and can_stream(plain, adapters):
+            write_merged(directory, plain, self, adapters, size=max_shard_size, safe=safe_merge)
+            return
+        merged = self.merge_and_unload(safe_merge, quantized=quantized)
+        merged.save_pretrained(directory, max_shard_size=max_shard_size)  # type: ignore[operator]
 
     def unload(self) -> nn.Module:
         """A plain model of the user's class without adapters, sharing this model's weights."""

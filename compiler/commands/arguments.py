@@ -1,9 +1,14 @@
 """Arguments and options that several commands share."""
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
+
+from peftc.grammar.diagnostics import UsageError
+
+UNSAID = "E523"
 
 SPEC_HELP = "An .adapter file."
 MODEL_HELP = "A directory, a Hub id, or package.module:factory."
@@ -26,3 +31,30 @@ Use = Annotated[
     Path | None,
     typer.Option("--use", metavar="FILE", help="An .adapter file with methods of your own.", show_default=False),
 ]
+Adapters = Annotated[
+    str,
+    typer.Argument(
+        metavar="CHECKPOINT|SPEC",
+        help="A checkpoint's directory or Hub id, or an .adapter file, whose adapters are fresh.",
+        show_default=False,
+    ),
+]
+Quantized = Annotated[
+    Literal["requantize", "dequantize"] | None,
+    typer.Option(
+        "--quantized",
+        help="What becomes of weights that are quantized: packed again as they were, or dense.",
+        show_default=False,
+    ),
+]
+
+
+def is_spec(adapters: str) -> bool:
+    """Whether adapters are given as a spec, and not as a checkpoint."""
+    return adapters.endswith(".adapter") or Path(adapters).is_file()
+
+
+def as_option(error: UsageError) -> UsageError:
+    """That it is not said what becomes of quantized weights, told to someone who says it by an option."""
+    help = "--quantized requantize rounds the merged weights again, --quantized dequantize makes the model dense"
+    return UsageError(*(replace(each, help=help) if each.code == UNSAID else each for each in error.diagnostics))

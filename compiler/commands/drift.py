@@ -1,6 +1,6 @@
 """peftc drift"""
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -9,36 +9,20 @@ import typer
 from peftc import compiler
 from peftc.compiler import console, report
 from peftc.compiler.commands import arguments
-from peftc.grammar.diagnostics import Diagnostic, UsageError
+from peftc.grammar.diagnostics import UsageError
 from peftc.grammar.spec import Spec
 
-UNSAID = "E523"
-Quantized = Literal["requantize", "dequantize"]
 Type = Literal["float32", "bfloat16", "float16"]
 
 
 def drift(
-    adapters: Annotated[
-        str,
-        typer.Argument(
-            metavar="CHECKPOINT|SPEC",
-            help="A checkpoint's directory or Hub id, or an .adapter file, whose adapters are fresh.",
-            show_default=False,
-        ),
-    ],
+    adapters: arguments.Adapters,
     model: arguments.Model,
     dtype: Annotated[
         Type | None,
         typer.Option("--dtype", help="Convert the base to this type first.", show_default=False),
     ] = None,
-    quantized: Annotated[
-        Quantized | None,
-        typer.Option(
-            "--quantized",
-            help="What becomes of weights that are quantized: packed again as they were, or dense.",
-            show_default=False,
-        ),
-    ] = None,
+    quantized: arguments.Quantized = None,
     use: arguments.Use = None,
     seed: arguments.Seed = 0,
     revision: arguments.Revision = None,
@@ -52,7 +36,7 @@ def drift(
     """
     with console.progress(not json) as progress:
         progress("loading the model")
-        source = compiler.read_spec(Path(adapters)) if _is_spec(adapters) else adapters
+        source = compiler.read_spec(Path(adapters)) if arguments.is_spec(adapters) else adapters
         found = compiler.find_model(
             model,
             seed=seed,
@@ -66,7 +50,7 @@ def drift(
         try:
             measured = compiler.drift(source, found, seed=seed, dtype=dtype, use=use, quantized=quantized)
         except UsageError as error:
-            raise UsageError(*map(_as_option, error.diagnostics)) from error
+            raise arguments.as_option(error) from error
     for each in found.warnings:
         console.warn(each)
     for each in found.notes:
@@ -75,15 +59,3 @@ def drift(
         console.write_json({**asdict(measured), "largest": measured.largest, "relative": measured.relative})
     else:
         console.show(report.drift_report(measured))
-
-
-def _is_spec(adapters: str) -> bool:
-    return adapters.endswith(".adapter") or Path(adapters).is_file()
-
-
-def _as_option(problem: Diagnostic) -> Diagnostic:
-    """That it is not said what becomes of quantized weights, told to someone who says it by an option."""
-    if problem.code != UNSAID:
-        return problem
-    help = "--quantized requantize rounds the merged weights again, --quantized dequantize makes the model dense"
-    return replace(problem, help=help)
