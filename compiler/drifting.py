@@ -14,7 +14,7 @@ from peftc.compiler.models import FoundModel, seeded
 from peftc.compiler.quantizing import is_packed
 from peftc.compiler.tokenizers import tokenizer_for
 from peftc.grammar.diagnostics import UsageError, fail
-from peftc.grammar.elaborate import read_spec
+from peftc.grammar.elaborate import names_file, read_spec
 from peftc.grammar.spec import Spec
 from peftc.runtime.drift import MergeDrift
 from peftc.runtime.repack import Quantized
@@ -64,12 +64,10 @@ def adapted_by(
     adapters: Spec | str | PathLike[str], model: FoundModel, use: str | PathLike[str] | None
 ) -> AdaptedModel:
     """The model with the adapters of a checkpoint, or fresh ones of a spec."""
-    if isinstance(adapters, Spec):
-        return apply(model.model, adapters, tokenizer=tokenizer_for(adapters, model), dense=model.dense)
-    if str(adapters).endswith(".adapter") or Path(adapters).is_file():
-        meant = read_spec(Path(adapters))
-        return apply(model.model, meant, tokenizer=tokenizer_for(meant, model), dense=model.dense)
-    return load(model.model, adapters, use=use)
+    if not isinstance(adapters, Spec) and not names_file(str(adapters)):
+        return load(model.model, adapters, use=use)
+    meant = adapters if isinstance(adapters, Spec) else read_spec(Path(adapters))
+    return apply(model.model, meant, tokenizer=tokenizer_for(meant, model), dense=model.dense)
 
 
 def _arguments(found: FoundModel) -> tuple[Sequence[Any], Mapping[str, Any]]:

@@ -41,6 +41,7 @@ def export(
     """
     with seeded(seed):
         adapted = adapted_by(adapters, model, use)
-    options = {"max_shard_size": max_shard_size, "safe_merge": safe_merge, "quantized": quantized, "force": force}
-    files = adapted.export(directory, **options)  # type: ignore[arg-type]
+    files = adapted.export(
+        directory, max_shard_size=max_shard_size, safe_merge=safe_merge, quantized=quantized, force=force
+    )
     return ExportFacts(str(directory), tuple(adapted.active_adapters()), files)

@@ -40,7 +40,7 @@ def read_methods(path_or_text: str | os.PathLike[str]) -> Mapping[str, MethodRul
 
 def read_source(path_or_text: str | os.PathLike[str]) -> tuple[Source, Path | None]:
     """The text meant, and the directory it stands in if it is a file's."""
-    if isinstance(path_or_text, str) and not _names_file(path_or_text):
+    if isinstance(path_or_text, str) and not names_file(path_or_text):
         return Source("<spec>", path_or_text), None
     return load_source(path_or_text), Path(path_or_text).parent
 
@@ -73,7 +73,8 @@ def label_span(statement: tree.Adapter) -> Span | None:
     return Span(source, match.start(1), match.end(1)) if match else statement.span
 
 
-def _names_file(text: str) -> bool:
+def names_file(text: str) -> bool:
+    """Whether a text is the name of a file, and not a spec itself: it ends in `.adapter`, or there is such a file."""
     if "\n" in text or len(text) > 4096:
         return False
     try:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from peftc.passes.packing import from_text
-from peftc.passes.schemes.known import scheme_of, unpack
+from peftc.passes.schemes.known import scheme_of
 
 LIBRARY: Any = torch.library.Library("peftc", "DEF")  # type: ignore[no-untyped-call]
 LIBRARY.define("quantized_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
@@ -35,7 +35,8 @@ def packed_linear(x: Tensor, bias: Tensor | None, parts: Sequence[Tensor], packi
 
 def unpacked(parts: Sequence[Tensor], packing: str) -> Tensor:
     """The dense weight, `[out, in]`."""
-    return unpack(parts, from_text(packing))
+    known = from_text(packing)
+    return scheme_of(known).unpack(parts, known)
 
 
 def _forward(x: Tensor, bias: Tensor | None, parts: Sequence[Tensor], packing: str, training: bool) -> Tensor:
@@ -58,48 +59,44 @@ def _fake_unpack(parts: Sequence[Tensor], packing: str) -> Tensor:
     return parts[0].new_empty((known.out_features, known.in_features), dtype=known.dtype)
 
 
-def _input_gradient(gradient: Tensor, weight: Tensor, packing: str) -> Tensor:
-    kind = from_text(packing).compute or gradient.dtype
-    return torch.matmul(gradient.to(kind), weight.to(kind)).to(gradient.dtype)
+def _keep(ctx: Any, bias: Tensor | None, parts: Sequence[Tensor], packing: str) -> None:
+    # Not through save_for_backward, which would hold on to tensors that autograd counts versions of: these are frozen,
+    # and inference tensors have none.
+    ctx.parts = parts
+    ctx.packing = packing
+    ctx.bias = None if bias is None else bias.dtype
 
 
-def _bias_gradient(gradient: Tensor, dtype: torch.dtype) -> Tensor:
-    return gradient.reshape(-1, gradient.shape[-1]).sum(0).to(dtype)
+def _gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Of the activation, over the weight unpacked again, and of the bias."""
+    x = bias = None
+    if ctx.needs_input_grad[0]:
+        kind = from_text(ctx.packing).compute or gradient.dtype
+        weight = torch.ops.peftc.unpack(list(ctx.parts), ctx.packing)
+        x = torch.matmul(gradient.to(kind), weight.to(kind)).to(gradient.dtype)
+    if ctx.needs_input_grad[1]:
+        bias = gradient.reshape(-1, gradient.shape[-1]).sum(0).to(ctx.bias)
+    return x, bias
 
 
 class _PackedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, packing: str, training: bool, *parts: Tensor) -> Tensor:
-        ctx.packing = packing
-        ctx.bias = None if bias is None else bias.dtype
-        # Not through save_for_backward, which would hold on to tensors that autograd counts versions of: these are
-        # frozen, and inference tensors have none.
-        ctx.parts = parts
+        _keep(ctx, bias, parts, packing)
         return _forward(x, bias, parts, packing, training)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        rest = (None,) * (2 + len(ctx.parts))
-        bias = _bias_gradient(gradient, ctx.bias) if ctx.needs_input_grad[1] else None
-        if not ctx.needs_input_grad[0]:
-            return None, bias, *rest
-        return _input_gradient(gradient, unpacked(ctx.parts, ctx.packing), ctx.packing), bias, *rest
+        return *_gradients(ctx, gradient), None, None, *(None for _ in ctx.parts)
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, bias, parts, packing, _ = inputs
-    ctx.parts = parts  # as above
-    ctx.packing = packing
-    ctx.bias = None if bias is None else bias.dtype
+    _keep(ctx, bias, parts, packing)
 
 
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-    bias = _bias_gradient(gradient, ctx.bias) if ctx.needs_input_grad[1] else None
-    x = None
-    if ctx.needs_input_grad[0]:
-        weight = torch.ops.peftc.unpack(list(ctx.parts), ctx.packing)
-        x = _input_gradient(gradient, weight, ctx.packing)
-    return x, bias, [None] * len(ctx.parts), None, None
+    return *_gradients(ctx, gradient), [None] * len(ctx.parts), None, None
 
 
 LIBRARY.impl("quantized_linear", quantized_linear, "CompositeExplicitAutograd")
@@ -108,7 +105,7 @@ LIBRARY.impl("unpack", unpacked, "CompositeExplicitAutograd")
 torch.library.register_fake("peftc::quantized_linear", _fake_quantized, lib=LIBRARY)
 torch.library.register_fake("peftc::packed_linear", _fake_linear, lib=LIBRARY)
 torch.library.register_fake("peftc::unpack", _fake_unpack, lib=LIBRARY)
-torch.library.register_autograd("peftc::packed_linear", _backward, setup_context=_keep, lib=LIBRARY)
+torch.library.register_autograd("peftc::packed_linear", _backward, setup_context=_setup, lib=LIBRARY)
 
 QUANTIZED_LINEAR = torch.ops.peftc.quantized_linear.default
 PACKED_LINEAR = torch.ops.peftc.packed_linear.default

@@ -106,6 +106,11 @@ def operators(package: str) -> Any:
     return getattr(torch.ops, package)
 
 
+def is_a(module: nn.Module, file: str, name: str) -> bool:
+    """Whether a module is of a library's class, or one derived from it; nothing is imported for that."""
+    return any((each.__module__, each.__name__) == (file, name) for each in type(module).__mro__)
+
+
 def shallow(module: nn.Module) -> nn.Module:
     """Another module object that holds the same tensors and children, in dictionaries of its own."""
     made = copy.copy(module)

@@ -170,12 +170,13 @@ class Merging(nn.Module):
 
     def _put(self, tensors: Mapping[str, torch.Tensor | nn.Module | None]) -> Replaced:
         before, engine = put(self, tensors), self._adapter_state.engine
-        engine.storage.refresh()
         # A trace reads a bias only where there was one when it was made.
         if any(_bias_came_or_went(old, tensors[name]) for name, old in before.items()):
             engine.reset()
         elif any(_packing(old) != _packing(tensors[name]) for name, old in before.items()):
             engine.reset(traces=False)
+        else:
+            engine.storage.refresh()
         return before
 
     def _mergeable(self, names: Sequence[str] | None) -> Active:

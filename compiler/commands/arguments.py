@@ -49,11 +49,6 @@ Quantized = Annotated[
 ]
 
 
-def is_spec(adapters: str) -> bool:
-    """Whether adapters are given as a spec, and not as a checkpoint."""
-    return adapters.endswith(".adapter") or Path(adapters).is_file()
-
-
 def as_option(error: UsageError) -> UsageError:
     """That it is not said what becomes of quantized weights, told to someone who says it by an option."""
     help = "--quantized requantize rounds the merged weights again, --quantized dequantize makes the model dense"

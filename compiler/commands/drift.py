@@ -10,6 +10,7 @@ from peftc import compiler
 from peftc.compiler import console, report
 from peftc.compiler.commands import arguments
 from peftc.grammar.diagnostics import UsageError
+from peftc.grammar.elaborate import names_file
 from peftc.grammar.spec import Spec
 
 Type = Literal["float32", "bfloat16", "float16"]
@@ -36,7 +37,7 @@ def drift(
     """
     with console.progress(not json) as progress:
         progress("loading the model")
-        source = compiler.read_spec(Path(adapters)) if arguments.is_spec(adapters) else adapters
+        source = compiler.read_spec(Path(adapters)) if names_file(adapters) else adapters
         found = compiler.find_model(
             model,
             seed=seed,

@@ -10,6 +10,7 @@ from peftc import compiler
 from peftc.compiler import console
 from peftc.compiler.commands import arguments
 from peftc.grammar.diagnostics import UsageError
+from peftc.grammar.elaborate import names_file
 from peftc.grammar.spec import Spec
 
 
@@ -41,7 +42,7 @@ def export(
     """
     with console.progress(not json) as progress:
         progress("loading the model")
-        source = compiler.read_spec(Path(adapters)) if arguments.is_spec(adapters) else adapters
+        source = compiler.read_spec(Path(adapters)) if names_file(adapters) else adapters
         found = compiler.find_model(
             model,
             seed=seed,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftc.passes.packing import Packing, operators, shallow, shared_bias
+from peftc.passes.packing import Packing, is_a, operators, shallow, shared_bias
 
 NESTED_BLOCK = 256  # the one that bitsandbytes' own matmul knows
 
@@ -27,7 +27,7 @@ class FourBit:
 
     def packing(self, module: nn.Module) -> Packing | None:
         """How a Linear4bit stores its weight; None before it is quantized."""
-        if not _is_four_bit(module):
+        if not is_a(module, "bitsandbytes.nn.modules", "Linear4bit"):
             return None
         state: Any = getattr(module.weight, "quant_state", None) or getattr(module, "quant_state", None)
         if state is None:
@@ -129,8 +129,3 @@ def _turned_back(codes: torch.Tensor, state: Any) -> torch.Tensor:
     turned, _ = functional._convert_weight_packed_for_cpu_inverse(codes, state)
     state.absmax, state.nested, state.state2, state.offset = scales, False, None, None
     return turned
-
-
-def _is_four_bit(module: nn.Module) -> bool:
-    kinds = type(module).__mro__
-    return any(each.__module__ == "bitsandbytes.nn.modules" and each.__name__ == "Linear4bit" for each in kinds)

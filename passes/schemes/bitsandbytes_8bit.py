@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftc.passes.packing import Packing, operators, shallow, shared_bias
+from peftc.passes.packing import Packing, is_a, operators, shallow, shared_bias
 
 RANGE = 127.0
 
@@ -25,7 +25,7 @@ class EightBit:
 
     def packing(self, module: nn.Module) -> Packing | None:
         """How a Linear8bitLt stores its weight; None for one that keeps float16 weights."""
-        if not _is_eight_bit(module) or module.weight.dtype != torch.int8:
+        if not is_a(module, "bitsandbytes.nn.modules", "Linear8bitLt") or module.weight.dtype != torch.int8:
             return None
         state: Any = module.state
         weight: Any = module.weight
@@ -98,8 +98,3 @@ def _stored(module: nn.Module, numbers: torch.Tensor, scales: torch.Tensor) -> n
 
 def _unpacked(numbers: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return numbers.to(dtype, copy=True).mul_(scales.unsqueeze(1).mul(1.0 / RANGE))
-
-
-def _is_eight_bit(module: nn.Module) -> bool:
-    kinds = type(module).__mro__
-    return any(each.__module__ == "bitsandbytes.nn.modules" and each.__name__ == "Linear8bitLt" for each in kinds)

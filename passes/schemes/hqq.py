@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftc.passes.packing import Option, Packing, shallow, shared_bias
+from peftc.passes.packing import Option, Packing, is_a, shallow, shared_bias
 
 
 class HalfQuadratic:
@@ -24,7 +24,7 @@ class HalfQuadratic:
     def packing(self, module: nn.Module) -> Packing | None:
         """How an HQQLinear stores its weight; None before it is quantized, or where its scales are quantized too."""
         meta: Any = getattr(module, "meta", None)
-        if not _is_hqq(module) or not isinstance(meta, dict):
+        if not is_a(module, "hqq.core.quantize", "HQQLinear") or not isinstance(meta, dict):
             return None
         if any(not isinstance(meta.get(name), torch.Tensor) for name in ("scale", "zero")):
             return None
@@ -112,7 +112,3 @@ def _settings(meta: Any, library: Any) -> dict[str, Any]:
     """How a layer that was loaded without its settings was quantized, as far as that is to be seen."""
     names = ("nbits", "group_size", "axis", "view_as_float")
     return library.hqq_base_quant_config(**{name: meta[name] for name in names})
-
-
-def _is_hqq(module: nn.Module) -> bool:
-    return any(each.__module__ == "hqq.core.quantize" and each.__name__ == "HQQLinear" for each in type(module).__mro__)

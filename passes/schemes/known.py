@@ -1,6 +1,5 @@
 """Every scheme there is, and which one a module is of."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -89,8 +88,3 @@ def scheme_of(packing: Packing) -> Scheme:
         help = "register it first: peftc.passes.schemes.known.register(scheme)"
         fail(UsageError, "E524", f"a weight is packed by {packing.scheme!r}, which no scheme here is called", help=help)
     return found
-
-
-def unpack(parts: Sequence[torch.Tensor], packing: Packing) -> torch.Tensor:
-    """The weight that stored tensors stand for."""
-    return scheme_of(packing).unpack(parts, packing)
