@@ -15,6 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from peftc.compiler import console
+from peftc.compiler.commands.bench import bench
 from peftc.compiler.commands.check import check
 from peftc.compiler.commands.compile import compile_
 from peftc.compiler.commands.decompile import decompile
@@ -25,12 +26,15 @@ from peftc.compiler.commands.fmt import fmt
 from peftc.compiler.commands.graph import graph
 from peftc.compiler.commands.inspect import inspect
 from peftc.compiler.commands.methods import methods
+from peftc.compiler.commands.run import run
 from peftc.grammar.diagnostics import AdapterError, Diagnostic
 
 WRONG, USAGE, UNREADABLE, BUG, INTERRUPTED, BROKEN_PIPE = 1, 2, 3, 70, 130, 141
 
 # What is not there, cannot be read or written, or cannot be reached; everything else is wrong in itself.
-_UNREADABLE = frozenset(("E101", "E301", "E302", "E308", "E350", "E450", "E455", "E460", "E550", "E551", "E552"))
+_UNREADABLE = frozenset(
+    ("E101", "E301", "E302", "E308", "E350", "E450", "E455", "E460", "E550", "E551", "E552", "E600", "E607")
+)
 
 HELP = """
 A compiler for adapters: puts the adapters of a spec into a model's graph.
@@ -185,5 +189,5 @@ def options(
 
 
 app.command("compile")(compile_)
-for _command in (check, explain, fmt, graph, drift, export, inspect, decompile, methods):
+for _command in (check, explain, fmt, graph, drift, export, run, bench, inspect, decompile, methods):
     app.command()(_command)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from peftc.compiler.driver import AdaptedModel, apply, load
-from peftc.compiler.example_inputs import example_inputs
+from peftc.compiler.example_inputs import drawn_inputs
 from peftc.compiler.models import FoundModel, seeded
 from peftc.compiler.quantizing import is_packed
 from peftc.compiler.tokenizers import tokenizer_for
@@ -18,8 +18,6 @@ from peftc.grammar.elaborate import names_file, read_spec
 from peftc.grammar.spec import Spec
 from peftc.runtime.drift import MergeDrift
 from peftc.runtime.repack import Quantized
-
-ROWS, LENGTH = 2, 32
 
 
 def drift(
@@ -71,20 +69,10 @@ def adapted_by(
 
 
 def _arguments(found: FoundModel) -> tuple[Sequence[Any], Mapping[str, Any]]:
-    """Of a call of the model: random tokens for whatever takes tokens."""
+    """Of a call of the model: its own example inputs, or random tokens for whatever takes tokens."""
     given = found.example_inputs
     if isinstance(given, torch.Tensor):
         return (given,), {}
     if given is not None:
         return ((), given) if isinstance(given, Mapping) else (given, {})
-    config: Any = getattr(found.model, "config", None)
-    size = int(getattr(config, "vocab_size", None) or 2)
-    inputs = example_inputs(found.model) or {}
-    length = min(LENGTH, int(getattr(config, "max_position_embeddings", None) or LENGTH))
-    shape = (ROWS, length) if set(inputs) <= {"input_ids", "attention_mask", "decoder_input_ids"} else None
-    for name, tensor in inputs.items():
-        if name.endswith("input_ids"):
-            inputs[name] = torch.randint(size, shape or tuple(tensor.shape), device=tensor.device)
-        elif name == "attention_mask":
-            inputs[name] = torch.ones(shape or tuple(tensor.shape), dtype=tensor.dtype, device=tensor.device)
-    return (), inputs
+    return (), drawn_inputs(found.model)

@@ -2,15 +2,13 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx, nn
 
+from peftc.compiler.exportable import Exportable
 from peftc.compiler.lower import lower, specialise
-from peftc.compiler.merged_facts import merged_facts
-from peftc.compiler.output import check_target, replaced, seal
 from peftc.compiler.quantizing import check_is_backed, quantize_linears
 from peftc.compiler.trace import Tracer
 from peftc.grammar.diagnostics import ModelError, UsageError, fail
@@ -36,7 +34,6 @@ from peftc.runtime.engine import Engine
 from peftc.runtime.initial import initial
 from peftc.runtime.model import ADAPTED, STATE, adapted_class, base_view
 from peftc.runtime.program import Lowered
-from peftc.runtime.repack import Quantized
 from peftc.runtime.segments import Recompute
 from peftc.runtime.share import share
 from peftc.runtime.state import BANK, AdapterState, Facts
@@ -110,7 +107,7 @@ class Compiler:
         return Compiler(model)
 
 
-class AdaptedModel(runtime.AdaptedModel):
+class AdaptedModel(Exportable):
     """A model with adapters in its graph, made by `apply` and `load`; see `peftc.runtime.model.AdaptedModel`."""
 
     @classmethod
@@ -126,41 +123,6 @@ class AdaptedModel(runtime.AdaptedModel):
                 help="load the base with its own class, then call compiler.load(base, checkpoint)",
             )
         return load(model, peft_model_id, **options)
-
-    def export(
-        self,
-        save_directory: str | PathLike[str],
-        *,
-        max_shard_size: int | str = "5GB",
-        safe_merge: bool = False,
-        quantized: Quantized | None = None,
-        force: bool = False,
-    ) -> tuple[str, ...]:
-        """Write the model with its active adapters merged, as a checkpoint that plain transformers loads.
-
-        Weights are merged when their turn to be written comes, so that no second model is in memory; this one stays as
-        it is. The directory appears complete or not at all. Beside config and weights it has a manifest.json: the
-        adapters, the versions, the base, and the size and sha256 of every file.
-
-        Args:
-            save_directory: Where to write.
-            max_shard_size: Of one file of weights, in bytes or as "5GB".
-            safe_merge: Refuse values that are not finite.
-            quantized: Of a quantized base, what becomes of the weights, as in `merge_adapter`.
-            force: Replace a directory that is not an unchanged earlier export.
-
-        Returns:
-            The names of the files, sorted.
-
-        Raises:
-            UsageError: no adapter is active, one cannot be merged, `quantized` is not said and needed, the model is not
-                one of transformers, or the directory holds something else or cannot be written.
-        """
-        target = Path(save_directory)
-        check_target(target, force=force)
-        with replaced(target) as directory:
-            self._write_merged(directory, max_shard_size=max_shard_size, safe_merge=safe_merge, quantized=quantized)
-            return seal(directory, merged_facts(self))
 
 
 def apply(

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-ROWS, LENGTH = 2, 8
+ROWS, LENGTH, TEXT = 2, 8, 32
 
 
 def example_inputs(model: nn.Module) -> dict[str, torch.Tensor] | None:
@@ -36,6 +36,21 @@ def example_inputs(model: nn.Module) -> dict[str, torch.Tensor] | None:
         return None
     if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in accepted:
         inputs["decoder_input_ids"] = torch.ones((ROWS, LENGTH), dtype=torch.long, device=device)
+    return inputs
+
+
+def drawn_inputs(model: nn.Module) -> dict[str, torch.Tensor]:
+    """As `example_inputs`, with random tokens of a text of some length; empty for a model nothing is known of."""
+    config: Any = getattr(model, "config", None)
+    size = int(getattr(config, "vocab_size", None) or 2)
+    inputs = example_inputs(model) or {}
+    length = min(TEXT, int(getattr(config, "max_position_embeddings", None) or TEXT))
+    shape = (ROWS, length) if set(inputs) <= {"input_ids", "attention_mask", "decoder_input_ids"} else None
+    for name, tensor in inputs.items():
+        if name.endswith("input_ids"):
+            inputs[name] = torch.randint(size, shape or tuple(tensor.shape), device=tensor.device)
+        elif name == "attention_mask":
+            inputs[name] = torch.ones(shape or tuple(tensor.shape), dtype=tensor.dtype, device=tensor.device)
     return inputs
 
 

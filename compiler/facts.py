@@ -1,10 +1,11 @@
 """What commands report, as plain data: `report` makes tables of it, `--json` prints it. Needs no torch."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from peftc.grammar.diagnostics import Diagnostic
+from peftc.runtime.drift import OutputDrift
 
 Values = Mapping[str, int | float | bool | str | tuple[int, ...] | None]
 
@@ -184,9 +185,38 @@ class ExplainFacts:
 
 
 @dataclass(frozen=True)
+class EntryFacts:
+    """One way to call an artifact: its name, the file, and by name the shape of each input and output.
+
+    A size is a number or a sum of dimensions, such as "past + sequence". An input that is a dictionary of tensors has
+    their number instead.
+    """
+
+    name: str
+    file: str
+    inputs: Mapping[str, tuple[int | str, ...] | int]
+    outputs: Mapping[str, tuple[int | str, ...] | int]
+
+
+@dataclass(frozen=True)
 class ExportFacts:
-    """What `peftc export` wrote: where, which adapters are merged, and the files by name."""
+    """What `peftc export` wrote: where and as what, which adapters, whether they are merged, inputs or routed.
+
+    `dimensions` have a `min` and a `max` each (None: no limit). Of a checkpoint there are no entries and no drift.
+    """
 
     directory: str
+    format: str
     adapters: tuple[str, ...]
+    placed: str
     files: tuple[str, ...]
+    bytes: int
+    entries: tuple[EntryFacts, ...] = ()
+    dimensions: Mapping[str, Mapping[str, int | None]] = field(default_factory=dict)
+    drift: OutputDrift | None = None
+    tokenizer: bool = False
+    generates: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """As a JSON object."""
+        return asdict(self)

@@ -105,8 +105,7 @@ def lower(graph: fx.Graph, *, autocast: bool, choice: Choice = PUSHED) -> Lowere
     goes into is taken out of it where nothing trains. Under autocast nothing is fused or kept: it does not cast what an
     in-place operator is given, and its type may change from call to call.
     """
-    traceable = copy_graph(graph)
-    driver.run(traceable, [JoinCats(), GroupHeads(), FloatMask()])
+    traceable = compilable(graph)
     plain = copy_graph(traceable)
     prologue = fx.Graph()
     steps: list[driver.Pass] = [] if autocast else [FuseLowRank(), AddInPlace()]
@@ -114,6 +113,13 @@ def lower(graph: fx.Graph, *, autocast: bool, choice: Choice = PUSHED) -> Lowere
         steps.append(Hoist(choice.dense, prologue))
     driver.run(plain, [*steps, NativeCalls()])
     return Lowered(traceable, plain, prologue if len(prologue.nodes) > 1 else None)
+
+
+def compilable(graph: fx.Graph) -> fx.Graph:
+    """A copy of a specialised graph for other compilers: nothing writes in place, and operators are torch's own."""
+    copied = copy_graph(graph)
+    driver.run(copied, [JoinCats(), GroupHeads(), FloatMask()])
+    return copied
 
 
 def copy_graph(graph: fx.Graph) -> fx.Graph:

@@ -1,5 +1,6 @@
-"""What a merged checkpoint was made from, for the manifest beside it."""
+"""What an exported model was made from, for the manifest beside it."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from peftc.runtime.model import AdaptedModel
@@ -10,17 +11,33 @@ from peftc.runtime.spec_config import spec_text
 def merged_facts(adapted: AdaptedModel) -> dict[str, Any]:
     """The base, the adapters that are merged with their weights and specs, and the versions, as JSON."""
     state = adapted._adapter_state
-    plans = state.plans()
+    active = state.merged_active or state.active
+    return {
+        **_base_facts(adapted),
+        "merged": {name: {"weight": weight, **made_by(adapted, name)} for name, weight in active},
+    }
+
+
+def adapter_facts(adapted: AdaptedModel, names: Sequence[str] | None) -> dict[str, Any]:
+    """The same of adapters that are not merged; all, if none is named."""
+    found = names or adapted._adapter_state.names()
+    return {**_base_facts(adapted), "adapters": {name: made_by(adapted, name) for name in found}}
+
+
+def _base_facts(adapted: AdaptedModel) -> dict[str, Any]:
+    facts = adapted._adapter_state.facts
     return {
         "versions": versions(),
         "model": {
             "architecture": adapted.base_class.__name__,
-            "id": state.facts.base_name,
-            "revision": state.facts.base_revision,
+            "id": facts.base_name,
+            "revision": facts.base_revision,
             "fingerprint": adapted.base_fingerprint(),
         },
-        "merged": {
-            name: {"weight": weight, "method": plans[name].spec.rule.name, "spec": spec_text(plans[name].spec)}
-            for name, weight in state.merged_active or state.active
-        },
     }
+
+
+def made_by(adapted: AdaptedModel, name: str) -> dict[str, Any]:
+    """An adapter's method and spec."""
+    spec = adapted._adapter_state.plans()[name].spec
+    return {"method": spec.rule.name, "spec": spec_text(spec)}

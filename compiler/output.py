@@ -66,7 +66,8 @@ def replaced(directory: Path) -> Iterator[Path]:
         temporary.rename(target)
         done = True
     except OSError as error:
-        fail(UsageError, "E550", f"cannot write: {error.strerror or error}", where=str(error.filename or directory))
+        where = str(error.filename or directory).replace(str(temporary), str(directory))
+        fail(UsageError, "E550", f"cannot write: {error.strerror or error}", where=where)
     finally:
         if old.exists() and not target.exists():
             old.rename(target)
@@ -89,10 +90,21 @@ def write_text(path: Path, text: str) -> None:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """As `write_text`, for bytes."""
+    with moved_into(path) as temporary:
+        temporary.write_bytes(content)
+
+
+@contextmanager
+def moved_into(path: Path) -> Iterator[Path]:
+    """A temporary sibling to write; it takes the file's place at the end, or vanishes if anything goes wrong.
+
+    Raises:
+        UsageError: it cannot be written.
+    """
     target = path.resolve()
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
     try:
-        temporary.write_bytes(content)
+        yield temporary
         if target.exists():
             shutil.copymode(target, temporary)
         os.replace(temporary, target)
@@ -107,7 +119,7 @@ def seal(directory: Path, facts: Mapping[str, Any]) -> tuple[str, ...]:
     """Write manifest.json: the facts and every file with its size and digest. Returns the files' names, sorted."""
     names = _files(directory)
     with ThreadPoolExecutor() as pool:  # hashing lets other threads run
-        files = dict(zip(names, pool.map(lambda name: _digest(directory / name), names), strict=True))
+        files = dict(zip(names, pool.map(lambda name: digest(directory / name), names), strict=True))
     manifest = {_MARK: FORMAT, **facts, "files": files}
     text = json.dumps(manifest, indent=2, sort_keys=True) + "\n"
     (directory / MANIFEST).write_text(text, encoding="utf-8")
@@ -131,7 +143,7 @@ def _foreign(directory: Path) -> list[str]:
     """Files that no build wrote, or that were changed since."""
     known = _manifest(directory).get("files", {})
     present = [each for each in _files(directory) if not (known and each == MANIFEST)]
-    return [each for each in present if each not in known or known[each] != _digest(directory / each)]
+    return [each for each in present if each not in known or known[each] != digest(directory / each)]
 
 
 def _files(directory: Path) -> list[str]:
@@ -139,7 +151,8 @@ def _files(directory: Path) -> list[str]:
     return sorted(each.relative_to(directory).as_posix() for each in found)
 
 
-def _digest(path: Path) -> dict[str, object]:
+def digest(path: Path) -> dict[str, object]:
+    """A file's size and sha256, as manifests have them; empty if it cannot be read."""
     try:
         with path.open("rb") as file:
             return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}

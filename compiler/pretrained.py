@@ -53,7 +53,7 @@ def from_config(path: Path, name: str, trust_remote_code: bool) -> Loaded:
     kind, warnings = _class(raw, path, trust_remote_code)
     where = str(path / "config.json")
     try:
-        with _quiet():
+        with quiet_transformers():
             config = transformers.AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code)
             config._name_or_path = name
             if vars(config).pop("quantization_config", None) is not None:
@@ -77,8 +77,8 @@ def from_hub(
 
     `near` helps if there is none; `quantize` as in `from_weights`. Raises ModelError and SpecError.
     """
-    reachable = not local_files_only and _hub_is_known()
-    with _quiet():
+    reachable = not local_files_only and hub_is_known()
+    with quiet_transformers():
         path = _fetch_config(name, revision, reachable=reachable, wanted=not local_files_only, near=near)
     config = _read(path)
     kind, warnings = _class(config, path.parent, trust_remote_code)
@@ -186,7 +186,7 @@ def _unknown_fields(config: dict[str, Any], kind: type[PreTrainedConfig], where:
 
 def _load(kind: Any, source: str, name: str, warnings: tuple[str, ...], stored: Storing, **options: Any) -> Loaded:
     try:
-        with _quiet(), releasing() if stored.quantize else nullcontext():
+        with quiet_transformers(), releasing() if stored.quantize else nullcontext():
             model, info = kind.from_pretrained(source, output_loading_info=True, **options, **stored.options)
     except (hub.HfHubHTTPError, hub.OfflineModeIsEnabled, ConnectionError) as error:
         _refuse("E455", "the weights cannot be downloaded", error, name)
@@ -201,7 +201,7 @@ def _load(kind: Any, source: str, name: str, warnings: tuple[str, ...], stored: 
     return model.eval(), warnings
 
 
-def _hub_is_known() -> bool:
+def hub_is_known() -> bool:
     """Whether the Hub's name can be looked up. Where it cannot, asking would be tried for half a minute."""
     host = urlsplit(huggingface_hub.constants.ENDPOINT).hostname
     if getproxies() or host is None:
@@ -246,8 +246,8 @@ def _refuse(code: str, what: str, error: Exception, where: str) -> NoReturn:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """What the user should know is said by us, once."""
+def quiet_transformers() -> Iterator[None]:
+    """Transformers and the Hub's client saying nothing: what the user should know is said by us, once."""
     level = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()
     hub_level = hub_logging.get_verbosity()

@@ -39,7 +39,7 @@ def build_report(facts: BuildFacts) -> RenderableType:
     totals = Table.grid(padding=(0, 2))
     totals.add_row("base", f"{model.architecture}, {model.parameters:,} parameters, frozen")
     totals.add_row("adapters", f"{facts.parameters:,} parameters, {100 * facts.share:.4g} % of all")
-    totals.add_row("checkpoint", _size(facts.bytes))
+    totals.add_row("checkpoint", size_text(facts.bytes))
     totals.add_row("active", _active(facts.adapters))
     if facts.output:
         totals.add_row("written", facts.output)
@@ -64,7 +64,7 @@ def checkpoint_report(facts: CheckpointFacts) -> RenderableType:
     head.add_row("base", (facts.base or "unknown") + (f" at {facts.revision}" if facts.revision else ""))
     if facts.task_type:
         head.add_row("task", facts.task_type)
-    head.add_row("size", f"{_size(facts.bytes)}, {facts.parameters:,} parameters")
+    head.add_row("size", f"{size_text(facts.bytes)}, {facts.parameters:,} parameters")
     if facts.manifest:
         versions = ", ".join(f"{name} {version}" for name, version in facts.manifest["versions"].items())
         head.add_row("written by", versions)
@@ -255,7 +255,8 @@ def _short(count: int) -> str:
     return f"{count}" if not prefix else f"{figure:.3g}{prefix}"
 
 
-def _size(count: int) -> str:
+def size_text(count: int) -> str:
+    """A number of bytes: "1.2 MB"."""
     size = float(count)
     for unit in ("bytes", "kB", "MB", "GB"):
         if size < 1000 or unit == "GB":

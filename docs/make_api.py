@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from peftc import compiler
+from peftc.compiler.exportable import Exportable
+from peftc.compiler.facts import EntryFacts, ExportFacts
 from peftc.grammar.diagnostics import (
     AdapterError,
     CheckpointError,
@@ -33,7 +35,7 @@ from peftc.runtime.saving import Saving
 PAGE = Path(__file__).parent / "api.md"
 WIDTH = 100  # of a signature on one line
 
-OWNERS = (Lifecycle, Merging, Saving, Allocating, Recomputing, KvPrefix, AdaptedModel)
+OWNERS = (Lifecycle, Merging, Exportable, Saving, Allocating, Recomputing, KvPrefix, AdaptedModel)
 ERRORS = (AdapterError, SpecError, CheckpointError, ModelError, UsageError, Diagnostic, Span, Source)
 DATA = (
     Spec,
@@ -48,6 +50,8 @@ DATA = (
     MergeDrift,
     TensorDrift,
     OutputDrift,
+    ExportFacts,
+    EntryFacts,
 )
 SECTIONS = ("Args", "Returns", "Raises")
 
@@ -71,7 +75,7 @@ def page() -> str:
         "All are exported by `peftc.compiler`, except `Span` and `Source`, which a diagnostic points with.",
         *(part for each in ERRORS for part in class_parts(each)),
         "## Specs and plans",
-        "Frozen data: what `read_spec`, `AdaptedModel.adapter_plan` and `AdaptedModel.merge_drift` return.",
+        "Frozen data: what `read_spec`, `AdaptedModel.adapter_plan`, `AdaptedModel.merge_drift` and `export` return.",
         *(part for each in DATA for part in class_parts(each)),
     ]
     return "\n\n".join(parts) + "\n"

@@ -1,7 +1,8 @@
 """Keeps the traces and programs of one model, and finds the one that serves a call."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Protocol
@@ -104,6 +105,7 @@ class Engine:
         self.recompute: Recompute | None = None  # how layers are recomputed in training, if they are
         self.model = model
         self.parameters = frozenset(inspect.signature(model.forward).parameters)
+        self._fixed: Choice | None = None
         self._takes_cache: dict[str, bool] = {}
         self._traces: dict[Signature, Traced] = {}
         self._specialisations: dict[Structure, Specialisation] = {}
@@ -121,6 +123,11 @@ class Engine:
     def activate(self, tenant: Tenant) -> None:
         """Serve calls with these adapters from now on. Makes no graph: calls do."""
         self._tenant = tenant
+
+    @property
+    def structure(self) -> Structure:
+        """What graphs are made for now."""
+        return self._tenant.specialisation.structure
 
     def run(self, entry: str, arguments: Mapping[str, Any]) -> Any:
         """Call the model (or a submodule of it) with named arguments."""
@@ -165,6 +172,15 @@ class Engine:
         bound = replace(call, signature=replace(call.signature, sizes=sizes))
         return programs.get((bound.signature, autocast, choice)) or self._make(bound, autocast, choice)
 
+    @contextmanager
+    def unmerged(self) -> Iterator[None]:
+        """Inside, no W' is computed, whatever the size of a call: that would be a merge."""
+        before, self._fixed = self._fixed, COMPILED
+        try:
+            yield
+        finally:
+            self._fixed = before
+
     def traced(self, call: Call) -> Traced:
         """The base graph for a call, traced now if it was not before."""
         signature = replace(call.signature, mode="")
@@ -194,7 +210,7 @@ class Engine:
         engine.recompute = self.recompute
         return engine
 
-    def _find(self, owner: str) -> nn.Module:
+    def find(self, owner: str) -> nn.Module:
         """The module that an attribute of a graph belongs to."""
         if owner.startswith(ADAPTERS):
             return self.slots.module(owner)
@@ -204,6 +220,8 @@ class Engine:
         """How sites are lowered for a call of this size: sizes between two powers of two share one choice."""
         # A compiler would specialise on the sizes that are compared here, and autocast would round a computed weight.
         fixed = torch.compiler.is_compiling() or torch.is_autocast_enabled(_device_type(call))
+        if self._fixed is not None:
+            return self._fixed
         if fixed or not self._tenant.specialisation.structure.sites:
             return COMPILED
         tenant, tokens = self._tenant, _tokens(call)
@@ -218,7 +236,7 @@ class Engine:
         traced = self.traced(call)
         graph = self._specialised(traced, call.signature, autocast, choice)
         lowered = self.backend.lower(graph, autocast=autocast, choice=choice)
-        program = Program(traced, lowered, self._find, training=call.signature.training)
+        program = Program(traced, lowered, self.find, training=call.signature.training)
         self._tenant.specialisation.programs[call.signature, autocast, choice] = program
         return program
 

@@ -31,17 +31,32 @@ def can_stream(plain: nn.Module, active: Merging) -> bool:
     """
     if not isinstance(plain, PreTrainedModel) or plain.is_remote_code():
         return False
-    if any(each.plan.copies or each.plan.rows for each, _ in active):
+    if not is_one_by_one(active):
         return False
-    for terms in merged_sites(active):
-        site = terms[0][2].site
-        if site.packing is not None or site.tied or (_changes_bias(terms) and not site.has_bias):
-            return False
     tensors = _saved(plain)
     if any(each.dtype not in TYPES or type(each) not in (torch.Tensor, nn.Parameter) for each in tensors.values()):
         return False
     laid_out = _laid_out(plain, tensors)
     return {name: each.shape for name, each in laid_out.items()} == {name: each.shape for name, each in tensors.items()}
+
+
+def is_one_by_one(active: Merging) -> bool:
+    """Whether what merging changes are dense weights and biases that are there, each by the adapters of its site."""
+    if any(each.plan.copies or each.plan.rows for each, _ in active):
+        return False
+    sites = [(terms[0][2].site, _changes_bias(terms)) for terms in merged_sites(active)]
+    return not any(site.packing is not None or site.tied or (bias and not site.has_bias) for site, bias in sites)
+
+
+def merging_terms(active: Merging) -> dict[str, Terms]:
+    """The full name of every tensor that merging changes, and what changes it. See `is_one_by_one`."""
+    found: dict[str, Terms] = {}
+    for terms in merged_sites(active):
+        site = terms[0][2].site
+        found[site.weight] = terms
+        if _changes_bias(terms):
+            found[site.bias] = terms
+    return found
 
 
 @torch.no_grad()
@@ -53,12 +68,7 @@ def write_merged(
     `plain` has what is not merged. What is, is computed over the tensors of `base` when its turn comes, and let go.
     Raises UsageError, with `safe`, for a value that is not finite, and OSError.
     """
-    merging: dict[str, Terms] = {}
-    for terms in merged_sites(active):
-        site = terms[0][2].site
-        merging[site.weight] = terms
-        if _changes_bias(terms):
-            merging[site.bias] = terms
+    merging = merging_terms(active)
     tensors = _saved(plain)
     entries = {
         name: Entry(name, value.dtype, tuple(value.shape), _value(base, name, value, merging.get(name), safe))

@@ -17,12 +17,15 @@ from peftc.passes.packing import Packing
 from peftc.passes.schemes.known import packed
 from peftc.passes.sites import tied_names
 from peftc.runtime.drift import MergeDrift, OutputDrift
+from peftc.runtime.mapped import mapped_tensors
 from peftc.runtime.merge import Replaced, merged_tensors, put
-from peftc.runtime.merged_checkpoint import can_stream, write_merged
+from peftc.runtime.merged_checkpoint import can_stream, is_one_by_one, write_merged
 from peftc.runtime.repack import Quantized, check_packed, forget_quantization, in_types_of
 from peftc.runtime.rounding import in_evaluation, output_drift, tensor_drift
 from peftc.runtime.share import share
 from peftc.runtime.state import Active, AdapterState
+
+MAPPED = "merged.safetensors"
 
 
 class Merging(nn.Module):
@@ -160,6 +163,39 @@ class Merging(nn.Module):
         return found
 
     @contextmanager
+    def _folded(self, directory: Path, *, safe_merge: bool, quantized: Quantized | None) -> Iterator[None]:
+        """Inside, the active adapters are in the weights, and only those are still active that change none.
+
+        Where that can be, the merged weights lie in a file in `directory`, so that they are not all in memory. Raises
+        UsageError as `merge_adapter`, and OSError.
+        """
+        state = self._adapter_state
+        if state.merged:
+            yield
+            return
+        active = state.active
+        kept = tuple(each for each in active if _changes_no_weight(state, each[0]))
+        adapters = [(state.adapter(name), weight) for name, weight in active if (name, weight) not in kept]
+        if is_one_by_one(adapters):
+            tensors: Mapping[str, Any] = mapped_tensors(self, adapters, directory / MAPPED, safe=safe_merge)
+        elif kept:
+            tensors = merged_tensors(self, adapters, safe_merge=safe_merge, quantized=quantized)
+        else:
+            self.merge_adapter(safe_merge=safe_merge, quantized=quantized)
+            try:
+                yield
+            finally:
+                self.unmerge_adapter()
+            return
+        before = self._put(tensors)
+        try:
+            state.activate(kept)
+            yield
+        finally:
+            self._put(before)
+            state.activate(active)
+
+    @contextmanager
     def _holding(self, tensors: Replaced) -> Iterator[None]:
         """Hold these inside the context, for somebody who looks and does not call."""
         before = put(self, tensors)
@@ -196,7 +232,8 @@ class Merging(nn.Module):
     def _output_drift(self, args: Sequence[Any], kwargs: Mapping[str, Any], quantized: Quantized | None) -> OutputDrift:
         def outputs() -> tuple[Any, Any]:
             # A call may write to what it is given: a cache grows.
-            unmerged = self(*deepcopy(args), **deepcopy(kwargs))
+            with self._adapter_state.engine.unmerged():
+                unmerged = self(*deepcopy(args), **deepcopy(kwargs))
             self.merge_adapter(quantized=quantized)
             try:
                 return unmerged, self(*deepcopy(args), **deepcopy(kwargs))
@@ -220,11 +257,14 @@ def _subset(state: AdapterState, names: Sequence[str]) -> Active:
 
 def _check_mergeable(state: AdapterState, active: Active) -> None:
     for name, _ in active:
-        for at in state.adapter(name).plan.sites:
-            if at.bound.prompt is not None:
-                message = f"adapter {name!r} changes no weight: what it puts in front cannot be merged"
-                help = "merge the others by name, or serve the model with its adapters"
-                fail(UsageError, "E522", message, help=help)
+        if _changes_no_weight(state, name):
+            message = f"adapter {name!r} changes no weight: what it puts in front cannot be merged"
+            help = "merge the others by name, or serve the model with its adapters"
+            fail(UsageError, "E522", message, help=help)
+
+
+def _changes_no_weight(state: AdapterState, name: str) -> bool:
+    return any(at.bound.prompt is not None for at in state.adapter(name).plan.sites)
 
 
 def _bias_came_or_went(old: Any, new: Any) -> bool:

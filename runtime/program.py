@@ -2,7 +2,7 @@
 
 import math
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -44,7 +44,7 @@ class Program:
         self.returns_cache = nest.holds_cache(self.form)
         self.cached = traced.cached
         self.count = nest.count_tensors(self.form)
-        self._guard = _guard(traced.guards)
+        self._guard = guard_of(traced.guards)
         self.pieces = None if lowered.prologue is None else Pieces(lowered.prologue, find)
         root = _bound(lowered.plain, traced.constants, find, self.pieces)
         self.function = _function(lowered.plain, root)
@@ -136,11 +136,11 @@ class Pieces:
         self.values.update({f"p{index}": value for index, value in enumerate(values)})
 
 
-Guard = Callable[[list[torch.Size]], bool]
+Guard = Callable[[Sequence[Sequence[int]]], bool]
 
 
-def _guard(guards: tuple[str, ...]) -> Guard | None:
-    """One function for all guards."""
+def guard_of(guards: tuple[str, ...]) -> Guard | None:
+    """One function of the inputs' sizes for all guards of a trace; None where there are none."""
     if not guards:
         return None
     return eval(f"lambda sizes: {' and '.join(f'({each})' for each in guards)}", {"math": math, "torch": torch})

@@ -68,6 +68,14 @@ class Slots:
                 found.append(_binding(slot, rows_role(role), adapter.tensor(ParamKey(name, rows.module, role))))
         return found
 
+    def tensors(self, adapter: AdapterParameters) -> dict[str, torch.Tensor]:
+        """What would be in the slots if this adapter alone were active, by attribute path."""
+        bindings = self.bindings(0, adapter, 1.0)
+        paths = {id(held): path for path, slot in self._modules.items() for held in (slot._parameters, slot._buffers)}
+        return {
+            f"{paths[id(holder)]}.{name}": value for holder, name, value in bindings if isinstance(value, torch.Tensor)
+        }
+
 
 def scalars(adapter: AdapterParameters, site: str, weight: float) -> dict[str, float]:
     """The scalars of an adapter at a site, the activation weight folded into the one that carries it."""

@@ -26,6 +26,7 @@ PAGES = (
     "README.md",
     "docs/tutorial.md",
     "docs/quantized.md",
+    "docs/export.md",
     "docs/own-method.md",
     "docs/own-scheme.md",
     "docs/how-it-works.md",

@@ -50,7 +50,15 @@ def test_plain_module(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("program", ["quickstart.py", "plain_module.py"])
+def test_serve(tmp_path):
+    printed = run("serve.py", "--output", "out", cwd=tmp_path)
+    assert {each.name for each in (tmp_path / "out").iterdir()} >= {"generate.pt2", "manifest.json"}
+    said = dict(re.findall(r"^(\w+): (\[.*\]) \(the same as adapted\.generate\)$", printed, re.MULTILINE))
+    assert said.keys() == {"formal", "poetic"}
+    assert said["formal"] != said["poetic"]
+
+
+@pytest.mark.parametrize("program", ["quickstart.py", "plain_module.py", "serve.py"])
 def test_usage_is_in_the_docstring(program):
     text = (ROOT / "examples" / program).read_text(encoding="utf-8")
     assert f"python examples/{program}" in text

@@ -39,6 +39,12 @@ Adapters = Annotated[
         show_default=False,
     ),
 ]
+Artifact = Annotated[
+    str, typer.Argument(metavar="ARTIFACT", help="A directory that `peftc export` wrote.", show_default=False)
+]
+Verify = Annotated[
+    bool, typer.Option("--verify/--no-verify", help="Check the digests of the artifact's files, not only their sizes.")
+]
 Quantized = Annotated[
     Literal["requantize", "dequantize"] | None,
     typer.Option(

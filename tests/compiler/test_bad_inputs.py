@@ -1,8 +1,11 @@
 """What a user can get wrong with a model or a checkpoint: each case has its message, and changes nothing."""
 
 import json
+import resource
 import shutil
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -19,6 +22,7 @@ from peftc.passes.schemes import known
 from tests.passes.storages import STORES
 
 SPEC = "adapter a = lora(rank = 2) { on q_proj, v_proj }"
+NET = "adapter a = lora(rank = 2) { on linear }"
 Case = Callable[["Ground"], object]
 
 
@@ -68,6 +72,19 @@ class Ground:
     def fronts(self, first: str, second: str) -> object:
         adapted = compiler.apply(self.model, f"adapter a = {first}\nadapter b = {second}")
         return adapted.set_adapter(["a", "b"])
+
+    def export(self, spec: str = SPEC, **options: object) -> object:
+        return self.exported(self.model, spec, **options)
+
+    def exported(self, model: nn.Module, spec: str, **options: object) -> object:
+        """An export, which is to leave nothing behind when it fails."""
+        adapted = compiler.apply(model, spec)
+        _randomised(adapted)
+        before = sorted(self.directory.rglob("*"))
+        try:
+            return adapted.export(self.directory / "above" / "out", **options)  # type: ignore[arg-type]
+        finally:
+            assert sorted(self.directory.rglob("*")) == before
 
     def remove(self, name: str) -> "Ground":
         (self.checkpoint / name).unlink()
@@ -131,7 +148,7 @@ def _untraceable(ground: Ground) -> object:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.linear(x) if x.sum() > 0 else x
 
-    return compiler.apply(Branches(), "adapter a = lora(rank = 2) { on linear }", example_inputs=(torch.ones(2, 4),))
+    return compiler.apply(Branches(), NET, example_inputs=(torch.ones(2, 4),))
 
 
 def _misfit(ground: Ground) -> object:
@@ -154,6 +171,72 @@ def _not_finite(ground: Ground) -> object:
 
 def _tensor_like(ground: Ground) -> object:
     return ground.adapted()(input_ids=[1, "two", object()])
+
+
+def _randomised(adapted: nn.Module) -> None:
+    for each in adapted.get_submodule("adapter_bank").parameters():
+        nn.init.normal_(each)
+
+
+def _exported_without(ground: Ground) -> object:
+    adapted = ground.adapted()
+    adapted.delete_adapter("a")
+    return adapted.export(ground.directory / "out", format="pt2", adapters="routed")
+
+
+def _exported_disabled(ground: Ground) -> object:
+    adapted = ground.adapted()
+    adapted.disable_adapters()
+    return adapted.export(ground.directory / "out", format="pt2")
+
+
+def _exported_after_merging(ground: Ground) -> object:
+    adapted = ground.adapted()
+    adapted.merge_adapter()
+    return adapted.export(ground.directory / "out", format="pt2", adapters="inputs")
+
+
+def _exported_rounded(ground: Ground, **limits: object) -> object:
+    """Merging rounds away half of what the adapter does, and so another token is preferred."""
+    adapted = compiler.apply(_Rounded(), "adapter a = lora(rank = 1, alpha = 1) { on linear }")
+    bank = adapted.get_submodule("adapter_bank.a.linear")
+    with torch.no_grad():
+        bank.get_parameter("A").fill_(1.0)
+        bank.get_parameter("B").copy_(torch.tensor([[1.0], [0.75]]))
+    example = {"x": torch.ones(2, 2, dtype=torch.bfloat16)}
+    return adapted.export(ground.directory / "out", format="pt2", example_inputs=example, **limits)  # type: ignore[arg-type]
+
+
+def _exported_packed(ground: Ground, **options: object) -> object:
+    return ground.exported(
+        transformers.LlamaForCausalLM(_small()).eval(),
+        f"base {{ quantize = nf4() }}\n{SPEC}",
+        format="pt2",
+        **options,
+    )
+
+
+@contextmanager
+def _disk(left: int) -> Iterator[None]:
+    """No file can grow beyond this size: what a full disk does, for one process."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (left, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+def _without_disk(ground: Ground, left: int, **options: object) -> object:
+    with _disk(left):
+        return ground.exported(_Net(), NET, format="pt2", example_inputs={"x": torch.ones(2, 4)}, **options)
+
+
+def _checkpoint_without_disk(ground: Ground, left: int) -> object:
+    with _disk(left):
+        return ground.export()
 
 
 def _images() -> nn.Module:
@@ -339,6 +422,57 @@ CASES: dict[str, Case] = {
     "merge_not_finite": _not_finite,
     "save_pickle": lambda g: g.adapted().save_pretrained(g.directory / "out", safe_serialization=False),
     "save_onto_a_file": lambda g: g.adapted().save_pretrained(g.checkpoint / "adapter_config.json"),
+    # exports
+    "export_unknown_format": lambda g: g.export(format="pt"),
+    "export_unknown_place": lambda g: g.export(format="pt2", adapters="input"),
+    "export_unknown_entry": lambda g: g.export(format="pt2", entry="decode"),
+    "export_entry_of_a_checkpoint": lambda g: g.export(entry="forward"),
+    "export_routed_checkpoint": lambda g: g.export(adapters="routed"),
+    "export_shards_of_a_program": lambda g: g.export(format="pt2", max_shard_size="1GB"),
+    "export_safe_merge_of_inputs": lambda g: g.export(format="pt2", adapters="inputs", safe_merge=True),
+    "export_names_of_merged": lambda g: g.export(format="pt2", adapter_names="a"),
+    "export_adapter_unknown": lambda g: g.export(format="pt2", adapters="routed", adapter_names=["a", "aa"]),
+    "export_adapter_twice": lambda g: g.export(format="pt2", adapters="routed", adapter_names=["a", "a"]),
+    "export_adapters_unlike": lambda g: g.export(
+        "adapter a = lora(rank = 2) { on q_proj }\nadapter b = lora(rank = 4) { on q_proj }",
+        format="pt2",
+        adapters="inputs",
+    ),
+    "export_of_no_adapter": _exported_without,
+    "export_of_disabled_adapters": _exported_disabled,
+    "export_inputs_of_merged": _exported_after_merging,
+    "export_no_rows": lambda g: g.export(format="pt2", max_batch_size=0),
+    "export_length_below_zero": lambda g: g.export(format="pt2", max_length=-1),
+    "export_length_no_number": lambda g: g.export(format="pt2", max_length="64"),
+    "export_length_beyond_positions": lambda g: g.exported(
+        _gpt2(), "adapter a = lora(rank = 2)", format="pt2", max_length=65
+    ),
+    "export_drift_below_zero": lambda g: g.export(format="pt2", max_drift=-1.0),
+    "export_drift_not_a_number": lambda g: g.export(format="pt2", max_drift=float("nan")),
+    "export_agreement_in_percent": lambda g: g.export(format="pt2", min_agreement=99),
+    "export_agreement_of_no_logits": lambda g: g.exported(
+        _Net(),
+        NET,
+        format="pt2",
+        min_agreement=1.0,
+        example_inputs={"x": torch.ones(2, 4)},
+    ),
+    "export_too_much_drift": lambda g: _exported_rounded(g, max_drift=0.25),
+    "export_too_little_agreement": lambda g: _exported_rounded(g, min_agreement=0.99),
+    "export_generation_of_bert": lambda g: g.exported(
+        _bert(), "adapter a = lora(rank = 2)", format="pt2", entry="generate"
+    ),
+    "export_of_a_plain_module": lambda g: g.exported(_Net(), NET, format="pt2"),
+    "export_plain_module_as_a_checkpoint": lambda g: g.exported(_Net(), NET),
+    "export_quantized_inputs": lambda g: _exported_packed(g, adapters="inputs"),
+    "export_quantized_requantized": lambda g: _exported_packed(g, quantized="requantize"),
+    "export_onto_a_file": lambda g: g.adapted().export(g.checkpoint / "adapter_config.json", format="pt2"),
+    "export_below_a_file": lambda g: g.adapted().export(g.checkpoint / "adapter_config.json" / "out", format="pt2"),
+    "export_where_nothing_can_be": lambda g: g.adapted().export("/proc/out", format="pt2"),
+    "export_onto_a_checkpoint": lambda g: g.adapted().export(g.checkpoint, format="pt2"),
+    "export_onto_everything": lambda g: g.adapted().export("/", format="pt2", force=True),
+    "export_no_disk_left": lambda g: _without_disk(g, 1_000),
+    "export_no_disk_left_for_a_checkpoint": lambda g: _checkpoint_without_disk(g, 3_000),
     "call_without_tensors": _tensor_like,
     "call_linear_attention_cache": lambda g: g.adapted()(
         torch.ones(1, 3, dtype=torch.long), past_key_values=Cache(layers=[LinearAttentionLayer()])
@@ -347,6 +481,48 @@ CASES: dict[str, Case] = {
         torch.ones(1, 3, dtype=torch.long), past_key_values=StaticCache(g.model.config, max_cache_len=2)
     ),
 }
+
+
+class _Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x)
+
+
+class _Rounded(nn.Module):
+    """In bfloat16 the numbers next to 256 are 255 and 258."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(2, 2, bias=False, dtype=torch.bfloat16)
+        with torch.no_grad():
+            self.linear.weight.copy_(torch.tensor([[256.0, -256.0], [0.0, 0.0]]))
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"logits": self.linear(x)}
+
+
+def _small() -> transformers.LlamaConfig:
+    return transformers.LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
+    )
+
+
+def _gpt2() -> nn.Module:
+    config = transformers.GPT2Config(
+        vocab_size=64, n_embd=32, n_layer=1, n_head=2, n_positions=64, bos_token_id=1, eos_token_id=2
+    )
+    return transformers.GPT2LMHeadModel(config).eval()
+
+
+def _bert() -> nn.Module:
+    config = transformers.BertConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+    )
+    return transformers.BertForMaskedLM(config).eval()
 
 
 class _Stack(nn.Module):
@@ -412,6 +588,6 @@ def test_bad_input(name: str, ground: Ground, golden: Callable[[str, str], None]
     before = {key: value.clone() for key, value in ground.model.state_dict().items()}
     with pytest.raises(compiler.AdapterError) as caught:
         CASES[name](ground)
-    text = str(caught.value).replace(str(ground.directory), "DIR")
+    text = str(caught.value).replace(str(ground.directory), "DIR").replace(str(Path.cwd()), "CWD")
     golden(f"bad_inputs/{name}.txt", text + "\n")
     assert all(torch.equal(value, before[key]) for key, value in ground.model.state_dict().items())

@@ -28,7 +28,21 @@ def test_examples_are_true(stdin, line, shown, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "command", ["compile", "check", "explain", "fmt", "graph", "drift", "export", "inspect", "decompile", "methods"]
+    "command",
+    [
+        "compile",
+        "check",
+        "explain",
+        "fmt",
+        "graph",
+        "drift",
+        "export",
+        "run",
+        "bench",
+        "inspect",
+        "decompile",
+        "methods",
+    ],
 )
 def test_every_option_in_a_synopsis_exists(command):
     synopsis = re.search(rf"^`peftc {command} (.*)`$", PAGE, re.MULTILINE)

@@ -1,0 +1,1 @@
+"""Exported artifacts: read, checked, called and generated from. Needs torch and nothing else."""
