@@ -2,6 +2,8 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -35,18 +37,30 @@ def add_adapters(adapted: AdaptedModel, directory: Path, names: Sequence[str], *
         fail(UsageError, "E646", message, help="give the model that it was exported from", where=str(directory))
     taken = _taken(artifact)
     found = {name: _tensors(adapted, taken, name) for name in names}
-    written: list[str] = []
+    files: dict[str, str] = artifact["adapter_files"]
+    replaced = {name: files[name] for name in names if name in files}
     for name, tensors in found.items():
-        file = artifact["adapter_files"].get(name) or adapter_file(name, len(artifact["adapter_files"]))
-        with moved_into(directory / file) as path:
+        # Until the manifest names it, nobody reads a file; one that it names already is not written to.
+        files[name] = _free(directory, adapter_file(name, len(files)))
+        with moved_into(directory / files[name]) as path:
             write_adapter(path, tensors)
-        manifest["files"][file] = digest(directory / file)
-        artifact["adapter_files"][name] = file
+        manifest["files"][files[name]] = digest(directory / files[name])
         artifact["adapter_names"] = list(dict.fromkeys((*artifact["adapter_names"], name)))
         manifest.setdefault("adapters", {})[name] = made_by(adapted, name)
-        written.append(file)
+    for each in replaced.values():
+        del manifest["files"][each]
     write_text(directory / MANIFEST, json.dumps(manifest, indent=2, sort_keys=True) + "\n")
-    return tuple(written)
+    for each in replaced.values():
+        with suppress(OSError):
+            (directory / each).unlink()
+    return tuple(files[name] for name in names)
+
+
+def _free(directory: Path, file: str) -> str:
+    """The file's name, or one like it that is not taken."""
+    stem, _, suffix = file.rpartition(".")
+    names = (f"{stem}-{number}.{suffix}" if number else file for number in count())
+    return next(each for each in names if not (directory / each).exists())
 
 
 def _taken(artifact: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:

@@ -225,7 +225,12 @@ def test_adapters_that_cannot_be_added(here):
     with pytest.raises(UsageError, match=r"E646.*another base"):
         other.export_adapters(here / "out")
     assert {each.name: each.read_bytes() for each in (here / "out").rglob("*") if each.is_file()} == before
-    adapted.export_adapters(here / "out", "first", force=True)
+    with torch.no_grad():
+        adapted.adapter_bank.first.get_parameter("model.layers.0.self_attn.q_proj.B").fill_(1)
+    assert adapted.export_adapters(here / "out", "first", force=True) == ("adapters/first-1.safetensors",)
+    replaced = compiler.Artifact.load(here / "out").adapter("first")
+    assert (replaced["model.layers.0.self_attn.q_proj.B"] == 1).all()
+    assert [each.name for each in (here / "out" / "adapters").iterdir()] == ["first-1.safetensors"]
     adapted.export(here / "merged", format="pt2", entry="forward")
     with pytest.raises(UsageError, match="E640"):
         adapted.export_adapters(here / "merged", "first")
