@@ -66,7 +66,7 @@ def _written(adapted: AdaptedModel, directory: Path, wanted: Wanted) -> dict[str
                 _made(adapted, each, wanted, names, length)
                 for each in entries.entered(adapted, entry, wanted.example_inputs)
             ]
-        drift = measured(adapted, programs[0], wanted.adapters, names, wanted.example_inputs)
+        drift = measured(adapted, programs, wanted.adapters, names, wanted.example_inputs)
         check_drift(drift, wanted.max_drift, wanted.min_agreement)
         for each in programs:
             backends.save(each, directory, wanted.format)
