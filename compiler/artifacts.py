@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -15,8 +16,8 @@ from peftc.compiler import backends, entries
 from peftc.compiler.backends import Backend
 from peftc.compiler.entries import Entered, Entry
 from peftc.compiler.measuring import check_drift, measured
-from peftc.compiler.programs import Adapters, Made, make, own_tensors
-from peftc.grammar.diagnostics import ModelError, UsageError, did_you_mean, fail
+from peftc.compiler.programs import Adapters, Made, alone, make, own_tensors
+from peftc.grammar.diagnostics import ModelError, UsageError, fail
 from peftc.passes.route import UnroutedError
 from peftc.passes.schemes.known import packed_modules
 from peftc.runtime.model import AdaptedModel
@@ -116,26 +117,17 @@ def _alike(adapted: AdaptedModel, wanted: Wanted) -> tuple[str, ...]:
     if wanted.adapters == "merged":
         return tuple(name for name, _ in state.merged_active or state.active)
     names = tuple(wanted.adapter_names or state.names())
-    for name in names:
-        if name not in state.names():
-            fail(UsageError, "E510", f"there is no adapter {name!r}", help=did_you_mean(name, state.names()) or "")
     first: tuple[object, Any] | None = None
-    before = state.active
-    try:
-        for name in names:
-            state.activate(((name, 1.0),))
+    for name in names:
+        with alone(adapted, name):
             structure = state.engine.structure
-            sizes = [(key.site, key.role, tuple(tensor.shape)) for key, tensor in state.adapter(name).items()]
-            if first is None:
-                first = structure, sizes
-            elif first != (structure, sizes):
-                message = (
-                    f"adapters {names[0]!r} and {name!r} are not laid out alike, and one program serves alike ones"
-                )
-                help = "say which with adapter_names, or --adapter: same method, places and sizes"
-                fail(UsageError, "E646", message, help=help)
-    finally:
-        state.activate(before)
+        sizes = [(key.site, key.role, tuple(tensor.shape)) for key, tensor in state.adapter(name).items()]
+        if first is None:
+            first = structure, sizes
+        elif first != (structure, sizes):
+            message = f"adapters {names[0]!r} and {name!r} are not laid out alike, and one program serves alike ones"
+            help = "say which with adapter_names, or --adapter: same method, places and sizes"
+            fail(UsageError, "E646", message, help=help)
     return names
 
 
@@ -145,14 +137,9 @@ def _in_place(adapted: AdaptedModel, wanted: Wanted, names: Sequence[str], scrat
     if wanted.adapters == "merged":
         with adapted._folded(scratch, safe_merge=wanted.safe_merge, quantized=wanted.quantized):
             yield
-        return
-    state = adapted._adapter_state
-    before = state.active
-    state.activate(((names[0], 1.0),))
-    try:
-        yield
-    finally:
-        state.activate(before)
+    else:
+        with alone(adapted, names[0]):
+            yield
 
 
 def _made(adapted: AdaptedModel, entered: Entered, wanted: Wanted, names: Sequence[str], length: int | None) -> Made:
@@ -180,11 +167,9 @@ def adapter_file(name: str, index: int) -> str:
 
 def write_adapter(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """The tensors of an adapter as a file."""
-    write_tensors(path, [_as_entry(name, value) for name, value in tensors.items()])
-
-
-def _as_entry(name: str, value: torch.Tensor) -> TensorEntry:
-    return TensorEntry(name, value.dtype, tuple(value.shape), lambda: value)
+    write_tensors(
+        path, [TensorEntry.like(name, value, partial(torch.detach, value)) for name, value in tensors.items()]
+    )
 
 
 def _write_config(adapted: AdaptedModel, directory: Path, wanted: Wanted) -> None:

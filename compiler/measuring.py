@@ -1,13 +1,12 @@
 """Measures how far a program is from the adapted model that it was made of."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from transformers.modeling_outputs import BaseModelOutput
 
-from peftc.compiler.programs import IDS, Adapters, Made, own_tensors
+from peftc.compiler.programs import IDS, Adapters, Made, alone, own_tensors
 from peftc.grammar.diagnostics import UsageError, fail
 from peftc.passes.exported import ADAPTER
 from peftc.runtime import nest
@@ -43,7 +42,7 @@ def measured(
             found += _found(programs, given, [{} for _ in programs])
         elif adapters == "inputs":
             for name in tried:
-                with _active(adapted, name):
+                with alone(adapted, name):
                     expected += _expected(adapted, programs, given)
                 found += _found(programs, given, [{ADAPTER: own_tensors(adapted, each, name)} for each in programs])
         else:
@@ -52,7 +51,7 @@ def measured(
             found += _found(programs, given, [own_ids for _ in programs])
             expected += [torch.empty_like(each) for each in found]
             for index, name in enumerate(tried):
-                with _active(adapted, name):
+                with alone(adapted, name):
                     own_rows = _expected(adapted, programs, given)
                 for rows, own in zip(expected, own_rows, strict=True):
                     rows[ids == index] = own[ids == index].to(rows.dtype)
@@ -120,18 +119,6 @@ def _last(logits: torch.Tensor, made: Made) -> torch.Tensor:
 
 def _as_rows(output: torch.Tensor) -> torch.Tensor:
     return output.reshape(-1, output.shape[-1]) if output.dim() > 1 else output
-
-
-@contextmanager
-def _active(adapted: AdaptedModel, name: str) -> Iterator[None]:
-    """One adapter in the slots, and afterwards those that were."""
-    state = adapted._adapter_state
-    before = state.active
-    state.activate(((name, 1.0),))
-    try:
-        yield
-    finally:
-        state.activate(before)
 
 
 def check_drift(drift: OutputDrift, max_drift: float | None, min_agreement: float | None) -> None:

@@ -1,6 +1,7 @@
 """From an adapted model and a call to a program that stands alone."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -34,7 +35,10 @@ IDS = "adapter_ids"
 
 @dataclass(frozen=True)
 class Made:
-    """A program, the call it is for, what it takes and gives: names with sizes and types, as a manifest has them."""
+    """A program, the call it is for, what it takes and gives: names with sizes and types, as a manifest has them.
+
+    `slots` are the attribute paths of an adapter's tensors, by the names that programs have for them.
+    """
 
     entered: Entered
     program: ExportedProgram
@@ -42,7 +46,7 @@ class Made:
     outputs: tuple[Mapping[str, Any], ...]
     dimensions: tuple[Dimension, ...]
     state: Mapping[str, str]
-    slots: Mapping[str, Origin]
+    slots: Mapping[str, str]
 
     def __call__(self, inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         """Run it as it will be run: what is given by name, dictionaries of tensors flattened."""
@@ -73,7 +77,7 @@ def make(
     engine: Engine = adapted._adapter_state.engine
     traced = engine.traced(entered.call)
     graph = compilable(engine.graph(entered.call))
-    slots = {str(node.target): node.meta["peftc"] for node in graph.find_nodes(op="get_attr") if _is_slot(node)}
+    slots = {_slot_name(node): str(node.target) for node in graph.find_nodes(op="get_attr") if _is_slot(node)}
     if entered.starts:
         _start_empty(graph, entered, traced)
     is_known = isinstance(adapted, PreTrainedModel)
@@ -88,7 +92,8 @@ def make(
     try:
         lifted = _lifted(graph, _Values(engine, traced, slots), given, ranges)
         lifted.keep_outputs(kept)
-        own = _own(lifted, slots)
+        nodes = {name: node for node, name in lifted.names.items()}
+        own = {name: nodes[_state_name(name)] for name in slots}
         taken: Mapping[str, fx.Node] = {}
         if adapters == "inputs":
             taken = dict(sorted(own.items(), key=lambda each: in_file(each[0], lifted.tensors[each[1]].dtype)))
@@ -103,7 +108,7 @@ def make(
     except BoundError as error:
         message = f"the graph of {adapted.base_class.__name__} holds for some sizes only: {error.reasons[0]}"
         fail(ModelError, "E644", message, help="its forward takes another way for other sizes: it cannot be exported")
-    inputs = tuple(_inputs(lifted, taken, _by_name(slots)))
+    inputs = tuple(_inputs(lifted, taken, slots))
     program = exported_program(lifted, outputs, taken)
     return Made(entered, program, inputs, tuple(_outputs(lifted, outputs)), lifted.dimensions, state, slots)
 
@@ -128,7 +133,7 @@ def _start_empty(graph: fx.Graph, entered: Entered, traced: Traced) -> None:
 
 def own_tensors(adapted: AdaptedModel, made: Made, name: str) -> dict[str, torch.Tensor]:
     """What a program with adapters as inputs takes of one of them, in its order."""
-    return in_slots(adapted, _by_name(made.slots), name)
+    return in_slots(adapted, made.slots, name)
 
 
 def in_slots(adapted: AdaptedModel, slots: Mapping[str, str], adapter: str) -> dict[str, torch.Tensor]:
@@ -142,19 +147,32 @@ def in_slots(adapted: AdaptedModel, slots: Mapping[str, str], adapter: str) -> d
     return {name: found[name] for name in sorted(found, key=lambda name: in_file(name, found[name].dtype))}
 
 
+@contextmanager
+def alone(adapted: AdaptedModel, name: str) -> Iterator[None]:
+    """One adapter active, with weight 1; afterwards those that were."""
+    state = adapted._adapter_state
+    before = state.active
+    state.activate(((name, 1.0),))
+    try:
+        yield
+    finally:
+        state.activate(before)
+
+
 def _bank(
-    adapted: AdaptedModel, names: Sequence[str], slots: Mapping[str, Origin], own: Mapping[str, fx.Node]
+    adapted: AdaptedModel, names: Sequence[str], slots: Mapping[str, str], own: Mapping[str, fx.Node]
 ) -> Iterator[Mapping[fx.Node, torch.Tensor]]:
     for name in names:
-        found = in_slots(adapted, _by_name(slots), name)
+        found = in_slots(adapted, slots, name)
         yield {node: found[each] for each, node in own.items()}
 
 
 class _Values:
     """Finds the tensor an attribute of a graph reads, and a name for it. Tied weights have one."""
 
-    def __init__(self, engine: Engine, traced: Traced, slots: Mapping[str, Origin]):
-        self._engine, self._traced, self._slots = engine, traced, slots
+    def __init__(self, engine: Engine, traced: Traced, slots: Mapping[str, str]):
+        self._engine, self._traced = engine, traced
+        self._slots = {target: _state_name(name) for name, target in slots.items()}
         self._names: dict[int, str] = {}
 
     def __call__(self, target: str) -> tuple[str, torch.Tensor]:
@@ -165,7 +183,7 @@ class _Values:
                 fail(ModelError, "E645", f"the graph reads {target}, which is not a tensor", help=help)
             return f"constant.{target}", value
         if target in self._slots:
-            return _state_name(target, self._slots[target]), _read(self._engine, target)
+            return self._slots[target], _read(self._engine, target)
         value = _read(self._engine, target)
         return self._names.setdefault(id(value), target), value
 
@@ -181,26 +199,16 @@ def _is_slot(node: fx.Node) -> bool:
     return str(node.target).startswith(ADAPTERS)
 
 
-def _own(lifted: Lifted, slots: Mapping[str, Origin]) -> dict[str, fx.Node]:
-    """The placeholders of an adapter's tensors, by the names that programs have for them."""
-    nodes = {name: node for node, name in lifted.names.items()}
-    return {_slot_name(target, origin): nodes[_state_name(target, origin)] for target, origin in slots.items()}
-
-
-def _by_name(slots: Mapping[str, Origin]) -> dict[str, str]:
-    """The slots by the names that programs have for what is in them."""
-    return {_slot_name(target, origin): target for target, origin in slots.items()}
-
-
-def _slot_name(target: str, origin: Origin) -> str:
+def _slot_name(node: fx.Node) -> str:
     """`model.layers.0.self_attn.q_proj.A`; with a number in front for adapters that are active beside the first."""
-    role = origin.role or target.rpartition(".")[2]
+    origin: Origin = node.meta["peftc"]
+    role = origin.role or str(node.target).rpartition(".")[2]
     name = f"{origin.site}.{role}".lstrip(".")
     return f"{origin.position}.{name}" if origin.position else name
 
 
-def _state_name(target: str, origin: Origin) -> str:
-    return f"{ADAPTER}.{_slot_name(target, origin)}"
+def _state_name(name: str) -> str:
+    return f"{ADAPTER}.{name}"
 
 
 def _returned(entered: Entered, traced: Traced, graph: fx.Graph) -> tuple[list[int], list[str], dict[str, str]]:

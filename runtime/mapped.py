@@ -1,15 +1,14 @@
 """Merged tensors that lie in a file: computed one after the other, and in memory only while they are read."""
 
-import mmap
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from peftc.runtime.merge import Merged, check_finite, merged_site
-from peftc.runtime.merged_checkpoint import Merging, merging_terms
-from peftc.runtime.tensor_file import Entry, places_of, write_tensors
+from peftc.runtime.artifact.tensors import read_tensors
+from peftc.runtime.merge import Merged
+from peftc.runtime.merged_checkpoint import Merging, merged_value, merging_terms
+from peftc.runtime.tensor_file import Entry, write_tensors
 
 
 @torch.no_grad()
@@ -20,26 +19,11 @@ def mapped_tensors(model: nn.Module, active: Merging, path: Path, *, safe: bool)
     OSError.
     """
     terms = merging_terms(active)
-
-    def value(name: str) -> torch.Tensor:
-        found = merged_site(model, terms[name])
-        check_finite(found, safe)
-        return found.get(name, base[name])
-
-    base: Mapping[str, torch.Tensor] = {name: model.get_parameter(name) for name in terms}
-    entries = [
-        Entry(name, each.dtype, tuple(each.shape), lambda name=name: value(name))  # type: ignore[misc]
-        for name, each in base.items()
-    ]
-    if not entries:
+    if not terms:
         return {}
-    write_tensors(path, entries)
-    with path.open("rb") as file:
-        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    places = places_of(entries)
-    found: Merged = {}
-    for each in entries:
-        count = torch.Size(each.shape).numel()
-        flat = torch.frombuffer(content, dtype=each.dtype, count=count, offset=places[each.name])
-        found[each.name] = nn.Parameter(flat.view(each.shape).to(base[each.name].device), requires_grad=False)
-    return found
+    base = {name: model.get_parameter(name) for name in terms}
+    write_tensors(
+        path, [Entry.like(name, own, merged_value(model, name, own, terms[name], safe)) for name, own in base.items()]
+    )
+    found = read_tensors(path)
+    return {name: nn.Parameter(found[name].to(own.device), requires_grad=False) for name, own in base.items()}

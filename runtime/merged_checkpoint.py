@@ -71,7 +71,7 @@ def write_merged(
     merging = merging_terms(active)
     tensors = _saved(plain)
     entries = {
-        name: Entry(name, value.dtype, tuple(value.shape), _value(base, name, value, merging.get(name), safe))
+        name: Entry.like(name, value, merged_value(base, name, value, merging.get(name), safe))
         for name, value in ((name, tensors[name]) for name in _laid_out(plain, tensors))
     }
     split = split_state_dict_into_shards_factory(
@@ -106,9 +106,14 @@ def _size(entry: Entry) -> int:
     return entry.size
 
 
-def _value(
+def merged_value(
     base: nn.Module, name: str, own: torch.Tensor, terms: Terms | None, safe: bool
 ) -> Callable[[], torch.Tensor]:
+    """What computes a tensor of the merged model when its turn comes; `own` is the base's, which it is without terms.
+
+    It raises UsageError, with `safe`, for a value that is not finite.
+    """
+
     def value() -> torch.Tensor:
         if terms is None:
             return own

@@ -39,6 +39,11 @@ class Entry:
     shape: tuple[int, ...]
     value: Callable[[], torch.Tensor]
 
+    @classmethod
+    def like(cls, name: str, tensor: torch.Tensor, value: Callable[[], torch.Tensor]) -> "Entry":
+        """A tensor of the type and shape of another."""
+        return cls(name, tensor.dtype, tuple(tensor.shape), value)
+
     @property
     def size(self) -> int:
         """How many bytes it takes."""
@@ -55,9 +60,18 @@ def write_tensors(path: Path, entries: Sequence[Entry]) -> None:
 
     Raises OSError where the file cannot be written.
     """
+    ordered = sorted(entries, key=lambda each: in_file(each.name, each.dtype))
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    place = 0
+    for each in ordered:
+        where = [place, place + each.size]
+        header[each.name] = {"dtype": TYPES[each.dtype], "shape": list(each.shape), "data_offsets": where}
+        place += each.size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % ALIGNMENT)
     with path.open("wb") as file:
-        file.write(_header(entries))
-        for each in _ordered(entries):
+        file.write(len(text).to_bytes(8, "little") + text)
+        for each in ordered:
             value = each.value().detach()
             assert value.dtype == each.dtype, each.name
             assert tuple(value.shape) == each.shape, each.name
@@ -65,29 +79,3 @@ def write_tensors(path: Path, entries: Sequence[Entry]) -> None:
                 file.write(value.to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy().data)
         file.flush()
         os.fsync(file.fileno())
-
-
-def places_of(entries: Sequence[Entry]) -> dict[str, int]:
-    """Where in a file of these tensors each begins, in bytes."""
-    place = len(_header(entries))
-    found: dict[str, int] = {}
-    for each in _ordered(entries):
-        found[each.name] = place
-        place += each.size
-    return found
-
-
-def _ordered(entries: Sequence[Entry]) -> list[Entry]:
-    return sorted(entries, key=lambda each: in_file(each.name, each.dtype))
-
-
-def _header(entries: Sequence[Entry]) -> bytes:
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    place = 0
-    for each in _ordered(entries):
-        where = [place, place + each.size]
-        header[each.name] = {"dtype": TYPES[each.dtype], "shape": list(each.shape), "data_offsets": where}
-        place += each.size
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % ALIGNMENT)
-    return len(text).to_bytes(8, "little") + text

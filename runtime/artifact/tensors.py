@@ -2,6 +2,7 @@
 
 import json
 import math
+import mmap
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from peftc.runtime.tensor_file import TYPES
 
 _TYPES = {name: dtype for dtype, name in TYPES.items()}
 _HEAD = 8  # bytes that say how long the header is
+_METADATA = "__metadata__"
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -25,23 +27,24 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         size = path.stat().st_size
         with path.open("rb") as file:
             length = int.from_bytes(file.read(_HEAD), "little")
-            text = file.read(min(length, size))
-        header: Any = json.loads(text)
-        raw: Any = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=size)
-        content = torch.empty(0, dtype=torch.uint8).set_(raw)[_HEAD + length :]
-        return {name: _tensor(facts, content) for name, facts in header.items() if name != "__metadata__"}
+            header: Any = json.loads(file.read(min(length, size)))
+            content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        return {name: _tensor(facts, content, _HEAD + length) for name, facts in header.items() if name != _METADATA}
     except OSError as error:
         fail(CheckpointError, "E616", f"cannot read: {error.strerror or error}", where=str(path))
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, RecursionError):
         fail(CheckpointError, "E616", "this is not a safetensors file, or it is damaged", where=str(path))
 
 
-def _tensor(facts: Any, content: Tensor) -> Tensor:
+def _tensor(facts: Any, content: mmap.mmap, head: int) -> Tensor:
+    """A tensor whose storage is its part of the file and no more."""
     dtype, shape = _TYPES[facts["dtype"]], [int(each) for each in facts["shape"]]
-    start, end = facts["data_offsets"]
-    if not 0 <= start <= end <= len(content) or end - start != math.prod(shape) * dtype.itemsize:
+    start, end = (head + each for each in facts["data_offsets"])
+    if not head <= start <= end <= len(content) or end - start != math.prod(shape) * dtype.itemsize:
         raise ValueError("a tensor is not where the header says")
-    part = content[start:end]
-    if part.storage_offset() % dtype.itemsize:  # some writers align nothing
+    if start == end:
+        return torch.empty(shape, dtype=dtype)
+    part = torch.frombuffer(content, dtype=torch.uint8, count=end - start, offset=start)
+    if start % dtype.itemsize:  # some writers align nothing
         part = part.clone()
     return part.view(dtype).view(shape)
