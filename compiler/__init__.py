@@ -8,18 +8,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from peftc.compiler.benching import bench
-    from peftc.compiler.builds import Build, build
-    from peftc.compiler.checking import check
-    from peftc.compiler.checkpoints import decompile, inspect
-    from peftc.compiler.drawing import draw
-    from peftc.compiler.drifting import drift
-    from peftc.compiler.driver import AdaptedModel, apply, load
-    from peftc.compiler.explaining import explain
-    from peftc.compiler.exporting import export, export_adapters
-    from peftc.compiler.fitting import check_fit
-    from peftc.compiler.models import FoundModel, find_model
-    from peftc.compiler.running import run
+    from peftc.compiler.api import AdaptedModel, apply, load
+    from peftc.compiler.jobs.benching import bench
+    from peftc.compiler.jobs.builds import Build, build
+    from peftc.compiler.jobs.checking import check
+    from peftc.compiler.jobs.checkpoints import decompile, inspect
+    from peftc.compiler.jobs.drawing import draw
+    from peftc.compiler.jobs.drifting import drift
+    from peftc.compiler.jobs.explaining import explain
+    from peftc.compiler.jobs.exporting import export, export_adapters
+    from peftc.compiler.jobs.fitting import check_fit
+    from peftc.compiler.jobs.running import run
+    from peftc.compiler.load_model.models import FoundModel, find_model
     from peftc.grammar.diagnostics import (
         AdapterError,
         CheckpointError,
@@ -28,10 +28,10 @@ if TYPE_CHECKING:
         SpecError,
         UsageError,
     )
-    from peftc.grammar.elaborate import read_spec
+    from peftc.grammar.spec.elaborate import read_spec
     from peftc.runtime.artifact.artifact import Artifact
     from peftc.runtime.artifact.sampling import Sampling
-    from peftc.runtime.rank_callback import RankAllocation
+    from peftc.runtime.model.rank_callback import RankAllocation
 
 __all__ = [
     "AdaptedModel",
@@ -65,18 +65,18 @@ __all__ = [
 ]
 
 _HOMES = {
-    "peftc.compiler.benching": ("bench",),
-    "peftc.compiler.builds": ("Build", "build"),
-    "peftc.compiler.checking": ("check",),
-    "peftc.compiler.explaining": ("explain",),
-    "peftc.compiler.exporting": ("export", "export_adapters"),
-    "peftc.compiler.fitting": ("check_fit",),
-    "peftc.compiler.checkpoints": ("decompile", "inspect"),
-    "peftc.compiler.drawing": ("draw",),
-    "peftc.compiler.drifting": ("drift",),
-    "peftc.compiler.driver": ("AdaptedModel", "apply", "load"),
-    "peftc.compiler.models": ("FoundModel", "find_model"),
-    "peftc.compiler.running": ("run",),
+    "peftc.compiler.jobs.benching": ("bench",),
+    "peftc.compiler.jobs.builds": ("Build", "build"),
+    "peftc.compiler.jobs.checking": ("check",),
+    "peftc.compiler.jobs.explaining": ("explain",),
+    "peftc.compiler.jobs.exporting": ("export", "export_adapters"),
+    "peftc.compiler.jobs.fitting": ("check_fit",),
+    "peftc.compiler.jobs.checkpoints": ("decompile", "inspect"),
+    "peftc.compiler.jobs.drawing": ("draw",),
+    "peftc.compiler.jobs.drifting": ("drift",),
+    "peftc.compiler.api": ("AdaptedModel", "apply", "load"),
+    "peftc.compiler.load_model.models": ("FoundModel", "find_model"),
+    "peftc.compiler.jobs.running": ("run",),
     "peftc.grammar.diagnostics": (
         "AdapterError",
         "CheckpointError",
@@ -85,10 +85,10 @@ _HOMES = {
         "SpecError",
         "UsageError",
     ),
-    "peftc.grammar.elaborate": ("read_spec",),
+    "peftc.grammar.spec.elaborate": ("read_spec",),
     "peftc.runtime.artifact.artifact": ("Artifact",),
     "peftc.runtime.artifact.sampling": ("Sampling",),
-    "peftc.runtime.rank_callback": ("RankAllocation",),
+    "peftc.runtime.model.rank_callback": ("RankAllocation",),
 }
 
 

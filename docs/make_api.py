@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from peftc import compiler
-from peftc.compiler.exportable import Exportable
-from peftc.compiler.facts import EntryFacts, ExportFacts
+from peftc.compiler.export.exportable import Exportable
+from peftc.compiler.report.facts import EntryFacts, ExportFacts
 from peftc.grammar.diagnostics import (
     AdapterError,
     CheckpointError,
@@ -20,17 +20,17 @@ from peftc.grammar.diagnostics import (
     UsageError,
 )
 from peftc.grammar.source import Source, Span
-from peftc.grammar.spec import AdapterSpec, Base, Quantize, Spec, Target
-from peftc.passes.plan import AdapterPlan, PlannedCopy, PlannedSite
-from peftc.passes.site import Site
-from peftc.runtime.allocating import Allocating
-from peftc.runtime.drift import MergeDrift, OutputDrift, TensorDrift
-from peftc.runtime.kv_prefix import KvPrefix
-from peftc.runtime.lifecycle import Lifecycle
-from peftc.runtime.merging import Merging
-from peftc.runtime.model import AdaptedModel
-from peftc.runtime.recomputing import Recomputing
-from peftc.runtime.saving import Saving
+from peftc.grammar.spec.spec import AdapterSpec, Base, Quantize, Spec, Target
+from peftc.passes.plan.plan import AdapterPlan, PlannedCopy, PlannedSite
+from peftc.passes.plan.site import Site
+from peftc.runtime.merge.drift import MergeDrift, OutputDrift, TensorDrift
+from peftc.runtime.model.allocating import Allocating
+from peftc.runtime.model.kv_prefix import KvPrefix
+from peftc.runtime.model.lifecycle import Lifecycle
+from peftc.runtime.model.merging import Merging
+from peftc.runtime.model.model import AdaptedModel
+from peftc.runtime.model.recomputing import Recomputing
+from peftc.runtime.model.saving import Saving
 
 PAGE = Path(__file__).parent / "api.md"
 WIDTH = 100  # of a signature on one line

@@ -11,17 +11,17 @@ from pathlib import Path
 import networkx
 import pytest
 
-from peftc.grammar.format import format_source
-from peftc.grammar.library import builtin_methods
-from peftc.grammar.parse import parse
 from peftc.grammar.source import Source
+from peftc.grammar.spec.library import builtin_methods
+from peftc.grammar.syntax.format import format_source
+from peftc.grammar.syntax.parse import parse
 
 ROOT = Path(__file__).parents[1]
 ORDER = ("grammar", "passes", "runtime", "compiler")  # each may import itself and those before it
 LONGEST = 400
 
 # PEFT's own field names are a foreign format's words, and stand in one file.
-FOREIGN_NAMES = {"runtime/peft_fields.py"}
+FOREIGN_NAMES = {"runtime/peft_format/peft_fields.py"}
 
 FILES = sorted(file for folder in ORDER for file in (ROOT / folder).rglob("*.py"))
 
@@ -167,7 +167,7 @@ def test_naming_a_method_is_noticed():
         assert not named_methods(ast.parse(text), methods), text
 
 
-METHOD_FILES = sorted((ROOT / "grammar" / "methods").glob("*.adapter"))
+METHOD_FILES = sorted((ROOT / "grammar" / "methods").glob("*/*.adapter"))
 LONGEST_METHOD = 40
 PAPER = re.compile(r"arXiv:\d{4}\.\d{5}|https://\S+")
 

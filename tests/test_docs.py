@@ -17,9 +17,9 @@ from pathlib import Path
 
 import pytest
 
-from peftc.compiler import cli
-from peftc.grammar.elaborate import read_spec
-from peftc.grammar.library import builtin_methods
+from peftc.compiler.commands import cli
+from peftc.grammar.spec.elaborate import read_spec
+from peftc.grammar.spec.library import builtin_methods
 
 ROOT = Path(__file__).parents[1]
 PAGES = (

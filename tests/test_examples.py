@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from peftc import compiler
-from peftc.grammar.elaborate import read_spec
+from peftc.grammar.spec.elaborate import read_spec
 
 ROOT = Path(__file__).parents[1]
 

@@ -6,8 +6,8 @@ from typing import Annotated
 import typer
 
 from peftc import compiler
-from peftc.compiler import bench_report, console
 from peftc.compiler.commands import arguments
+from peftc.compiler.report import bench_report, console
 
 
 def bench(

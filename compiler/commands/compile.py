@@ -6,8 +6,8 @@ from typing import Annotated
 import typer
 
 from peftc import compiler
-from peftc.compiler import console, report
 from peftc.compiler.commands import arguments
+from peftc.compiler.report import console, report
 
 
 def compile_(

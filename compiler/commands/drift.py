@@ -7,11 +7,11 @@ from typing import Annotated, Literal
 import typer
 
 from peftc import compiler
-from peftc.compiler import console, report
 from peftc.compiler.commands import arguments
+from peftc.compiler.report import console, report
 from peftc.grammar.diagnostics import UsageError
-from peftc.grammar.elaborate import names_file
-from peftc.grammar.spec import Spec
+from peftc.grammar.spec.elaborate import names_file
+from peftc.grammar.spec.spec import Spec
 
 Type = Literal["float32", "bfloat16", "float16"]
 

@@ -8,13 +8,13 @@ from typing import Annotated, Any, Literal
 import typer
 
 from peftc import compiler
-from peftc.compiler import console, export_report
 from peftc.compiler.commands import arguments
-from peftc.compiler.export_options import unmeant
-from peftc.compiler.facts import ExportFacts
+from peftc.compiler.export.export_options import unmeant
+from peftc.compiler.report import console, export_report
+from peftc.compiler.report.facts import ExportFacts
 from peftc.grammar.diagnostics import UsageError
-from peftc.grammar.elaborate import names_file
-from peftc.grammar.spec import Spec
+from peftc.grammar.spec.elaborate import names_file
+from peftc.grammar.spec.spec import Spec
 
 DEFAULT = "default"
 

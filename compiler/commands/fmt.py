@@ -7,12 +7,12 @@ from typing import Annotated
 
 import typer
 
-from peftc.compiler import console
-from peftc.compiler.output import write_text
+from peftc.compiler.export.output import write_text
+from peftc.compiler.report import console
 from peftc.grammar.diagnostics import AdapterError, Diagnostic, SpecError
-from peftc.grammar.format import format_source
-from peftc.grammar.load import load_source
 from peftc.grammar.source import Source
+from peftc.grammar.syntax.format import format_source
+from peftc.grammar.syntax.load import load_source
 
 STDIN = "-"
 

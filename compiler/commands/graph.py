@@ -7,9 +7,9 @@ from typing import Annotated, Literal
 import typer
 
 from peftc import compiler
-from peftc.compiler import console
 from peftc.compiler.commands import arguments
-from peftc.compiler.output import write_bytes
+from peftc.compiler.export.output import write_bytes
+from peftc.compiler.report import console
 
 
 class Format(StrEnum):

@@ -3,8 +3,8 @@
 import typer
 
 from peftc import compiler
-from peftc.compiler import console, report
 from peftc.compiler.commands import arguments
+from peftc.compiler.report import console, report
 
 
 def inspect(

@@ -5,13 +5,13 @@ from typing import Annotated, Any
 
 import typer
 
-from peftc.compiler import console, report
 from peftc.compiler.commands import arguments
-from peftc.grammar import expression
+from peftc.compiler.report import console, report
 from peftc.grammar.diagnostics import SpecError, did_you_mean, fail
-from peftc.grammar.elaborate import read_methods
-from peftc.grammar.library import builtin_methods
-from peftc.grammar.rule import MethodRule
+from peftc.grammar.method.rule import MethodRule
+from peftc.grammar.spec.elaborate import read_methods
+from peftc.grammar.spec.library import builtin_methods
+from peftc.grammar.syntax import expression
 
 _ARXIV = re.compile(r"arXiv:\s?(\d{4}\.\d{4,5})")
 

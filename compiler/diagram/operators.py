@@ -3,7 +3,7 @@
 import torch
 from torch import fx
 
-from peftc.passes.emit import Origin
+from peftc.passes.ir.emit import Origin
 
 PLUMBING = frozenset(
     (

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from peftc.grammar.diagnostics import CheckpointError, fail
-from peftc.runtime.tensor_file import TYPES
+from peftc.runtime.files.tensor_file import TYPES
 
 _TYPES = {name: dtype for dtype, name in TYPES.items()}
 _HEAD = 8  # bytes that say how long the header is

@@ -21,9 +21,9 @@ import torch
 from torch import nn
 
 from peftc import compiler
-from peftc.compiler.driver import call_like
-from peftc.passes.cost import LOWERINGS, Choice, Lowering, alternatives, sizes_of
-from peftc.runtime.program import Program
+from peftc.compiler.api import call_like
+from peftc.passes.cost.cost import LOWERINGS, Choice, Lowering, alternatives, sizes_of
+from peftc.runtime.execution.program import Program
 
 METHODS = {
     "lora": "lora(rank = {rank})",

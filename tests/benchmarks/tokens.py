@@ -19,7 +19,7 @@ import torch
 import transformers
 
 from peftc import compiler
-from peftc.runtime.share import share
+from peftc.runtime.base.share import share
 
 TOKENS = [5, 17, 900, 12_345, 64_000, 100_000, 128_000, 128_255]
 SIZES = {

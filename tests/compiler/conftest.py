@@ -3,9 +3,7 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from cli_help import SPEC, write_model
+from tests.compiler.commands.cli_help import SPEC, write_model
 
 
 @pytest.fixture

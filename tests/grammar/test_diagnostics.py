@@ -2,11 +2,11 @@
 
 import pytest
 
-from peftc.grammar.bind import Place, bind
 from peftc.grammar.diagnostics import SpecError
-from peftc.grammar.elaborate import read_spec
-from peftc.grammar.miss import misses
-from peftc.grammar.select import Candidate, Universe
+from peftc.grammar.method.bind import Place, bind
+from peftc.grammar.spec.elaborate import read_spec
+from peftc.grammar.spec.no_match import misses
+from peftc.grammar.spec.select import Candidate, Universe
 
 
 def method(body: str) -> str:

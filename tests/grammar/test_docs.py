@@ -3,14 +3,14 @@ from pathlib import Path
 
 import pytest
 
-from peftc.grammar import expression
-from peftc.grammar.elaborate import read_spec
-from peftc.grammar.format import format_source
-from peftc.grammar.functions import FUNCTIONS
-from peftc.grammar.infer import DROP
-from peftc.grammar.initialisers import INITIALISERS
-from peftc.grammar.scalar import SCALAR_FUNCTIONS
+from peftc.grammar.algebra.functions import FUNCTIONS
+from peftc.grammar.method.infer import DROP
+from peftc.grammar.method.initialisers import INITIALISERS
+from peftc.grammar.method.scalar import SCALAR_FUNCTIONS
 from peftc.grammar.source import Source
+from peftc.grammar.spec.elaborate import read_spec
+from peftc.grammar.syntax import expression
+from peftc.grammar.syntax.format import format_source
 
 PAGE = Path(__file__).parents[2] / "docs" / "language.md"
 BLOCKS = re.findall(

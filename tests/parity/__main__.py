@@ -20,9 +20,9 @@ from rich.table import Table
 from torch import nn
 
 from peftc import compiler
-from peftc.compiler.driver import adapt
-from tests.parity import test_convolutions
+from peftc.compiler.api import adapt
 from tests.parity.cases.case import MODELS, Case
+from tests.parity.models import test_convolutions
 from tests.parity.test_methods import CASES, batch, moved, theirs
 
 Run = Callable[[nn.Module], torch.Tensor]

@@ -11,8 +11,8 @@ import torch
 import transformers as hf
 from torch import nn
 
-from peftc.compiler.driver import adapt
-from peftc.runtime.model import AdaptedModel
+from peftc.compiler.api import adapt
+from peftc.runtime.model.model import AdaptedModel
 
 VOCABULARY = 128
 WINDOW = 6

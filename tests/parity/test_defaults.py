@@ -5,8 +5,8 @@ import pytest
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import constants
 
-from peftc.grammar.library import builtin_methods
-from peftc.grammar.rule import MethodRule
+from peftc.grammar.method.rule import MethodRule
+from peftc.grammar.spec.library import builtin_methods
 
 # What changes no weight is of the whole model, or of modules that PEFT finds by name.
 METHODS = [each for each in builtin_methods().values() if each.peft_type and each.prompt is None and not each.rows]

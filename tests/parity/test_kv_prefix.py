@@ -11,7 +11,7 @@ import transformers as hf
 from torch.testing import assert_close
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache, StaticCache
 
-from peftc.compiler.driver import adapt
+from peftc.compiler.api import adapt
 from peftc.grammar.diagnostics import UsageError
 from tests.matrix import wide
 

@@ -10,8 +10,8 @@ from torch import nn
 from torch.testing import assert_close
 
 from peftc import compiler
-from peftc.compiler.driver import adapt
-from peftc.grammar.library import builtin_methods
+from peftc.compiler.api import adapt
+from peftc.grammar.spec.library import builtin_methods
 from tests.matrix import wide
 from tests.parity.cases import low_rank, other, rotations
 from tests.parity.cases.case import MODELS, Case

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from transformers.cache_utils import DynamicCache
 
 from peftc import compiler
-from peftc.compiler.driver import adapt
+from peftc.compiler.api import adapt
 from tests.matrix import wide
 from tests.parity.cases.fronts import (
     CARTRIDGE,

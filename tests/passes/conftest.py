@@ -12,13 +12,14 @@ from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.pytorch_utils import Conv1D
 
-from peftc.compiler.lower import copy_graph
-from peftc.compiler.trace import Tracer
-from peftc.grammar.elaborate import read_spec
-from peftc.passes.emit import Origin, fake_like
-from peftc.passes.plan import IDS, ORDER, ROWS, AdapterPlan
-from peftc.passes.resolve import resolve, survey
-from peftc.passes.structure import (
+from peftc.compiler.pipeline.lower import copy_graph
+from peftc.compiler.trace.trace import Tracer
+from peftc.grammar.spec.elaborate import read_spec
+from peftc.passes.ir.emit import Origin, fake_like
+from peftc.passes.ir.traced import Traced
+from peftc.passes.plan.plan import IDS, ORDER, ROWS, AdapterPlan
+from peftc.passes.plan.resolve import resolve, survey
+from peftc.passes.plan.structure import (
     LOG_WEIGHT,
     Structure,
     copy_role,
@@ -29,8 +30,7 @@ from peftc.passes.structure import (
     structure_of,
     weighted,
 )
-from peftc.passes.traced import Traced
-from peftc.runtime.call import read_call
+from peftc.runtime.execution.call import read_call
 
 
 class Two(nn.Module):

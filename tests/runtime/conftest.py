@@ -10,13 +10,13 @@ import transformers
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from peftc.grammar.bind import Place, bind
-from peftc.grammar.library import builtin_methods
-from peftc.grammar.rule import MethodRule
-from peftc.grammar.spec import AdapterSpec
-from peftc.grammar.values import complete
-from peftc.passes.plan import AdapterPlan, PlannedCopy, PlannedSite
-from peftc.passes.site import Site
+from peftc.grammar.method.bind import Place, bind
+from peftc.grammar.method.rule import MethodRule
+from peftc.grammar.spec.library import builtin_methods
+from peftc.grammar.spec.spec import AdapterSpec
+from peftc.grammar.spec.values import complete
+from peftc.passes.plan.plan import AdapterPlan, PlannedCopy, PlannedSite
+from peftc.passes.plan.site import Site
 
 
 def _site(model: nn.Module, name: str) -> Site:

@@ -10,10 +10,10 @@ import transformers
 from torch import fx, nn
 
 from peftc import compiler
-from peftc.compiler.lower import specialise
-from peftc.passes.structure import Structure
-from peftc.runtime.call import Call, read_call
-from peftc.runtime.model import AdaptedModel
+from peftc.compiler.pipeline.lower import specialise
+from peftc.passes.plan.structure import Structure
+from peftc.runtime.execution.call import Call, read_call
+from peftc.runtime.model.model import AdaptedModel
 
 SPEC = """
 adapter alike = lora(rank = 4) { on layers[*].self_attn.{q_proj, v_proj} }

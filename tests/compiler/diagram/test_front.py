@@ -6,9 +6,9 @@ import torch
 import transformers
 
 from peftc import compiler
-from peftc.compiler import drawing
 from peftc.compiler.diagram import build, diff, to_dot
 from peftc.compiler.diagram.model import Node, Picture
+from peftc.compiler.jobs import drawing
 
 SPEC = """
 adapter led = prefix(length = 3)

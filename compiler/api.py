@@ -1,0 +1,331 @@
+"""apply and load: from a model and a spec, or a checkpoint, to an adapted model."""
+
+from collections.abc import Callable, Mapping, Sequence
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from peftc.compiler.export.exportable import Exportable
+from peftc.compiler.load_model.quantizing import check_is_backed, quantize_linears
+from peftc.compiler.pipeline.lower import lower, specialise
+from peftc.compiler.trace.trace import Tracer
+from peftc.grammar.diagnostics import ModelError, UsageError, fail
+from peftc.grammar.method.rule import Value
+from peftc.grammar.spec.elaborate import read_spec
+from peftc.grammar.spec.spec import AdapterSpec, Spec
+from peftc.passes.cost.cost import Choice
+from peftc.passes.insert.insert_delta import SlotValue
+from peftc.passes.ir.traced import Traced
+from peftc.passes.plan.plan import AdapterPlan
+from peftc.passes.plan.resolve import ModelSurvey, check_base, resolve, survey
+from peftc.passes.plan.structure import Structure
+from peftc.passes.plan.vocabulary import Vocabulary, enlarged, vocabulary
+from peftc.passes.quantized.foreign import check_quantization
+from peftc.passes.quantized.schemes.known import packed_modules
+from peftc.runtime.adapters.bank import AdapterParameters, trained_keys
+from peftc.runtime.base.base import BANK, base_values
+from peftc.runtime.base.share import share
+from peftc.runtime.execution.call import Call
+from peftc.runtime.execution.engine import Engine
+from peftc.runtime.execution.program import Lowered
+from peftc.runtime.execution.segments import Recompute
+from peftc.runtime.init.calibration import Batches, measured
+from peftc.runtime.init.dense import Dense, Source
+from peftc.runtime.init.initial import initial
+from peftc.runtime.init.tokens import size_of, warn_unchosen, with_ids
+from peftc.runtime.model import model as runtime
+from peftc.runtime.model.model import ADAPTED, STATE, adapted_class, base_view
+from peftc.runtime.model.state import AdapterState, BaseProvenance
+
+
+class Compiler:
+    """Traces, specialises and plans for one adapted model; see `runtime.engine.Backend`."""
+
+    def __init__(self, model: runtime.AdaptedModel):
+        self._model = model
+        self._ground: tuple[object, ModelSurvey] | None = None
+
+    def trace(self, call: Call) -> Traced:
+        """The base graph for calls of this signature. Raises ModelError."""
+        with self._model._holding(self._model._before_dense()):
+            return Tracer(base_view(self._model)).trace(call)
+
+    def specialise(
+        self,
+        traced: Traced,
+        structure: Structure,
+        slot_value: SlotValue,
+        *,
+        training: bool,
+        autocast: bool,
+        choice: Choice,
+        mode: str,
+    ) -> fx.Graph:
+        """The trace with adapters in it. Raises ModelError."""
+        return specialise(
+            traced,
+            structure,
+            slot_value,
+            training=training,
+            autocast=autocast,
+            choice=choice,
+            mode=mode,
+            packed=packed_modules(self._model),
+        )
+
+    def takes_cache(self, call: Call) -> bool:
+        """Whether the model can be given keys and values that attention sees beside the call's own."""
+        return Tracer(base_view(self._model)).takes_cache(call)
+
+    def lower(self, graph: fx.Graph, *, autocast: bool, choice: Choice) -> Lowered:
+        """Copies of a specialised graph: for torch.compile to trace, and for Python to run as it is."""
+        return lower(graph, autocast=autocast, choice=choice)
+
+    def plan(self, spec: AdapterSpec, *, tokens: int | None = None) -> AdapterPlan:
+        """What an adapter puts where, if need be with a vocabulary of so many tokens. Raises SpecError."""
+        ground = self.ground()
+        return resolve(spec, ground if tokens is None else enlarged(ground, tokens))
+
+    def vocabulary(self) -> Vocabulary | None:
+        """The model's vocabulary, if the model says which module embeds tokens."""
+        return vocabulary(self.ground())
+
+    def ground(self) -> ModelSurvey:
+        """What there is to adapt, without what is merged; looked at again when a weight changed its shape or place."""
+        with self._model._holding(self._model._adapter_state.merged):
+            view = base_view(self._model)
+            seen = tuple((name, each.shape, each.device, each.dtype) for name, each in view.named_parameters())
+            if self._ground is None or self._ground[0] != seen:
+                self._ground = (seen, survey(view))
+            return self._ground[1]
+
+    def for_model(self, model: nn.Module) -> "Compiler":
+        """The same for a copy of the model."""
+        assert isinstance(model, runtime.AdaptedModel)
+        return Compiler(model)
+
+
+class AdaptedModel(Exportable):
+    """A model with adapters in its graph, made by `apply` and `load`; see `peftc.runtime.model.model.AdaptedModel`."""
+
+    @classmethod
+    def from_pretrained(
+        cls, model: nn.Module, peft_model_id: str | PathLike[str] = "", **options: Any
+    ) -> "AdaptedModel":
+        """As `PeftModel.from_pretrained`: the base model, then the checkpoint. The same as `load`, options and all."""
+        if not isinstance(model, nn.Module) or not peft_model_id:
+            fail(
+                UsageError,
+                "E544",
+                "from_pretrained of an adapted model takes the base model first",
+                help="load the base with its own class, then call compiler.load(base, checkpoint)",
+            )
+        return load(model, peft_model_id, **options)
+
+
+def apply(
+    model: nn.Module,
+    spec: Spec | str | PathLike[str],
+    *,
+    example_inputs: Sequence[Any] | Mapping[str, Any] | None = None,
+    calibration: Batches | None = None,
+    tokenizer: Any | None = None,
+    dense: Source | None = None,
+    prepare_for_kbit_training: bool = True,
+) -> AdaptedModel:
+    """Put the adapters of a spec into a model.
+
+    Args:
+        model: Any transformers model, or any `nn.Module` that torch.export can trace. It is not changed, and the
+            result shares its weights, but for those that the spec has quantized.
+        spec: A path to an `.adapter` file, the text itself, or a Spec.
+        example_inputs: Positional (a sequence) or named (a mapping) arguments to trace the first graph with at once.
+            Without them every graph is traced when a call first needs it.
+        calibration: For a method that starts from data: batches, each the named (a mapping) or positional (a sequence
+            or one tensor) arguments of a call. The base runs on each once; places that an `attention_mask` leaves out
+            do not count.
+        tokenizer: For tokens that the spec names by their text, and for a method that starts from a text: it takes
+            the place of the one that the spec names for it. Tokens that it has and the model has not are new: the
+            result, not the model, has its embeddings resized, as transformers does it.
+        dense: For a method that starts from what quantization rounded away: the model that this one was quantized from,
+            or its directory of safetensors. Not needed where the spec has `model` quantized.
+        prepare_for_kbit_training: On a quantized base, hold what is not quantized (norms, embeddings, the head) in
+            float32, as PEFT's `prepare_model_for_kbit_training` does. The user's model keeps its own, and so does what
+            is unloaded. Without effect elsewhere.
+
+    Returns:
+        An object of the model's class with the spec's adapters, freshly initialised. The adapters that the spec
+        activates, or a lone one, are active and trainable; the base is frozen.
+
+    Raises:
+        SpecError: the spec is wrong, in itself or for this model.
+        ModelError: the model cannot be copied or traced.
+        UsageError: a method needs a calibration, and it is missing or reaches not every site; or a tokenizer, or the
+            dense model.
+    """
+    meant = spec if isinstance(spec, Spec) else read_spec(spec)
+    adapted = adapt(_checked(model))
+    state: AdapterState = adapted._adapter_state
+    ground = survey(base_view(adapted))
+    check_base(meant.base, ground)
+    if meant.quantize is not None and quantize_linears(adapted, meant.quantize):
+        mark_adapted(adapted)
+        dense = model if dense is None else dense
+        ground = survey(base_view(adapted))
+    specs, tokens = fitted(meant.adapters, ground, tokenizer)
+    plans = [resolve(each, ground if tokens is None else enlarged(ground, tokens)) for each in specs]
+    if tokens is not None:
+        adapted._enlarge(tokens)
+    if prepare_for_kbit_training:
+        adapted._widen()
+    base = base_values(adapted, {})
+    moments = measured(adapted.unload, plans, calibration)
+    weights = None if dense is None else Dense(dense)
+    for plan in plans:
+        tensors = initial(plan, base, calibration=moments, tokenizer=tokenizer, dense=weights)
+        state.add(AdapterParameters(plan, tensors, trained_keys(plan)))
+    state.activate(meant.active, trainable=True)
+    if example_inputs is not None:
+        prepare(adapted, example_inputs)
+    return adapted
+
+
+def fitted(
+    adapters: Sequence[AdapterSpec], ground: ModelSurvey, tokenizer: Any | None
+) -> tuple[list[AdapterSpec], int | None]:
+    """The specs with ids for the texts of tokens, and how many tokens the model needs if it has not so many.
+
+    Raises SpecError.
+    """
+    specs, needed = [], None
+    known = vocabulary(ground)
+    for each in adapters:
+        spec = with_ids(each, tokenizer)
+        if known is not None:
+            spec, tokens = known.grown(spec, size_of(tokenizer))
+            if tokens is not None:
+                warn_unchosen(spec, known, tokens)
+                needed = tokens
+        specs.append(spec)
+    return specs, needed
+
+
+def load(
+    model: nn.Module,
+    peft_model_id: str | PathLike[str],
+    *,
+    adapter_name: str = "default",
+    is_trainable: bool = False,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | PathLike[str] | None = None,
+    local_files_only: bool = False,
+    allow_pickle: bool = False,
+    autocast_adapter_dtype: bool = True,
+    use: str | PathLike[str] | None = None,
+    values: Mapping[str, Value] | None = None,
+    prepare_for_kbit_training: bool = True,
+) -> AdaptedModel:
+    """Put an adapter from a PEFT checkpoint, ours or peft's, into a model.
+
+    Args:
+        model: The base. It is not changed, and the result shares its weights.
+        peft_model_id: A directory, or a repository on the Hub.
+        adapter_name: What the adapter is called here.
+        is_trainable: Whether to go on training it; otherwise nothing of the result has a gradient.
+        revision: Of the repository, as `subfolder`, `token`, `cache_dir` and `local_files_only`.
+        subfolder: Where in the directory or repository the adapter lies.
+        token: For a private repository.
+        cache_dir: Where downloads are kept.
+        local_files_only: Never ask the Hub.
+        allow_pickle: Read an adapter_model.bin, which may come from anywhere, with torch's weights-only unpickler.
+        autocast_adapter_dtype: Hold float16 and bfloat16 adapters in float32, as PEFT does.
+        use: An `.adapter` file with methods of your own. What peftc saved needs none: the definition is in it.
+        values: Hyperparameters that are to be other than the file says. `{"peft_compatible": True}` has virtual tokens
+            counted and returned as PEFT does.
+        prepare_for_kbit_training: As in `apply`, if the adapter `is_trainable`.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, unsupported, or does not fit the model.
+        ModelError: the model cannot be copied or traced.
+    """
+    adapted = adapt(_checked(model))
+    if is_trainable and prepare_for_kbit_training:
+        adapted._widen()
+    adapted.load_adapter(
+        peft_model_id,
+        adapter_name,
+        is_trainable=is_trainable,
+        revision=revision,
+        subfolder=subfolder,
+        token=token,
+        cache_dir=cache_dir,
+        local_files_only=local_files_only,
+        allow_pickle=allow_pickle,
+        autocast_adapter_dtype=autocast_adapter_dtype,
+        use=use,
+        values=values,
+    )
+    return adapted
+
+
+def adapt(model: nn.Module) -> AdaptedModel:
+    """An adapted model that has no adapter yet."""
+    plain = share(model, requires_grad=False)
+    adapted: AdaptedModel = object.__new__(adapted_class(type(model), AdaptedModel))
+    adapted.__dict__.update(plain.__dict__)
+    bank = nn.Module()
+    adapted.add_module(BANK, bank)
+    requires_grad = dict.fromkeys((name for name, _ in plain.named_parameters(remove_duplicate=False)), False)
+    requires_grad |= {name: each.requires_grad for name, each in model.named_parameters(remove_duplicate=False)}
+    config = getattr(model, "config", None)
+    name = getattr(config, "_name_or_path", None) or getattr(model, "name_or_path", None)
+    facts = BaseProvenance(base_name=name or None, base_revision=getattr(config, "_commit_hash", None))
+    engine = Engine(Compiler(adapted), adapted)
+    adapted.__dict__[STATE] = AdapterState(engine=engine, bank=bank, requires_grad=requires_grad, facts=facts)
+    if any(getattr(each, "gradient_checkpointing", False) is True for each in model.modules()):
+        engine.recompute = Recompute()
+    mark_adapted(adapted)
+    return adapted
+
+
+def mark_adapted(adapted: AdaptedModel) -> None:
+    """Let transformers know that there are adapters to train, without which it refuses to train a quantized model."""
+    if getattr(adapted, "is_quantized", False):
+        adapted.__dict__[ADAPTED] = True
+
+
+def prepare(adapted: runtime.AdaptedModel, example_inputs: Sequence[Any] | Mapping[str, Any]) -> Call:
+    """Trace and specialise the graph for calls like this one, now. Returns the call. Raises ModelError."""
+    call = call_like(adapted, example_inputs)
+    adapted._adapter_state.engine.program(call)
+    return call
+
+
+def call_like(adapted: runtime.AdaptedModel, example_inputs: Sequence[Any] | Mapping[str, Any]) -> Call:
+    """The call that example inputs, positional or named, stand for. Traces nothing."""
+    named: Callable[..., dict[str, Any]] = adapted._named
+    if isinstance(example_inputs, Mapping):
+        arguments = named((), example_inputs)
+    elif isinstance(example_inputs, torch.Tensor):
+        arguments = named((example_inputs,), {})
+    else:
+        arguments = named(tuple(example_inputs), {})
+    return adapted._adapter_state.engine.call("", arguments)
+
+
+def _checked(model: nn.Module) -> nn.Module:
+    if isinstance(model, runtime.AdaptedModel):
+        fail(UsageError, "E543", "the model is adapted already", help="use its add_adapter or load_adapter")
+    if not isinstance(model, nn.Module):
+        fail(
+            ModelError, "E405", f"a value of type {type(model).__name__} is not a model", help="pass a torch.nn.Module"
+        )
+    if hasattr(model, "peft_config") and hasattr(model, "base_model") and type(model).__module__.startswith("peft."):
+        fail(ModelError, "E406", "the model is wrapped by peft", help="pass the model peft wraps: model.unload()")
+    check_quantization(model)
+    check_is_backed(model)
+    return model

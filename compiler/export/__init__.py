@@ -1,0 +1,1 @@
+"""From an adapted model to a directory that needs no peftc: programs, formats, manifests, measured drift."""

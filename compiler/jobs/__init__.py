@@ -1,0 +1,1 @@
+"""What each command does, callable from Python; the command line is a thin layer over these."""

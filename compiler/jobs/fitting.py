@@ -1,0 +1,48 @@
+"""check against a model: does a spec fit, without tracing anything."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from torch import nn
+
+from peftc.compiler.api import fitted
+from peftc.compiler.jobs.drawing import as_found
+from peftc.compiler.load_model.models import FoundModel
+from peftc.compiler.load_model.quantizing import quantized_copy
+from peftc.compiler.load_model.tokenizers import tokenizer_for
+from peftc.compiler.report.facts import AdapterFacts
+from peftc.compiler.report.summary import adapter_facts
+from peftc.grammar.diagnostics import Diagnostic, ModelError, SpecError
+from peftc.grammar.spec.spec import Base, Spec
+from peftc.passes.plan.resolve import ModelSurvey, check_base, resolve, survey
+from peftc.passes.plan.vocabulary import enlarged
+
+
+def check_fit(spec: Spec, model: nn.Module | FoundModel) -> tuple[tuple[AdapterFacts, ...], tuple[Diagnostic, ...]]:
+    """What every adapter of a spec would put where on a model, and every diagnostic of those that do not fit."""
+    found = as_found(model)
+    ground = survey(found.model)
+    problems = list(_base_problems(spec.base, ground))
+    try:
+        ground = survey(quantized_copy(found.model, spec.quantize))
+    except (SpecError, ModelError) as error:
+        problems += error.diagnostics
+    weights = dict(spec.active)
+    facts = []
+    for each in spec.adapters:
+        try:
+            tokenizer = tokenizer_for(replace(spec, adapters=(each,)), found)
+            (meant,), size = fitted((each,), ground, tokenizer)
+            plan = resolve(meant, ground if size is None else enlarged(ground, size))
+            facts.append(adapter_facts(plan, ground, {}, weights.get(each.name)))
+        except SpecError as error:
+            problems += error.diagnostics
+    return tuple(facts), tuple(problems)
+
+
+def _base_problems(base: Base | None, ground: ModelSurvey) -> Iterator[Diagnostic]:
+    for entry in base.entries if base else ():
+        try:
+            check_base(Base((entry,)), ground)
+        except SpecError as error:
+            yield from error.diagnostics

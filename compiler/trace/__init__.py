@@ -1,0 +1,1 @@
+"""From a live model to a base graph: twins of fake tensors, sample sizes, the exporter."""

@@ -1,0 +1,321 @@
+"""Traces a model, once per signature, to one flat graph."""
+
+import inspect
+import logging
+import operator
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+from torch import fx, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.exporters.exporter_dynamo import DynamoConfig, DynamoExporter
+from transformers.exporters.utils import patch_attributes
+from transformers.utils import logging as transformers_logging
+
+from peftc.compiler.trace.samples import PAST, ROWS, SOURCE, Sample, Sampler, plain_sample
+from peftc.compiler.trace.twin import Twin
+from peftc.grammar.diagnostics import AdapterError, Diagnostic, ModelError, fail
+from peftc.passes.ir import pass_manager
+from peftc.passes.ir.split_tied_weights import SplitOwners
+from peftc.passes.ir.traced import Traced
+from peftc.passes.plan.sites import tied_names
+from peftc.runtime.execution import caches, nest
+from peftc.runtime.execution.call import Call
+
+# The exporter drops an input called `labels`; under another name the loss is traced like everything else.
+TRACED_NAMES = {"labels": "target_labels", "future_values": "target_future_values"}
+
+
+@dataclass(frozen=True)
+class _Input:
+    name: str
+    value: torch.Tensor
+    dynamic: tuple[int, ...]
+
+
+class Tracer:
+    """Traces one model, each time on a twin of its own: a FakeTensorMode that saw one export is not fit for another
+    (its cache of results refers to the first one's symbolic sizes, and crashes the process).
+    """
+
+    def __init__(self, model: nn.Module):
+        self._source = model
+
+    def trace(self, call: Call) -> Traced:
+        """The graph for calls of this signature.
+
+        Raises ModelError, naming what the exporter could not trace, for models or calls it does not support.
+        """
+        layout = self._layout(call) if call.cache is not None else None
+        twin = self._twin(call)
+        aliases = tied_names(twin.model)  # a packed module may hold no tensor of the name that the twin's weight has
+        inputs = self._inputs(twin, call, layout)
+        forward = _FlatForward(twin.model, call, layout)
+        with _apart(call):
+            module, guards = _export(twin.model, forward, inputs, type(self._source).__name__)
+        graph = _flat_graph(module, inputs)
+        pass_manager.run(graph, [SplitOwners(aliases)])
+        return Traced(
+            graph=graph,
+            inputs=tuple(each.name for each in inputs),
+            shapes=tuple(_bound_sizes(node) for node in graph.find_nodes(op="placeholder")),
+            constants=_constants(module, graph, aliases),
+            outputs=forward.form,
+            cache=layout or forward.layout,
+            guards=guards,
+            cached=_count(graph) - nest.count_tensors(forward.form),
+            encoder_decoder=self._is_encoder_decoder,
+            filler=int(getattr(getattr(self._source, "config", None), "pad_token_id", None) == 0),
+        )
+
+    def takes_cache(self, call: Call) -> bool:
+        """Whether the model can be given keys and values that attention sees beside the call's own."""
+        parameters = inspect.signature(self._source.get_submodule(call.signature.entry).forward).parameters
+        return "past_key_values" in parameters and self._made_cache(call) is not None
+
+    @property
+    def _is_encoder_decoder(self) -> bool:
+        return bool(getattr(getattr(self._source, "config", None), "is_encoder_decoder", False))
+
+    def _inputs(self, twin: Twin, call: Call, layout: caches.Layout | None) -> list[_Input]:
+        names = call.signature.tensor_names
+        samples = self._samples(call, names, PAST if layout else 0)
+        inputs = [
+            _Input(_traced_name(name), twin.fake(_blank(tensor, sample.shape)), sample.dynamic)
+            for name, tensor, sample in zip(names, call.tensors, samples, strict=True)
+        ]
+        if layout is not None:
+            device = call.tensors[0].device
+            inputs += [_Input(name, twin.fake(tensor), (0, 2)) for name, tensor in _sample_cache(layout, device)]
+        return inputs
+
+    def _samples(self, call: Call, names: list[str], past: int) -> tuple[Sample, ...]:
+        if call.signature.sizes:
+            return tuple(Sample(tuple(tensor.shape), ()) for tensor in call.tensors)
+        if not isinstance(self._source, PreTrainedModel):
+            return plain_sample(call.tensors)
+        sampler = Sampler(self._is_encoder_decoder, past, call.rows)
+        return tuple(sampler.sample(name, tensor) for name, tensor in zip(names, call.tensors, strict=True))
+
+    def _twin(self, call: Call) -> Twin:
+        twin = Twin(self._source)
+        twin.model.train(call.signature.training)
+        return twin
+
+    def _layout(self, call: Call) -> caches.Layout:
+        """What the model's cache looks like."""
+        assert call.signature.cache is not None
+        made = self._made_cache(call)
+        if made is None:
+            fail(ModelError, "E411", f"{type(self._source).__name__} was given a cache but returns none")
+        return caches.layout_of(made, call.signature.cache[1])
+
+    def _made_cache(self, call: Call) -> Cache | None:
+        """The cache that a twin makes when it runs without one; with labels, some models make none."""
+        output = self._run(call, use_cache=True)
+        if "labels" in dict(call.signature.arguments) and not any(isinstance(each, Cache) for each in _values(output)):
+            output = self._run(call, use_cache=True, labels=None)
+        return next((each for each in _values(output) if isinstance(each, Cache)), None)
+
+    def _run(self, call: Call, **options: Any) -> Any:
+        """What a twin returns for a call of these sizes, with other options."""
+        twin = self._twin(call)
+        names = call.signature.tensor_names
+        tensors = [
+            twin.fake(_blank(tensor, sample.shape))
+            for tensor, sample in zip(call.tensors, self._samples(call, names, 0), strict=True)
+        ]
+        forward = _FlatForward(twin.model, call, None)
+        try:
+            with (
+                _apart(call),
+                twin.mode,
+                torch.no_grad(),
+                patch_attributes([(torch.compiler, "is_compiling", _always)]),
+            ):
+                return forward.run(tensors, None, **options)
+        except AdapterError:
+            raise
+        except Exception as error:
+            _refuse(type(self._source).__name__, error)
+
+
+class _FlatForward:
+    """The model's forward with flat tensors in and out, as the exporter sees it; remembers the form of the output."""
+
+    def __init__(self, model: nn.Module, call: Call, layout: caches.Layout | None):
+        self._module = model.get_submodule(call.signature.entry)
+        self._arguments = call.signature.arguments
+        self._layout = layout
+        self._is_root = not call.signature.entry
+        self.form: nest.Form = ()
+        self.layout: caches.Layout | None = None
+
+    def __call__(self, tensors: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+        values = list(tensors.values())
+        count = sum(nest.count_tensors(form) for _, form in self._arguments)
+        cache = caches.build(self._layout, values[count:], trimmed=False) if self._layout else None
+        output = self.run(values[:count], cache)
+        leaves: list[torch.Tensor] = []
+        self.form = nest.flatten(output, leaves, "the output")
+        if nest.holds_cache(self.form):
+            made = next(each for each in _values(output) if isinstance(each, Cache))
+            if self._layout is None:
+                self.layout = caches.layout_of(made, filled=False)
+            leaves += caches.tensors_of(made, self._layout or self.layout)  # type: ignore[arg-type]
+        return leaves
+
+    def run(self, tensors: list[torch.Tensor], cache: Cache | None, **options: Any) -> Any:
+        """Call the model's own forward, with these options where it has them."""
+        left = list(tensors)
+        arguments = {name: nest.rebuild(form, left, cache) for name, form in self._arguments}
+        known = inspect.signature(type(self._module).forward).parameters
+        arguments |= {name: value for name, value in options.items() if name in known}
+        if self._is_root:
+            return type(self._module).forward(self._module, **arguments)
+        return self._module(**arguments)
+
+
+def _values(output: Any) -> list[Any]:
+    if isinstance(output, dict):
+        return list(output.values())
+    return list(output) if isinstance(output, tuple | list) else [output]
+
+
+def _export(
+    model: nn.Module, forward: _FlatForward, inputs: list[_Input], kind: str
+) -> tuple[fx.GraphModule, tuple[str, ...]]:
+    sample = {each.name: each.value for each in inputs}
+    dynamic = {each.name: dict.fromkeys(each.dynamic, torch.export.Dim.AUTO) for each in inputs}
+
+    def flat(**tensors: torch.Tensor) -> list[torch.Tensor]:
+        return forward(tensors)
+
+    flat.__signature__ = inspect.Signature([_keyword(name) for name in sample])  # type: ignore[attr-defined]
+    model.__dict__["forward"] = flat
+    try:
+        if isinstance(model, PreTrainedModel):
+            config = DynamoConfig(dynamic=True, dynamic_shapes=dynamic)
+            program, _ = DynamoExporter().export_program(model, dict(sample), config)
+        else:
+            with torch.no_grad():
+                program = torch.export.export(model, (), sample, dynamic_shapes=dynamic, strict=False)
+        # What transformers' models ask of sizes is about masks and lengths that the sampler chose to differ; a plain
+        # module may have taken another way for these sizes than it would for others.
+        asked = () if isinstance(model, PreTrainedModel) else program._guards_code
+        return program.module(), tuple(_guards(asked, list(sample)))
+    except AdapterError:
+        raise
+    except Exception as error:  # whatever the model's own code meets under the exporter
+        _refuse(kind, error)
+    finally:
+        model.__dict__.pop("forward", None)
+
+
+def _count(graph: fx.Graph) -> int:
+    (output,) = graph.find_nodes(op="output")
+    return len(output.args[0])
+
+
+def _guards(code: Sequence[str], names: list[str]) -> Iterator[str]:
+    """The exporter's guards on sizes, as `Traced.guards` has them."""
+    for guard in code:
+        text = re.sub(
+            r"L\['(\w+)'\]\.size\(\)\[(\d+)\]", lambda found: f"sizes[{names.index(found[1])}][{found[2]}]", guard
+        )
+        if "L[" not in text:
+            yield text
+
+
+def _refuse(kind: str, error: Exception) -> NoReturn:
+    lines = str(error).strip().splitlines() or ["no message"]
+    help = "its forward depends on data, or on something torch.export does not support; the cause is chained"
+    if isinstance(error, ValueError | TypeError):
+        help = "its own forward may refuse such a call: try it on the model without adapters; the cause is chained"
+    diagnostic = Diagnostic(
+        "E402", f"{kind} cannot be traced for this call: {type(error).__name__}: {lines[0]}", help=help
+    )
+    raise ModelError(diagnostic) from error
+
+
+def _flat_graph(module: fx.GraphModule, inputs: list[_Input]) -> fx.Graph:
+    """The exported graph with plain placeholders and a flat tuple as output."""
+    graph = module.graph
+    graph.set_codegen(fx.graph.CodeGen())
+    names = [str(node.target) for node in graph.find_nodes(op="placeholder")]
+    if names != [each.name for each in inputs]:
+        extra = sorted(set(names) - {each.name for each in inputs})
+        fail(ModelError, "E403", f"the exporter prepares inputs that are not supported yet: {', '.join(extra)}")
+    for node in graph.nodes:
+        if node.op == "get_attr" and "val" not in node.meta:
+            node.meta["val"] = None
+        if node.op == "call_module" and node.target == "_guards_fn":
+            graph.erase_node(node)
+    return graph
+
+
+def _constants(
+    module: fx.GraphModule, graph: fx.Graph, aliases: Mapping[str, tuple[str, ...]]
+) -> dict[str, torch.Tensor | nn.Module]:
+    """What the graph reads that is not the model's: lifted constants and the bodies of higher-order operators."""
+    found: dict[str, torch.Tensor | nn.Module] = {}
+    for node in graph.find_nodes(op="get_attr"):
+        if node.target not in aliases:
+            found[str(node.target)] = operator.attrgetter(str(node.target))(module)
+    return found
+
+
+def _always(_: Callable[[], bool]) -> Callable[[], bool]:
+    """Models choose kernels that fake tensors can run when they believe they are being compiled."""
+    return lambda: True
+
+
+def _keyword(name: str) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+
+
+def _bound_sizes(node: fx.Node) -> tuple[int | None, ...]:
+    return tuple(size if isinstance(size, int) else None for size in node.meta["val"].shape)
+
+
+def _traced_name(name: str) -> str:
+    return TRACED_NAMES.get(name, name.replace(".", "_"))
+
+
+def _blank(tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    return torch.zeros(shape, dtype=tensor.dtype, device=tensor.device)
+
+
+def _sample_cache(layout: caches.Layout, device: torch.device) -> Iterator[tuple[str, torch.Tensor]]:
+    parts = [("", layout.own, PAST)] + ([("cross_", layout.cross, SOURCE)] if layout.filled else [])
+    for prefix, layers, length in parts:
+        for index, layer in enumerate(layers):
+            for role, size in (("key", layer.key_size), ("value", layer.value_size)):
+                shape = (ROWS, layer.heads, length, size)
+                yield f"past_{prefix}{index}_{role}", torch.zeros(shape, dtype=layer.dtype, device=device)
+
+
+@contextmanager
+def _apart(call: Call) -> Iterator[None]:
+    """Trace whatever the caller's mode: the graph serves calls inside and outside of autocast and inference mode.
+
+    Keeps the exporter's advice, which is not for our user, off the user's screen.
+    """
+    device = call.tensors[0].device.type if call.tensors else "cpu"
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    exporter = logging.getLogger("torch.export")
+    before, exporter.disabled = exporter.disabled, True
+    try:
+        with warnings.catch_warnings(), torch.inference_mode(False), torch.autocast(device, enabled=False):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        exporter.disabled = before
+        transformers_logging.set_verbosity(level)

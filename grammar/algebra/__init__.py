@@ -1,0 +1,4 @@
+"""Expressions over tensors as terms: operators, shapes, laws, and what a term costs.
+
+Terms enter, terms and sizes leave. No syntax, no method, no torch.
+"""

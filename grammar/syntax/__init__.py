@@ -1,0 +1,4 @@
+"""Text to trees and back: the lark grammar, syntax trees with spans, canonical formatting.
+
+A `Source` enters; a `tree.File` leaves, or a diagnostic with a caret. Nothing here knows what a name means.
+"""

@@ -1,0 +1,1 @@
+"""What a graph costs to run, estimated: how one of several lowerings is chosen."""

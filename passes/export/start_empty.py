@@ -1,0 +1,45 @@
+"""Lets a graph that continues a text begin one."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from peftc.passes.ir.emit import Emit, Origin
+from peftc.passes.ir.pass_manager import Change
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class StartEmpty:
+    """f(x, past)  ->  f(x, nothing)
+
+    `pasts` are inputs of keys or values, `[rows, heads, past, size]`; `like` is an input that has the rows, and stays.
+    """
+
+    pasts: Sequence[str]
+    like: str
+    name: ClassVar[str] = "start-empty"
+
+    def run(self, graph: fx.Graph) -> Change:
+        """Rewrite in place."""
+        inputs = {str(node.target): node for node in graph.find_nodes(op="placeholder")}
+        found = [inputs[each] for each in self.pasts if each in inputs]
+        if not found:
+            return Change()
+        like = inputs[self.like]
+        emit = Emit(graph, list(inputs.values())[-1].next, Origin(self.name), like=like)
+        rows = emit.call(aten.sym_size.int, like, 0)
+        for node in found:
+            value = emit.tensor(node)
+            sizes = [rows, int(value.shape[1]), 0, int(value.shape[3])]
+            node.replace_all_uses_with(emit.call(aten.new_zeros.default, like, sizes, dtype=value.dtype))
+            graph.erase_node(node)
+        return Change(made=len(emit.made), removed=len(found))
+
+    def legal(self, node: fx.Node) -> bool:
+        """None of the inputs is left."""
+        return node.op != "placeholder" or node.target not in self.pasts

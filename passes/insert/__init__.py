@@ -1,0 +1,1 @@
+"""Passes that put adapters of weights into a graph: deltas, trained tokens, copies of modules."""

@@ -1,0 +1,204 @@
+"""Puts the active adapters' weight expressions into a graph."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from peftc.grammar.algebra import algebra
+from peftc.passes.expression.apply import Activation, Apply, DropoutError, Primes, compose, deltas, renamed
+from peftc.passes.expression.convolve import Convolve, Patches, is_low_rank
+from peftc.passes.expression.materialise import Evaluator, to_logical, to_stored, unstack
+from peftc.passes.insert.uses import WeightUse, use_of
+from peftc.passes.ir.emit import Emit, Origin
+from peftc.passes.ir.pass_manager import Change, Miss
+from peftc.passes.ir.split_tied_weights import module_path
+from peftc.passes.plan.site import Site
+from peftc.passes.plan.structure import AdaptedSite, Structure, Term, site_slot, slot_role
+
+aten = torch.ops.aten
+
+SlotValue = Callable[[int, str, str, fx.Node], torch.Tensor]
+"""(position, site, role or scalar, a node of the graph) -> a fake tensor like the one the slot will hold."""
+
+
+@dataclass(frozen=True)
+class InsertDelta:
+    """linear(x, W, b)  ->  apply(W', x) + b'
+
+    Where the weight is used in a way no law covers, and at the sites of `dense`, the weight itself is replaced:
+    f(W, b) -> f(W', b'). So it is at a convolution, unless something has to meet the activation alone.
+    """
+
+    structure: Structure
+    slot_value: SlotValue
+    training: bool
+    dense: frozenset[str] = frozenset()
+    name: ClassVar[str] = "insert-delta"
+
+    def run(self, graph: fx.Graph) -> Change:
+        """Rewrite every use of every planned site. Raises DropoutError where dropout cannot be honoured."""
+        weights: dict[str, list[fx.Node]] = {}
+        for node in graph.find_nodes(op="get_attr"):
+            weights.setdefault(str(node.target), []).append(node)
+        made = 0
+        for adapted in self.structure.sites:
+            for weight in weights.get(adapted.site.weight, ()):
+                made += self._adapt(graph, weight, adapted)
+        return Change(made=made)
+
+    def legal(self, node: fx.Node) -> bool:
+        """Anything the cleaned trace holds."""
+        return True
+
+    def check(self, use: fx.Node, weight: fx.Node, site: Site) -> WeightUse | Miss:
+        """How a node uses the weight."""
+        return use_of(use, weight, site)
+
+    def _adapt(self, graph: fx.Graph, weight: fx.Node, adapted: AdaptedSite) -> int:
+        ours = [user for user in weight.users if "peftc" not in user.meta and not _is_adapted(user, adapted.site)]
+        # A functional use by another module is not this site's: PEFT reaches what the named module computes.
+        uses = [user for user in ours if adapted.site.kind == "parameter" or adapted.site.user in module_path(user)]
+        primes = compose([_primes(term) for term in adapted.terms], adapted.site.has_bias)
+        made = 0
+        replaced: fx.Node | None = None
+        for each in uses:
+            found = self.check(each, weight, adapted.site)
+            if isinstance(found, WeightUse) and not self._is_dense(found, primes[0], adapted):
+                made += self._rewrite(graph, found, weight, primes, adapted)
+                continue
+            if isinstance(found, Miss):
+                _refuse_dropout(primes[0], found, adapted.site, self.training)
+                if primes[1] is not None:
+                    raise UnfitError(adapted.site, f"its bias is adapted, and {found.reason}")
+            if replaced is None:
+                replaced, count = self._replace(graph, weight, primes[0], adapted)
+                made += count
+            if isinstance(found, WeightUse):
+                made += self._rebase(graph, found, weight, replaced, primes[1], adapted)
+            else:
+                each.replace_input_with(weight, replaced)
+        return made
+
+    def _is_dense(self, use: WeightUse, matrix: algebra.Matrix, adapted: AdaptedSite) -> bool:
+        """Whether to compute W' for the operator that is there, rather than to add to what it gives.
+
+        A second convolution is as dear as the first, unless it is of low rank, and then a gradient for the whole
+        weight is dearer. Where dropout or another type keep the parts from meeting `W`, there is no choice.
+        """
+        drops = self.training and any(isinstance(each, algebra.Dropped) for each in algebra.walk(matrix))
+        if drops or not isinstance(use.x, Patches):
+            return adapted.site.name in self.dense and not drops
+        parts = deltas(matrix)
+        thin = parts is not None and use.x.groups == 1 and all(map(is_low_rank, parts))
+        kinds = {role.dtype for term in adapted.terms for role in term.roles if role.dtype.is_floating_point}
+        return not (self.training and thin) and kinds <= {use.node.meta["val"].dtype}
+
+    def _rebase(
+        self,
+        graph: fx.Graph,
+        use: WeightUse,
+        weight: fx.Node,
+        replaced: fx.Node,
+        bias: algebra.Matrix | None,
+        adapted: AdaptedSite,
+    ) -> int:
+        emit = Emit(graph, use.node, Origin(self.name, adapted.site.name), like=use.node)
+        new = None
+        if bias is not None:
+            apply = self._apply(emit, weight, adapted, use)
+            new = apply.cast(apply.value(bias), weight.meta["val"].dtype)
+        use.rebase(replaced, new)
+        return len(emit.made)
+
+    def _rewrite(self, graph: fx.Graph, use: WeightUse, weight: fx.Node, primes: Primes, adapted: AdaptedSite) -> int:
+        emit = Emit(graph, use.node.next, Origin(self.name, adapted.site.name), like=use.node)
+        apply = self._apply(emit, weight, adapted, use)
+        parts = deltas(primes[0])
+        added = () if primes[1] is None else deltas(primes[1], algebra.Bias())
+        if parts is not None and added is not None:
+            total = use.node
+            for part in parts:
+                total = emit.call(aten.add.Tensor, total, _applied(apply, apply.whole(part), use))
+            for part in added:
+                total = emit.call(aten.add.Tensor, total, _spread(apply, apply.value(part), use))
+        else:
+            total = _applied(apply, primes[0], use)
+            bias = use.bias if primes[1] is None else apply.value(primes[1])
+            if bias is not None:
+                total = emit.call(aten.add.Tensor, total, _spread(apply, bias, use))
+        total = apply.cast(total, use.node.meta["val"].dtype)
+        use.node.replace_all_uses_with(total, delete_user_cb=lambda user: user not in emit.made)
+        if not use.node.users:
+            graph.erase_node(use.node)
+        return len(emit.made)
+
+    def _replace(
+        self, graph: fx.Graph, weight: fx.Node, matrix: algebra.Matrix, adapted: AdaptedSite
+    ) -> tuple[fx.Node, int]:
+        emit = Emit(graph, weight.next, Origin(self.name, adapted.site.name), like=next(iter(weight.users)))
+        apply = self._apply(emit, weight, adapted, None)
+        value = apply.cast(apply.value(matrix), weight.meta["val"].dtype)
+        return to_stored(emit, value, adapted.site), len(emit.made)
+
+    def _apply(self, emit: Emit, weight: fx.Node, adapted: AdaptedSite, use: WeightUse | None) -> Apply:
+        site = adapted.site
+        params: dict[str, fx.Node] = {}
+        scalars: dict[str, fx.Node] = {}
+        sizes: dict[str, tuple[int, ...]] = {}
+        for term in adapted.terms:
+            slot = site_slot(term.position, site.name)
+            for role in term.roles:
+                name = _prefix(term) + role.name
+                value = self.slot_value(term.position, site.name, role.name, weight)
+                node = emit.slot(f"{slot}.{slot_role(role.name)}", value, term.position, role.name)
+                params[name] = unstack(emit, node, role.stacked_axis, role.shared, site)
+                sizes[name] = tuple(params[name].meta["val"].shape[site.lead :])
+            for scalar in term.scalars:
+                value = self.slot_value(term.position, site.name, scalar, weight)
+                scalars[_prefix(term) + scalar] = emit.slot(f"{slot}.{slot_role(scalar)}", value, term.position, scalar)
+        values = Evaluator(emit, params, scalars, lead=site.lead, bias=use.bias if use is not None else None)
+
+        def base(x: Activation) -> fx.Node:
+            assert use is not None
+            return use.base(emit, weight, x)
+
+        apply = Apply(emit, values, base, sizes, (site.out_features, site.in_features), site, self.training)
+        values.weight = lambda: to_logical(emit, apply.promoted(weight), site)
+        return apply
+
+
+def _applied(apply: Apply, matrix: algebra.Matrix, use: WeightUse) -> fx.Node:
+    return Convolve(apply)(matrix, use.x) if isinstance(use.x, Patches) else apply(matrix, use.x)
+
+
+def _spread(apply: Apply, bias: fx.Node, use: WeightUse) -> fx.Node:
+    return Convolve(apply).bias(bias, use.x) if isinstance(use.x, Patches) else bias
+
+
+class UnfitError(Exception):
+    """A site is used in a way that its adapter cannot be put in."""
+
+    def __init__(self, site: Site, reason: str):
+        self.site, self.reason = site, reason
+        super().__init__(f"{site.name}: {reason}")
+
+
+def _refuse_dropout(matrix: algebra.Matrix, found: Miss, site: Site, training: bool) -> None:
+    if training and any(isinstance(each, algebra.Dropped) for each in algebra.walk(matrix)):
+        raise DropoutError(site, found.reason)
+
+
+def _is_adapted(use: fx.Node, site: Site) -> bool:
+    return any(isinstance(o := user.meta.get("peftc"), Origin) and o.site == site.name for user in use.users)
+
+
+def _primes(term: Term) -> Primes:
+    weight = renamed(term.weight, _prefix(term))
+    return weight, None if term.bias is None else renamed(term.bias, _prefix(term))
+
+
+def _prefix(term: Term) -> str:
+    return f"{term.position}:"

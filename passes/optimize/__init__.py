@@ -1,0 +1,1 @@
+"""Passes that make the same graph cheaper, and never another one."""

@@ -1,0 +1,46 @@
+"""Lets the rows of trained tokens add themselves into the logits, for graphs that run as they are."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from peftc.passes.ir.emit import Origin
+from peftc.passes.ir.pass_manager import Change
+from peftc.passes.quantized.packed_operators import PACKED_LINEAR
+
+aten = torch.ops.aten
+
+# Operators whose output is their own.
+OWN = (aten.linear.default, PACKED_LINEAR, aten.addmm.default, aten.index_add_.default)
+
+
+@dataclass(frozen=True)
+class AddInPlace:
+    """index_add(linear(h, W), -1, ids, d)  ->  index_add_(linear(h, W), -1, ids, d)
+
+    Logits are the largest tensor of most calls, and so no second one is made. The linear's output has no other reader,
+    and no backward needs it.
+    """
+
+    name: ClassVar[str] = "add-in-place"
+
+    def run(self, graph: fx.Graph) -> Change:
+        """Rewrite in place."""
+        made = 0
+        for node in graph.find_nodes(op="call_function", target=aten.index_add.default):
+            if self.check(node):
+                node.target = aten.index_add_.default
+                made += 1
+        return Change(made=made)
+
+    def check(self, node: fx.Node) -> bool:
+        """Whether an addition is an adapter's, and into what nobody else reads."""
+        into = node.args[0]
+        ours = isinstance(node.meta.get("peftc"), Origin)
+        return ours and isinstance(into, fx.Node) and into.target in OWN and len(into.users) == 1
+
+    def legal(self, node: fx.Node) -> bool:
+        """Anything that was legal before, and the in-place addition."""
+        return True

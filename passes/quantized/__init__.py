@@ -1,0 +1,1 @@
+"""Weights that are stored packed: operators that stand for them in a graph, and layers of other libraries."""

@@ -1,0 +1,1 @@
+"""Passes that put virtual tokens in front: of the text, of the cache, of what single attentions see."""

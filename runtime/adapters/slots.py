@@ -1,0 +1,100 @@
+"""Slots: where graphs read the active adapters' tensors. Switching an adapter is putting other tensors there."""
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from peftc.passes.plan.plan import IDS, ORDER, ROWS, ParamKey
+from peftc.passes.plan.structure import (
+    FLOAT,
+    LOG_WEIGHT,
+    copy_role,
+    copy_slot,
+    rows_role,
+    rows_slot,
+    site_slot,
+    slot_role,
+    weighted,
+)
+from peftc.runtime.adapters.bank import AdapterParameters
+
+Binding = tuple[dict[str, Any], str, torch.Tensor | float]
+"""A dictionary of a slot, the name in it, and the tensor (for a scalar also the number) to put there."""
+
+
+class Slots:
+    """Every slot of a model, made on first use; all graphs of the model read the same ones."""
+
+    def __init__(self) -> None:
+        self._modules: dict[str, nn.Module] = {}
+
+    def module(self, path: str) -> nn.Module:
+        """The slot of this attribute path."""
+        if path not in self._modules:
+            self._modules[path] = nn.Module()
+        return self._modules[path]
+
+    def clear(self) -> None:
+        """Let go of every tensor: an adapter that is removed is not to live on here."""
+        for module in self._modules.values():
+            module._parameters.clear()
+            module._buffers.clear()
+
+    def bindings(self, position: int, adapter: AdapterParameters, weight: float) -> list[Binding]:
+        """What to put where so that this adapter, with this activation weight, is active at this position."""
+        name, plan = adapter.plan.name, adapter.plan
+        found: list[Binding] = []
+        for at in plan.sites:
+            slot = self.module(site_slot(position, at.site.name))
+            tensors = [adapter.tensor(at.key(name, param)) for param in at.bound.params]
+            for param, tensor in zip(at.bound.params, tensors, strict=True):
+                found.append(_binding(slot, slot_role(param.role), tensor))
+            like = next((each for each in tensors if each.is_floating_point()), torch.empty(0))
+            for scalar, value in scalars(adapter, at.site.name, weight).items():
+                found.append(_binding(slot, slot_role(scalar), like.new_tensor(value)))
+                found.append((slot.__dict__, FLOAT + slot_role(scalar), value))
+            if at.site.kind == "cache":
+                found.append(_binding(slot, LOG_WEIGHT, like.new_tensor(math.log(weight) if weight else -math.inf)))
+        for copy in plan.copies:
+            slot = self.module(copy_slot(position, copy.module))
+            for tensor_name, _, _ in copy.tensors:
+                tensor = adapter.tensor(ParamKey(name, copy.module, tensor_name))
+                found.append(_binding(slot, copy_role(tensor_name), tensor))
+        for rows in plan.rows:
+            slot = self.module(rows_slot(position, rows.module))
+            for role in (ROWS, IDS, ORDER):
+                found.append(_binding(slot, rows_role(role), adapter.tensor(ParamKey(name, rows.module, role))))
+        return found
+
+    def tensors(self, adapter: AdapterParameters) -> dict[str, torch.Tensor]:
+        """What would be in the slots if this adapter alone were active, by attribute path."""
+        bindings = self.bindings(0, adapter, 1.0)
+        paths = {id(held): path for path, slot in self._modules.items() for held in (slot._parameters, slot._buffers)}
+        return {
+            f"{paths[id(holder)]}.{name}": value for holder, name, value in bindings if isinstance(value, torch.Tensor)
+        }
+
+
+def scalars(adapter: AdapterParameters, site: str, weight: float) -> dict[str, float]:
+    """The scalars of an adapter at a site, the activation weight folded into the one that carries it."""
+    bound = adapter.planned[site].bound
+    values = dict(bound.scalars)
+    _, carrier = weighted(bound.weight, bound.bias)
+    if carrier is not None:
+        values[carrier] = values.get(carrier, 1.0) * weight
+    return values
+
+
+def bind(bindings: list[Binding]) -> None:
+    """Put the tensors there."""
+    for holder, name, tensor in bindings:
+        holder[name] = tensor
+
+
+def _binding(slot: nn.Module, name: str, tensor: torch.Tensor) -> Binding:
+    holder: dict[str, Any] = slot._parameters if isinstance(tensor, nn.Parameter) else slot._buffers
+    other: dict[str, Any] = slot._buffers if isinstance(tensor, nn.Parameter) else slot._parameters
+    other.pop(name, None)
+    return holder, name, tensor

@@ -1,0 +1,1 @@
+"""The user's model, which is never written to: shared, read, fingerprinted."""

@@ -1,0 +1,281 @@
+"""Keeps the traces and programs of one model, and finds the one that serves a call."""
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, Protocol
+
+import torch
+from torch import fx, nn
+
+from peftc.grammar.spec.spec import AdapterSpec
+from peftc.passes.cost.cost import Choice, Lookup, choose
+from peftc.passes.insert.insert_delta import SlotValue
+from peftc.passes.ir.traced import Traced
+from peftc.passes.plan import structure as structures
+from peftc.passes.plan.plan import AdapterPlan
+from peftc.passes.plan.structure import Structure
+from peftc.passes.plan.vocabulary import Vocabulary
+from peftc.runtime.adapters.slots import Slots
+from peftc.runtime.execution.call import Call, Signature, read_call
+from peftc.runtime.execution.call_routing import positions_of, widened
+from peftc.runtime.execution.program import Lowered, Program
+from peftc.runtime.execution.segments import Recompute
+from peftc.runtime.execution.storage import Storage
+from peftc.runtime.execution.virtual import Virtual
+
+
+class CompilerProtocol(Protocol):
+    """What the runtime needs from a compiler: traces, graphs and plans for one model."""
+
+    def trace(self, call: Call) -> Traced:
+        """The base graph for calls of this signature."""
+        ...
+
+    def specialise(
+        self,
+        traced: Traced,
+        structure: Structure,
+        slot_value: SlotValue,
+        *,
+        training: bool,
+        autocast: bool,
+        choice: Choice,
+        mode: str,
+    ) -> fx.Graph:
+        """The base graph with adapters of this structure in it, widened in a way; the trace is left as it is."""
+        ...
+
+    def lower(self, graph: fx.Graph, *, autocast: bool, choice: Choice) -> Lowered:
+        """Copies of a specialised graph: for torch.compile to trace, and for Python to run as it is."""
+        ...
+
+    def takes_cache(self, call: Call) -> bool:
+        """Whether the model can be given keys and values that attention sees beside the call's own."""
+        ...
+
+    def plan(self, spec: AdapterSpec, *, tokens: int | None = None) -> AdapterPlan:
+        """What an adapter puts where on this model, or on what it would be with a vocabulary of so many tokens."""
+        ...
+
+    def vocabulary(self) -> Vocabulary | None:
+        """The model's vocabulary, if the model says which module embeds tokens."""
+        ...
+
+    def for_model(self, model: nn.Module) -> "CompilerProtocol":
+        """The same compiler for a copy of the model."""
+        ...
+
+
+ADAPTERS = ("slots.", "copies.")  # how the attribute paths of slots begin
+STORED = f"{structures.STORED}."
+COMPILED = Choice()  # how sites are lowered under torch.compile, whatever the size of the call
+
+
+@dataclass(frozen=True, eq=False)
+class Specialisation:
+    """The programs made for one structure, by signature, whether autocast is on, and how sites are lowered."""
+
+    structure: Structure
+    programs: dict[tuple[Signature, bool, Choice], Program] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class ActiveAdapters:
+    """The adapters in the slots: what graphs are made for, and what choosing between lowerings depends on."""
+
+    specialisation: Specialisation
+    slot_value: SlotValue
+    lookup: Lookup
+    trainable: bool = False
+    penalties: tuple[Callable[[], torch.Tensor | None], ...] = ()  # added to the loss in training
+    choices: dict[tuple[int, bool], Choice] = field(default_factory=dict)
+    virtual: Virtual = field(default_factory=Virtual)
+
+
+class Engine:
+    """Finds or makes the program for a call under the active structure."""
+
+    def __init__(self, backend: CompilerProtocol, model: nn.Module):
+        self.backend = backend
+        self.slots = Slots()
+        self.storage = Storage(model)
+        self.recompute: Recompute | None = None  # how layers are recomputed in training, if they are
+        self.model = model
+        self.parameters = frozenset(inspect.signature(model.forward).parameters)
+        self._fixed: Choice | None = None
+        self._takes_cache: dict[str, bool] = {}
+        self._traces: dict[Signature, Traced] = {}
+        self._specialisations: dict[Structure, Specialisation] = {}
+        self.plain = self._tenant = ActiveAdapters(self.specialisation(Structure()), _no_slots, _no_slots)
+
+    @cached_property
+    def positions(self) -> int | None:
+        """How many tokens the model has learned positions for."""
+        return positions_of(self.model)
+
+    def specialisation(self, structure: Structure) -> Specialisation:
+        """The programs of this structure, the same object for equal structures."""
+        return self._specialisations.setdefault(structure, Specialisation(structure))
+
+    def activate(self, tenant: ActiveAdapters) -> None:
+        """Serve calls with these adapters from now on. Makes no graph: calls do."""
+        self._tenant = tenant
+
+    @property
+    def structure(self) -> Structure:
+        """What graphs are made for now."""
+        return self._tenant.specialisation.structure
+
+    def run(self, entry: str, arguments: Mapping[str, Any]) -> Any:
+        """Call the model (or a submodule of it) with named arguments."""
+        call, tenant = self.call(entry, arguments), self._tenant
+        output = self.program(call)(call, self.recompute)
+        if call.signature.training and tenant.trainable and tenant.penalties:
+            _penalise(output, tenant)
+        return output
+
+    def call(self, entry: str, arguments: Mapping[str, Any]) -> Call:
+        """A call of the model as it stands (training or not, with its config), taken apart. Raises UsageError.
+
+        Where virtual tokens stand in front, it is the call that the graph for them takes.
+        """
+        return widened(self, self._tenant.virtual, entry, arguments)
+
+    def plain_call(self, entry: str, arguments: Mapping[str, Any]) -> Call:
+        """A call taken apart, without virtual tokens. Raises UsageError."""
+        return read_call(entry, self.model.training, getattr(self.model, "config", None), arguments)
+
+    def takes_cache(self, call: Call) -> bool:
+        """Whether the model can be given keys and values that attention sees beside the call's own."""
+        entry = call.signature.entry
+        if entry not in self._takes_cache:
+            self._takes_cache[entry] = call.cache is not None or self.backend.takes_cache(call)
+        return self._takes_cache[entry]
+
+    def program(self, call: Call, choice: Choice | None = None) -> Program:
+        """The program for a call, made now if this is the first of its signature and structure.
+
+        Sites are lowered by `choice`, or as is cheapest for a call of this size.
+        """
+        autocast = torch.is_autocast_enabled(_device_type(call))
+        choice = self._choice(call) if choice is None else choice
+        programs = self._tenant.specialisation.programs
+        program = programs.get((call.signature, autocast, choice))
+        if program is None:
+            program = self._make(call, autocast, choice)
+        if program.fits(call):
+            return program
+        sizes = tuple(tuple(tensor.shape) for tensor in call.tensors)
+        bound = replace(call, signature=replace(call.signature, sizes=sizes))
+        return programs.get((bound.signature, autocast, choice)) or self._make(bound, autocast, choice)
+
+    @contextmanager
+    def unmerged(self) -> Iterator[None]:
+        """Inside, no W' is computed, whatever the size of a call: that would be a merge."""
+        before, self._fixed = self._fixed, COMPILED
+        try:
+            yield
+        finally:
+            self._fixed = before
+
+    def traced(self, call: Call) -> Traced:
+        """The base graph for a call, traced now if it was not before."""
+        signature = replace(call.signature, mode="")
+        if signature not in self._traces:
+            self._traces[signature] = self.backend.trace(replace(call, signature=signature))
+        return self._traces[signature]
+
+    def graph(self, call: Call) -> fx.Graph:
+        """The graph that serves a call: what diagrams show."""
+        return self._specialised(self.traced(call), call.signature, False, COMPILED)
+
+    def reset(self, *, traces: bool = True) -> None:
+        """Forget every trace and program: the model was moved, or its weights have other shapes.
+
+        Without `traces` only the programs: weights are stored in another way.
+        """
+        if traces:
+            self._traces.clear()
+        self.storage.refresh()
+        for each in self._specialisations.values():
+            each.programs.clear()
+
+    def copy_for(self, model: nn.Module) -> "Engine":
+        """An engine for a copy of the model; traces are shared, programs are not."""
+        engine = Engine(self.backend.for_model(model), model)
+        engine._traces = dict(self._traces)
+        engine.recompute = self.recompute
+        return engine
+
+    def find(self, owner: str) -> nn.Module:
+        """The module that an attribute of a graph belongs to."""
+        if owner.startswith(ADAPTERS):
+            return self.slots.module(owner)
+        return self.storage.module(owner) if owner.startswith(STORED) else self.model.get_submodule(owner)
+
+    def _choice(self, call: Call) -> Choice:
+        """How sites are lowered for a call of this size: sizes between two powers of two share one choice."""
+        # A compiler would specialise on the sizes that are compared here, and autocast would round a computed weight.
+        fixed = torch.compiler.is_compiling() or torch.is_autocast_enabled(_device_type(call))
+        if self._fixed is not None:
+            return self._fixed
+        if fixed or not self._tenant.specialisation.structure.sites:
+            return COMPILED
+        tenant, tokens = self._tenant, _tokens(call)
+        training = tenant.trainable and torch.is_grad_enabled()
+        key = (tokens.bit_length(), training)
+        if key not in tenant.choices:
+            structure, frozen = tenant.specialisation.structure, not tenant.trainable
+            tenant.choices[key] = choose(structure, tenant.lookup, tokens, training=training, frozen=frozen)
+        return tenant.choices[key]
+
+    def _make(self, call: Call, autocast: bool, choice: Choice) -> Program:
+        traced = self.traced(call)
+        graph = self._specialised(traced, call.signature, autocast, choice)
+        lowered = self.backend.lower(graph, autocast=autocast, choice=choice)
+        program = Program(traced, lowered, self.find, training=call.signature.training)
+        self._tenant.specialisation.programs[call.signature, autocast, choice] = program
+        return program
+
+    def _specialised(self, traced: Traced, signature: Signature, autocast: bool, choice: Choice) -> fx.Graph:
+        tenant = self._tenant
+        return self.backend.specialise(
+            traced,
+            tenant.specialisation.structure,
+            tenant.slot_value,
+            training=signature.training,
+            autocast=autocast,
+            choice=choice,
+            mode=signature.mode,
+        )
+
+
+def _penalise(output: Any, tenant: ActiveAdapters) -> None:
+    """Add the regularisers of adapters to the loss, where the model gives one."""
+    loss = getattr(output, "loss", None)
+    if isinstance(loss, torch.Tensor):
+        for penalty in tenant.penalties:
+            added = penalty()
+            if added is not None:
+                loss = loss + added.to(loss.device, loss.dtype)
+        output.loss = loss
+
+
+def _no_slots(*_: object) -> torch.Tensor:
+    raise AssertionError("no adapter is active")
+
+
+def _tokens(call: Call) -> int:
+    """About how many rows the linears of the model see."""
+    tensors = call.tensors
+    if not tensors:
+        return 1
+    whole = tensors[0].numel()
+    return max(1, whole if not tensors[0].is_floating_point() else whole // max(1, tensors[0].shape[-1]))
+
+
+def _device_type(call: Call) -> str:
+    return call.tensors[0].device.type if call.tensors else "cpu"

@@ -1,0 +1,184 @@
+"""Calls of a model whose active adapters put virtual tokens in front: what a graph is given beside the call's own.
+
+Prefixes are put in front of the cache, so a call without one gets an empty one. Prompts are embedded with the first
+tokens of a text; what they leave in the cache is kept beside it, and given to every later call. So a caller's cache
+holds real tokens only, and whatever transformers does with it (counting, reordering beams, cropping) is right.
+"""
+
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
+
+from peftc.grammar.diagnostics import UsageError, fail
+from peftc.passes.plan.structure import VirtualTokens
+from peftc.runtime.execution import nest
+from peftc.runtime.execution.call import Call
+
+TASKS = "task_ids"
+TYPES = "input_type_mask"
+EXTRA_INPUTS = (TASKS,)  # what a call may give that no model takes
+CACHE = "past_key_values"
+_CARRIED = "_peftc_carried"
+IGNORED = -100  # the label that losses leave out
+
+PREFIX, HEADS, START, CARRY = "prefix", "heads", "start", "carry"
+"""How a graph is widened: see the passes insert-prefix, insert-heads, insert-prompt and carry-prompt."""
+
+
+class Owner:
+    """A set of active adapters with their weights: these very ones, not others of the same names.
+
+    It is no dataclass: a compiled graph must not depend on what it holds. A copy of a cache has the same owner.
+    """
+
+    def __init__(self, active: tuple[tuple[str, float], ...], adapters: Sequence[object] = ()):
+        self.active, self.adapters = active, tuple(adapters)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Owner) or other.active != self.active or len(other.adapters) != len(self.adapters):
+            return False
+        return all(map(operator.is_, other.adapters, self.adapters))
+
+    def __hash__(self) -> int:
+        return hash(self.active)
+
+    def __deepcopy__(self, _: dict[int, Any]) -> "Owner":
+        return self
+
+
+@dataclass(frozen=True)
+class Carried:
+    """What virtual tokens left in a cache, and whose they are."""
+
+    owner: object
+    tensors: tuple[torch.Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Virtual:
+    """What the active adapters put in front; `owner` tells sets of active adapters apart."""
+
+    fronts: tuple[VirtualTokens, ...] = ()
+    owner: object = None
+
+    def of(self, kind: str) -> tuple[VirtualTokens, ...]:
+        """What is put in front at places of a kind."""
+        return tuple(each for each in self.fronts if each.site.kind == kind)
+
+    @property
+    def tasks(self) -> int:
+        """How many tasks there are prompts for, the fewest of any adapter; 0 where no call says a task."""
+        counts = [each.tasks for each in self.fronts if each.tasks]
+        return min(counts) if counts else 0  # `min(..., default=0)` breaks a compiled graph
+
+    @property
+    def compatible(self) -> bool:
+        """Whether PEFT's positions and lengths are asked for."""
+        return any(each.compatible for each in self.fronts)
+
+
+def tasks_of(value: Any, count: int) -> torch.Tensor | None:
+    """The tasks of a call's rows, checked. Raises UsageError where they are missing, or none of the adapter's."""
+    if not count:
+        if value is not None:
+            fail(UsageError, "E563", "no active adapter has tasks", help=f"leave '{TASKS}' out", where=TASKS)
+        return None
+    if value is None:
+        help = f"pass {TASKS}=..., a whole number from 0 to {count - 1} for every row"
+        fail(UsageError, "E563", "the active adapter has a prompt for each of its tasks", help=help, where=TASKS)
+    try:
+        found = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError):
+        fail(UsageError, "E563", f"a task is a whole number for each row, not {value!r:.40}", where=TASKS)
+    if found.dim() != 1 or found.is_floating_point() or found.dtype == torch.bool:
+        message = f"a task is a whole number for each row, not a tensor {found.dtype} of shape {list(found.shape)}"
+        fail(UsageError, "E563", message, where=TASKS)
+    if not torch.compiler.is_compiling() and len(found) and not 0 <= int(found.min()) <= int(found.max()) < count:
+        fail(UsageError, "E563", f"tasks are numbered from 0 to {count - 1}, and one is not", where=TASKS)
+    return found
+
+
+def labelled(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """A call's arguments without the types of its tokens: they have told which labels a loss leaves out.
+
+    A token's label counts where its type, above 0, is a multiple of four: PEFT's four types of a sentence and its
+    answer, told apart by the sentence. Raises UsageError where there is not one for each label.
+    """
+    given = dict(arguments)
+    types, labels = given.pop(TYPES, None), given.get("labels")
+    if types is None or labels is None:
+        return given
+    if types.shape != labels.shape:
+        message = f"the types are of shape {list(types.shape)}, and the labels of shape {list(labels.shape)}"
+        fail(UsageError, "E567", message, help="give each label its token's type", where=TYPES)
+    return given | {"labels": labels.masked_fill((types <= 0) | (types % 4 != 0), IGNORED)}
+
+
+def with_empty_cache(call: Call, encoder_decoder: bool) -> Call:
+    """The call with a cache that holds nothing."""
+    cache = EncoderDecoderCache(DynamicCache(), DynamicCache()) if encoder_decoder else DynamicCache()
+    arguments = tuple(sorted((*call.signature.arguments, (CACHE, (nest.CACHE,)))))
+    kind = ("encoder-decoder" if encoder_decoder else "decoder", False)
+    signature = replace(call.signature, arguments=arguments, cache=kind)
+    return replace(call, signature=signature, cache=cache, keeps_cache=call.wants_cache)
+
+
+def with_positions(call: Call) -> Call:
+    """The call with the positions that its mask leaves tokens at, where the text may not begin at the left.
+
+    Of a mask `[rows, tokens]`, the places before the first real token are not counted; so padding on the left does not
+    move a text away from the virtual tokens. Other padding changes nothing.
+    """
+    names = call.signature.tensor_names
+    given = dict(zip(names, call.tensors, strict=True))
+    mask, tokens = given.get("attention_mask"), given.get("input_ids", given.get("inputs_embeds"))
+    if "position_ids" in given or mask is None or mask.dim() != 2 or tokens is None:
+        return call
+    before = (mask != 0).to(torch.int64).cumsum(1).eq(0).sum(1, keepdim=True)
+    places = torch.arange(mask.shape[1], device=mask.device) - before
+    positions = places.clamp(min=0)[:, -tokens.shape[1] :]
+    form = (nest.TENSOR, positions.dtype, 2)
+    arguments = tuple(sorted((*call.signature.arguments, ("position_ids", form))))
+    signature = replace(call.signature, arguments=arguments)
+    given["position_ids"] = positions
+    return replace(call, signature=signature, tensors=[given[each] for each in signature.tensor_names])
+
+
+def with_extra(call: Call, mode: str, extra: Sequence[torch.Tensor] = (), owner: object = None) -> Call:
+    """The call for a graph that is widened in some way, with the tensors that the graph takes beside the call's own.
+
+    `owner` is whose what virtual tokens leave in the cache will be.
+    """
+    return replace(call, signature=replace(call.signature, mode=mode), extra=tuple(extra), owner=owner)
+
+
+def carried_by(cache: Cache, owner: object, rows: int) -> tuple[torch.Tensor, ...] | None:
+    """What virtual tokens of these adapters left in the cache when its text began; None if it began without them."""
+    found = cache.__dict__.get(_CARRIED)
+    if not isinstance(found, Carried) or found.owner != owner:
+        return None
+    if found.tensors and found.tensors[0].shape[0] not in (1, rows):
+        # Rows were repeated or dropped since; those of one text stay side by side.
+        if rows % found.tensors[0].shape[0]:
+            return None
+        times = rows // found.tensors[0].shape[0]
+        return tuple(each.repeat_interleave(times, 0) for each in found.tensors)
+    return found.tensors
+
+
+def carry(cache: Cache, owner: object, tensors: Sequence[torch.Tensor]) -> None:
+    """Keep beside a cache what virtual tokens left in it."""
+    cache.__dict__[_CARRIED] = Carried(owner, tuple(tensors))
+
+
+def first_token(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """A call of one token, from which only what virtual tokens leave in a cache is wanted."""
+    tokens = arguments.get("input_ids")
+    if tokens is None:
+        tokens = arguments["inputs_embeds"]
+        return {"inputs_embeds": tokens[:, :1], "use_cache": True}
+    return {"input_ids": tokens[:, :1], "use_cache": True}

@@ -1,0 +1,1 @@
+"""Tensor files, written atomically and a tensor at a time."""

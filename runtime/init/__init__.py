@@ -1,0 +1,1 @@
+"""First values of adapters' tensors: initialisers, calibration on data, texts, what quantization rounded away."""

@@ -1,0 +1,1 @@
+"""PEFT's files and ours beside them: configs, tensor names, manifests, read and written."""

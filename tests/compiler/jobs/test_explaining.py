@@ -1,0 +1,148 @@
+import json
+
+import pytest
+import torch
+from tests.compiler.commands.cli_help import peftc, write_model
+from torch import nn
+
+from peftc import compiler
+from peftc.compiler.api import Compiler, call_like
+from peftc.passes.cost import cost
+
+SPEC = """adapter turned = dora(rank = 2) {
+    on layers[*].self_attn.{q_proj, v_proj}
+    on layers[1].mlp.down_proj with rank = 4
+}
+adapter mixed = loha(rank = 2) { on v_proj, mlp.down_proj }
+adapter scaled = ia3(feedforward = true) { on mlp.down_proj }
+adapter table = lora(rank = 2) { on embed_tokens }
+"""
+TOGETHER = SPEC + "activate turned + mixed + scaled + table\n"
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Times depend on how many there are."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def no_trace(monkeypatch):
+    def refuse(*_):
+        raise AssertionError("explain traces nothing")
+
+    monkeypatch.setattr(Compiler, "trace", refuse)
+
+
+def test_the_table(place, golden):
+    (place / "some.adapter").write_text(TOGETHER)
+    done = peftc("explain", "some.adapter", "tiny", "--tokens", 1, "--tokens", 5000)
+    assert done.code == 0, done.err
+    golden("cli/explain.txt", done.out)
+
+
+def test_the_table_while_training(place, golden):
+    (place / "some.adapter").write_text(SPEC)
+    done = peftc("explain", "some.adapter", "tiny", "--tokens", 100, "--train")
+    assert done.code == 0, done.err
+    golden("cli/explain_train.txt", done.out)
+
+
+def test_json_has_what_the_table_has(place):
+    (place / "some.adapter").write_text(TOGETHER)
+    found = peftc("explain", "some.adapter", "tiny", "--json").json
+    assert (found["architecture"], found["training"], found["tokens"]) == ("LlamaForCausalLM", False, [1, 32, 1024])
+    (together,) = found["together"]
+    assert together["adapters"] == ["turned", "mixed", "scaled", "table"]
+    by_first = {each["sites"][0]: each for each in together["groups"]}
+    q = by_first["model.layers.0.self_attn.q_proj"]
+    assert q["sites"] == [f"model.layers.{index}.self_attn.q_proj" for index in (0, 1)]
+    assert (q["kind"], q["out_features"], q["in_features"], q["dtype"]) == ("linear", 16, 16, "float32")
+    assert q["terms"][0]["shapes"] == {"A": [2, 16], "B": [16, 2], "m": [16]}
+    v = by_first["model.layers.0.self_attn.v_proj"]
+    assert [each["adapter"] for each in v["terms"]] == ["turned", "mixed"]
+    down = [by_first[f"model.layers.{index}.mlp.down_proj"] for index in (0, 1)]
+    assert [each["sites"] for each in down] == [[f"model.layers.{index}.mlp.down_proj"] for index in (0, 1)]
+    assert by_first["model.embed_tokens"]["terms"][0]["bias"] is None
+    for group in together["groups"]:
+        for call in group["calls"]:
+            assert call["lowering"] in call["costs"]
+            assert set(call["costs"]["pushed"]) == {"flops", "bytes", "calls", "seconds"}
+
+
+def test_a_bias_is_shown(place):
+    (place / "some.adapter").write_text("adapter a = lora(rank = 2, bias = true) { on q_proj }")
+    write_model(place / "biased", attention_bias=True)
+    done = peftc("explain", "some.adapter", "biased")
+    assert "b + s * c" in done.out
+    found = peftc("explain", "some.adapter", "biased", "--json").json
+    assert found["together"][0]["groups"][0]["terms"][0]["bias"] == "b + s * c"
+
+
+def test_adapters_that_start_inactive_are_explained_alone(place):
+    (place / "some.adapter").write_text(SPEC)
+    found = peftc("explain", "some.adapter", "tiny", "--json").json
+    assert [each["adapters"] for each in found["together"]] == [["turned"], ["mixed"], ["scaled"], ["table"]]
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("method", ["lora(rank = 4)", "dora(rank = 2)", "loha(rank = 2)", "ia3()", "fourierft()"])
+def test_it_tells_what_the_engine_chooses(method, training):
+    model = nn.Sequential(nn.Linear(48, 96), nn.ReLU(), nn.Linear(96, 256), nn.Linear(256, 512))
+    spec = f"adapter a = {method} {{ on all linear }}"
+    tokens = (1, 2, 7, 64, 300, 5000)
+    facts = compiler.explain(spec, model, tokens=tokens, training=training)
+    adapted = compiler.apply(model, spec)
+    adapted.set_adapter("a", inference_mode=not training)
+    for at, count in enumerate(tokens):
+        with torch.set_grad_enabled(training):
+            choice = adapted._adapter_state.engine._choice(call_like(adapted, (torch.zeros(count, 48),)))
+        for group in facts.together[0].groups:
+            for site in group.sites:
+                chosen = "dense" if site in choice.dense else "kept" if site in choice.kept else "pushed"
+                assert group.calls[at].lowering == chosen, (site, count)
+
+
+def test_nothing_is_made_of_the_weights(monkeypatch):
+    """Even where a method starts from a decomposition of the weight."""
+    model = nn.Sequential(nn.Linear(2048, 2048))
+    before = {name: each.clone() for name, each in model.state_dict().items()}
+    monkeypatch.setattr(torch.linalg, "svd", None)
+    (together,) = compiler.explain("adapter a = pissa(rank = 4) { on all linear }", model).together
+    assert len(together.groups) == 1
+    assert all(torch.equal(each, before[name]) for name, each in model.state_dict().items())
+
+
+def test_the_model_may_lie_on_the_meta_device():
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(4096, 4096, bias=False))
+    (together,) = compiler.explain('adapter a = lora { on "0" }', model, tokens=[3]).together
+    (call,) = together.groups[0].calls
+    assert call.costs["pushed"].flops == 2 * 3 * (4096 * 4096 + 2 * 8 * 4096)
+    assert json.loads(json.dumps(together.groups[0].terms[0].shapes)) == {"A": [8, 4096], "B": [4096, 8]}
+
+
+@pytest.mark.parametrize("tokens", [[0], [4, -1]])
+def test_a_call_has_tokens(tokens):
+    with pytest.raises(compiler.UsageError, match="E553"):
+        compiler.explain('adapter a = lora { on "0" }', nn.Sequential(nn.Linear(4, 4)), tokens=tokens)
+
+
+def test_wrong_usage(place):
+    (place / "typo.adapter").write_text("adapter a = lora { on q_porj }")
+    assert peftc("explain", "typo.adapter", "tiny", "--json").codes == ["E201"]
+    assert peftc("explain", "spec.adapter", "tiny", "--tokens", "0").code == 2
+    assert peftc("explain", "spec.adapter", "./tinny", "--json").codes == ["E450"]
+
+
+def test_costs_are_those_of_the_model():
+    (together,) = compiler.explain('adapter a = lora { on "0" }', nn.Sequential(nn.Linear(8, 8)), tokens=[9]).together
+    shown = together.groups[0].calls[0].costs["pushed"]
+    adapted = compiler.apply(nn.Sequential(nn.Linear(8, 8)), 'adapter a = lora { on "0" }')
+    tenant = adapted._adapter_state.engine._tenant
+    (at,) = tenant.specialisation.structure.sites
+    own = cost.estimate(at, cost.sizes_of(at, tenant.lookup), 9, "pushed", training=False, frozen=True)
+    assert (shown.flops, shown.bytes, shown.calls) == (own.flops, own.bytes, own.calls)
