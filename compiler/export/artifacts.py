@@ -24,6 +24,7 @@ from peftc.runtime.files.tensor_file import Entry as TensorEntry
 from peftc.runtime.files.tensor_file import write_tensors
 from peftc.runtime.merge.repack import DEQUANTIZE, Quantized
 from peftc.runtime.merge.rounding import in_evaluation
+from peftc.runtime.model.merging import merged_copy
 from peftc.runtime.model.model import AdaptedModel
 
 FORMAT = 1  # raised when a reader of the format before would misunderstand the manifest
@@ -62,10 +63,10 @@ def _written(adapted: AdaptedModel, directory: Path, wanted: ExportOptions) -> d
     length = wanted.max_length or entries.length_of(adapted)
     entry = wanted.entry or ("generate" if entries.can_generate(adapted) else "forward")
     with TemporaryDirectory(prefix="merged.", dir=directory, ignore_cleanup_errors=True) as scratch:
-        with _in_place(adapted, wanted, names, Path(scratch)):
+        with _source(adapted, wanted, names, Path(scratch)) as source:
             programs = [
-                _made(adapted, each, wanted, names, length)
-                for each in entries.entered(adapted, entry, wanted.example_inputs)
+                _made(source, each, wanted, names, length)
+                for each in entries.entered(source, entry, wanted.example_inputs)
             ]
         drift = measured(adapted, programs, wanted.adapters, names, wanted.example_inputs)
         check_drift(drift, wanted.max_drift, wanted.min_agreement)
@@ -96,12 +97,12 @@ def _check(adapted: AdaptedModel, wanted: ExportOptions) -> None:
     state = adapted._adapter_state
     if not state.enabled:
         fail(UsageError, "E521", "the adapters are disabled", help="call enable_adapters first")
-    if wanted.adapters != "merged" and state.merged:
+    if wanted.adapters != "merged" and state.displaced:
         fail(UsageError, "E516", "the model is merged already", help="call unmerge_adapter first")
     if not state.names():
         help = "call add_adapter or load_adapter first"
         fail(UsageError, "E517", "there is no adapter, so there is nothing to export", help=help)
-    if wanted.adapters == "merged" and not (state.active or state.merged):
+    if wanted.adapters == "merged" and not (state.active or state.displaced):
         fail(UsageError, "E517", "no adapter is active, so there is nothing to export", help="call set_adapter first")
     held = packed_modules(adapted)
     if held and (wanted.adapters != "merged" or wanted.quantized != DEQUANTIZE):
@@ -115,7 +116,7 @@ def _alike(adapted: AdaptedModel, wanted: ExportOptions) -> tuple[str, ...]:
     """The adapters that a program is for. Raises UsageError where one of them needs another program than the first."""
     state = adapted._adapter_state
     if wanted.adapters == "merged":
-        return tuple(name for name, _ in state.merged_active or state.active)
+        return tuple(name for name, _ in state.base.merged or state.active)
     names = tuple(wanted.adapter_names or state.names())
     first: tuple[object, Any] | None = None
     for name in names:
@@ -132,14 +133,15 @@ def _alike(adapted: AdaptedModel, wanted: ExportOptions) -> tuple[str, ...]:
 
 
 @contextmanager
-def _in_place(adapted: AdaptedModel, wanted: ExportOptions, names: Sequence[str], scratch: Path) -> Iterator[None]:
-    """The adapters where the program is to find them; what is merged lies in `scratch`."""
+def _source(
+    adapted: AdaptedModel, wanted: ExportOptions, names: Sequence[str], scratch: Path
+) -> Iterator[AdaptedModel]:
+    """The model that programs are made of, with the adapters in place; what is merged lies in `scratch`."""
     if wanted.adapters == "merged":
-        with adapted._folded(scratch, safe_merge=wanted.safe_merge, quantized=wanted.quantized):
-            yield
+        yield merged_copy(adapted, scratch, safe=wanted.safe_merge, quantized=wanted.quantized)
     else:
         with alone(adapted, names[0]):
-            yield
+            yield adapted
 
 
 def _made(

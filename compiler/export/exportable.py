@@ -20,6 +20,7 @@ from peftc.compiler.export.programs import Adapters
 from peftc.compiler.trace.example_inputs import drawn_inputs
 from peftc.grammar.diagnostics import UsageError, fail
 from peftc.runtime.merge.repack import Quantized
+from peftc.runtime.model.merging import write_checkpoint
 from peftc.runtime.model.model import AdaptedModel
 
 Format = ExportFormat | Literal["checkpoint"]
@@ -118,7 +119,7 @@ class Exportable(AdaptedModel):
             if format == "checkpoint":
                 measured = _measured(self, example_inputs, max_drift, min_agreement, quantized)
                 size = SHARD if max_shard_size is None else max_shard_size
-                self._write_merged(directory, max_shard_size=size, safe_merge=safe_merge, quantized=quantized)
+                write_checkpoint(self, directory, max_shard_size=size, safe=safe_merge, quantized=quantized)
                 if tokenizer is not None:
                     tokenizer.save_pretrained(directory)
                 return seal(directory, {**merged_facts(self), **measured})
