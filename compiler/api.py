@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from peftc.compiler.export.exportable import Exportable
+from peftc.compiler.export_model.exportable import Exportable
 from peftc.compiler.load_model.quantizing import check_is_backed, quantize_linears
 from peftc.compiler.pipeline.lower import lower, specialise
 from peftc.compiler.trace.trace import Tracer

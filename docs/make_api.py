@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from peftc import compiler
-from peftc.compiler.export.exportable import Exportable
+from peftc.compiler.export_model.exportable import Exportable
 from peftc.compiler.report.facts import EntryFacts, ExportFacts
 from peftc.grammar.diagnostics import (
     AdapterError,

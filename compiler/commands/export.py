@@ -9,7 +9,7 @@ import typer
 
 from peftc import compiler
 from peftc.compiler.commands import arguments
-from peftc.compiler.export.export_options import unmeant
+from peftc.compiler.export_model.export_options import unmeant
 from peftc.compiler.report import console, export_report
 from peftc.compiler.report.facts import ExportFacts
 from peftc.grammar.diagnostics import UsageError

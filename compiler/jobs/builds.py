@@ -10,7 +10,7 @@ from torch import fx, nn
 
 from peftc.compiler import diagram
 from peftc.compiler.api import apply
-from peftc.compiler.export.output import check_target, replaced, seal
+from peftc.compiler.export_model.output import check_target, replaced, seal
 from peftc.compiler.jobs.drawing import Inputs, active_names, as_found, can_render, graphs, needed_inputs
 from peftc.compiler.load_model.models import FoundModel, seeded
 from peftc.compiler.load_model.quantizing import description

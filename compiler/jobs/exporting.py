@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from peftc.compiler.api import AdaptedModel, load
-from peftc.compiler.export.entries import DECODE, FORWARD, PREFILL, Entry
-from peftc.compiler.export.export_options import MERGED
-from peftc.compiler.export.exportable import Format
-from peftc.compiler.export.output import MANIFEST
-from peftc.compiler.export.programs import Adapters
+from peftc.compiler.export_model.entries import DECODE, FORWARD, PREFILL, Entry
+from peftc.compiler.export_model.export_options import MERGED
+from peftc.compiler.export_model.exportable import Format
+from peftc.compiler.export_model.output import MANIFEST
+from peftc.compiler.export_model.programs import Adapters
 from peftc.compiler.jobs.drifting import adapted_by
 from peftc.compiler.load_model.models import FoundModel, seeded
 from peftc.compiler.load_model.tokenizers import tokenizer_beside

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from peftc.compiler.export import backends, entries
-from peftc.compiler.export.backends import ExportFormat
-from peftc.compiler.export.entries import Entry, EntryCall
-from peftc.compiler.export.measuring import check_drift, measured
-from peftc.compiler.export.programs import Adapters, BuiltProgram, alone, make, own_tensors
+from peftc.compiler.export_model import backends, entries
+from peftc.compiler.export_model.backends import ExportFormat
+from peftc.compiler.export_model.entries import Entry, EntryCall
+from peftc.compiler.export_model.measuring import check_drift, measured
+from peftc.compiler.export_model.programs import Adapters, BuiltProgram, alone, make, own_tensors
 from peftc.grammar.diagnostics import ModelError, UsageError, fail
 from peftc.passes.export.route import UnroutedError
 from peftc.passes.quantized.schemes.known import packed_modules

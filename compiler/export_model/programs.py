@@ -10,8 +10,8 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 from transformers import PreTrainedModel
 
-from peftc.compiler.export import entries
-from peftc.compiler.export.entries import EntryCall
+from peftc.compiler.export_model import entries
+from peftc.compiler.export_model.entries import EntryCall
 from peftc.compiler.pipeline.lower import compilable
 from peftc.grammar.diagnostics import ModelError, fail
 from peftc.passes.export.exported import ADAPTER, exported_program

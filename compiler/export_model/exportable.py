@@ -8,15 +8,15 @@ from typing import Any, Literal
 
 import torch
 
-from peftc.compiler.export.adding import add_adapters
-from peftc.compiler.export.artifacts import ExportOptions, write_artifact
-from peftc.compiler.export.backends import ExportFormat
-from peftc.compiler.export.entries import Entry, length_of
-from peftc.compiler.export.export_options import check_options
-from peftc.compiler.export.measuring import SEED, check_drift
-from peftc.compiler.export.merged_facts import adapter_facts, merged_facts
-from peftc.compiler.export.output import check_target, replaced, seal
-from peftc.compiler.export.programs import Adapters
+from peftc.compiler.export_model.adding import add_adapters
+from peftc.compiler.export_model.artifacts import ExportOptions, write_artifact
+from peftc.compiler.export_model.backends import ExportFormat
+from peftc.compiler.export_model.entries import Entry, length_of
+from peftc.compiler.export_model.export_options import check_options
+from peftc.compiler.export_model.measuring import SEED, check_drift
+from peftc.compiler.export_model.merged_facts import adapter_facts, merged_facts
+from peftc.compiler.export_model.output import check_target, replaced, seal
+from peftc.compiler.export_model.programs import Adapters
 from peftc.compiler.trace.example_inputs import drawn_inputs
 from peftc.grammar.diagnostics import UsageError, fail
 from peftc.runtime.merge.repack import Quantized

@@ -17,8 +17,8 @@ from torch import nn
 
 from peftc import compiler
 from peftc.compiler import CheckpointError, UsageError
-from peftc.compiler.export.export_options import unmeant
-from peftc.compiler.export.output import check_target
+from peftc.compiler.export_model.export_options import unmeant
+from peftc.compiler.export_model.output import check_target
 
 CLAUSES = "on q_proj, v_proj"
 IDS = torch.arange(3, 12)[None]
