@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from transformers.modeling_outputs import BaseModelOutput
 
-from peftc.compiler.export_model.programs import IDS, Adapters, BuiltProgram, alone, own_tensors
+from peftc.compiler.export_model.export_options import Adapters
+from peftc.compiler.export_model.programs import IDS, BuiltProgram, alone, own_tensors
 from peftc.grammar.diagnostics import UsageError, fail
 from peftc.passes.export.exported import ADAPTER
 from peftc.runtime.execution import nest
