@@ -46,13 +46,12 @@ def merge(state: AdapterSet, names: Sequence[str] | None, *, safe: bool, quantiz
     """Put the active adapters (or those named) into the weights: see `AdaptedModel.merge_adapter`."""
     active = mergeable(state, names)
     tensors = merged_tensors(state.base.model, _weighted(state, active), safe_merge=safe, quantized=quantized)
-    _hold(state, state.base.swap(tensors), active)
+    _exchange(state, tensors, None, active)
 
 
 def unmerge(state: AdapterSet) -> None:
     """Give the base its own tensors back, bit for bit."""
-    state.base.swap(state.displaced)
-    _hold(state, {}, ())
+    _exchange(state, state.displaced, {}, ())
 
 
 @contextmanager
@@ -62,13 +61,11 @@ def taken_out(state: AdapterSet) -> Iterator[None]:
     if not displaced:
         yield
         return
-    tensors = state.base.swap(displaced)
+    tensors = _exchange(state, displaced, {}, ())
     try:
-        _hold(state, {}, ())
         yield
     finally:
-        state.base.swap(tensors)
-        _hold(state, displaced, merged)
+        _exchange(state, tensors, displaced, merged)
 
 
 @contextmanager
@@ -175,10 +172,23 @@ def mergeable(state: AdapterSet, names: Sequence[str] | None) -> Active:
     return active
 
 
-def _hold(state: AdapterSet, displaced: Replaced, merged: Active) -> None:
-    """What is merged now, and what that has the place of."""
-    state.base.displaced, state.base.merged = displaced, merged
-    state.activate(state.active)
+def _exchange(state: AdapterSet, tensors: Mapping[str, Any], displaced: Replaced | None, merged: Active) -> Replaced:
+    """Put these into the weights, with which that is merged: all of it, or nothing on an error. Returns what was there.
+
+    `displaced` None is what these displace.
+    """
+    base = state.base
+    known = base.displaced, base.merged
+    before = base.swap(tensors)
+    try:
+        base.displaced, base.merged = before if displaced is None else displaced, merged
+        state.activate(state.active)
+    except BaseException:
+        base.swap(before)
+        base.displaced, base.merged = known
+        state.activate(state.active)
+        raise
+    return before
 
 
 def _copy_with(model: Root, tensors: Changes, active: Active) -> Root:
