@@ -16,6 +16,7 @@ from peftc.grammar.method.rule import Value
 from peftc.grammar.spec.elaborate import read_spec
 from peftc.grammar.spec.spec import Spec
 from peftc.passes.cost.cost import Choice
+from peftc.passes.foreign import transformers as contract
 from peftc.passes.insert.insert_delta import SlotValue
 from peftc.passes.ir.traced import Traced
 from peftc.passes.plan.resolve import ModelSurvey, check_base, survey
@@ -243,7 +244,7 @@ def adapt(model: nn.Module) -> AdaptedModel:
     engine = Engine(Compiler(adapted), adapted)
     base = BaseWeights(adapted, engine, requires_grad=requires_grad, facts=facts)
     adapted.__dict__[STATE] = AdapterSet(engine, bank, base)
-    if any(getattr(each, "gradient_checkpointing", False) is True for each in model.modules()):
+    if any(getattr(each, contract.CHECKPOINTING, False) is True for each in model.modules()):
         engine.recompute = Recompute()
     mark_adapted(adapted)
     return adapted

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from peftc.passes.foreign import transformers as contract
 from peftc.passes.quantized.schemes.known import packed
 from peftc.passes.quantized.schemes.packing import Packing
 from peftc.runtime.base.kbit import widened_tensors
@@ -17,7 +18,7 @@ from peftc.runtime.execution.engine import Engine
 from peftc.runtime.peft_format.manifest import fingerprint
 
 STATE = "_adapter_state"
-ADAPTED = "_hf_peft_config_loaded"  # by which transformers knows that a quantized model has something to train
+ADAPTED = contract.HAS_ADAPTERS
 COMPILED_CALLS = ("_compiled", "_compiled_call_impl", "_compiled_call")  # bound to this model, no other
 
 Active = tuple[tuple[str, float], ...]

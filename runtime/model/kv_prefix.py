@@ -8,10 +8,11 @@ from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from peftc.grammar.diagnostics import UsageError, fail
 from peftc.passes.expression.materialise import Evaluator
 from peftc.passes.expression.scene import Eager
+from peftc.passes.foreign import transformers as contract
 from peftc.passes.plan.plan import PlannedSite
 from peftc.passes.plan.vocabulary import vocabulary
 from peftc.runtime.adapters.bank import AdapterParameters
-from peftc.runtime.execution import cache_layers, virtual
+from peftc.runtime.execution import cache_layers
 from peftc.runtime.init.tokens import chat_ids, text_ids
 from peftc.runtime.merge.rounding import in_evaluation
 from peftc.runtime.model.adapted_module import AdaptedModule
@@ -90,17 +91,17 @@ def _embedded(model: AdaptedModule, adapter: AdapterParameters) -> int:
 
 def _texts(model: AdaptedModule, adapter: AdapterParameters, ids: list[int]) -> dict[str, torch.Tensor]:
     tokens = torch.tensor([ids], device=next(adapter.parameters()).device)
-    given = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
-    return {name: each for name, each in given.items() if name in model._adapter_state.engine.parameters}
+    given = {contract.TOKENS: tokens, contract.MASK: torch.ones_like(tokens)}
+    return model._adapter_state.engine.forward.only(given)
 
 
 @torch.no_grad()
 def _seen(model: AdaptedModule, adapter: AdapterParameters, ids: list[int]) -> Cache:
     """What the base leaves in the cache of these tokens."""
     cache = DynamicCache()  # without a config it holds every token, whatever the windows of layers
-    given = {**_texts(model, adapter, ids), virtual.CACHE: cache}
-    if not getattr(getattr(model, "config", None), "use_cache", True):
-        given["use_cache"] = True
+    given = {**_texts(model, adapter, ids), str(model._adapter_state.engine.forward.cache): cache}
+    if not contract.uses_cache(getattr(model, "config", None)):
+        given[contract.USE_CACHE] = True
     with disabled(model._adapter_state):
         in_evaluation(model, lambda: model(**given))
     return cache

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from peftc.grammar.diagnostics import UsageError, fail
+from peftc.passes.foreign import transformers as contract
 from peftc.passes.plan.sites import tied_names
 from peftc.runtime.adapters.bank import AdapterParameters
 from peftc.runtime.base.overlay import BANK
@@ -218,7 +219,7 @@ def _output_drift(
         return unmerged, merged.eval()(*deepcopy(args), **deepcopy(kwargs))
 
     left, right = in_evaluation(model, outputs)
-    mask = kwargs.get("attention_mask")
+    mask = kwargs.get(contract.MASK)
     return output_drift(left, right, mask if isinstance(mask, torch.Tensor) else None)
 
 

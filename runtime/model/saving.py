@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import save_file
 
 from peftc.grammar.diagnostics import UsageError, fail
+from peftc.passes.foreign import peft as fields
 from peftc.passes.plan.plan import AdapterPlan, ParamKey
 from peftc.runtime.adapters.bank import AdapterParameters
 from peftc.runtime.base.overlay import BANK, is_adapters
 from peftc.runtime.model.adapted_module import AdaptedModule
-from peftc.runtime.peft_format import peft_fields as fields
 from peftc.runtime.peft_format.adapter_files import adapter_directory, write_adapter, write_files
 from peftc.runtime.peft_format.checkpoint import Entry, entries, kept_masks
 from peftc.runtime.peft_format.manifest import AdapterFacts, Manifest, spec_digest, write_manifest

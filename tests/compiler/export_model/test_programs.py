@@ -12,13 +12,13 @@ import pytest
 import tokenizers
 import torch
 import transformers
-from tests.compiler.commands.cli_help import peftc
 from torch import nn
 
 from peftc import compiler
 from peftc.compiler import CheckpointError, UsageError
 from peftc.compiler.export_model.export_options import ExportOptions
 from peftc.compiler.export_model.output import check_target
+from tests.compiler.commands.cli_help import peftc
 
 CLAUSES = "on q_proj, v_proj"
 IDS = torch.arange(3, 12)[None]
@@ -166,7 +166,7 @@ def test_no_tokenizer_is_made_up(here):
 def test_a_module_of_a_factory(here, monkeypatch):
     """Its example inputs have places, and a program's inputs have names."""
     monkeypatch.chdir(here)
-    Path("factories.py").write_text((Path(__file__).parent / "factories.py").read_text())
+    Path("factories.py").write_text((Path(__file__).parents[1] / "factories.py").read_text())
     Path("net.adapter").write_text("adapter a = lora(rank = 2) { on first, second }")
     done = peftc("export", "net.adapter", "factories:good", "-o", "out", "--format", "pt2", "--json")
     sys.modules.pop("factories")
