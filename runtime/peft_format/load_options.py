@@ -1,7 +1,7 @@
 """How a checkpoint is loaded, as one value: what `load` and `load_adapter` take as arguments. Needs no torch."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 
@@ -24,7 +24,7 @@ class LoadOptions:
     allow_pickle: bool = False
     autocast_adapter_dtype: bool = True
     use: str | PathLike[str] | None = None
-    values: Mapping[str, Value] | None = field(default=None)
+    values: Mapping[str, Value] | None = None
 
     @property
     def cache(self) -> Path | None:
