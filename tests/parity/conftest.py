@@ -126,7 +126,7 @@ class Zoo:
         try:
             yield host
         finally:
-            if host._adapter_state.merged:
+            if host._adapter_state.displaced:
                 host.unmerge_adapter()
             host.enable_adapters()
             host.delete_adapter([each for each in host._adapter_state.names() if each not in before])

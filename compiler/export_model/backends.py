@@ -3,20 +3,19 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from peftc.compiler.export.machine_code import check_compiler, save_machine_code
-from peftc.compiler.export.noise import quiet
-from peftc.compiler.export.onnx_file import check_onnx, save_onnx
-from peftc.compiler.export.programs import BuiltProgram
-from peftc.compiler.export.sink import sink
+from peftc.compiler.export_model.export_options import ExportFormat
+from peftc.compiler.export_model.machine_code import check_compiler, save_machine_code
+from peftc.compiler.export_model.noise import quiet
+from peftc.compiler.export_model.onnx_file import check_onnx, save_onnx
+from peftc.compiler.export_model.programs import BuiltProgram
+from peftc.compiler.export_model.sink import sink
 from peftc.runtime.artifact.machine import this_machine
-
-ExportFormat = Literal["pt2", "aoti", "onnx"]
 
 LAYOUT = "export.json"
 _SUFFIXES: Mapping[str, str] = {"pt2": ".pt2", "aoti": ".aoti.pt2", "onnx": ".onnx"}

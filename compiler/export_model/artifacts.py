@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,112 +12,95 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from peftc.compiler.export import backends, entries
-from peftc.compiler.export.backends import ExportFormat
-from peftc.compiler.export.entries import Entry, EntryCall
-from peftc.compiler.export.measuring import check_drift, measured
-from peftc.compiler.export.programs import Adapters, BuiltProgram, alone, make, own_tensors
+from peftc.compiler.export_model import backends, entries
+from peftc.compiler.export_model.entries import EntryCall
+from peftc.compiler.export_model.export_options import ExportFormat, ExportOptions
+from peftc.compiler.export_model.measuring import check_drift, measured
+from peftc.compiler.export_model.programs import BuiltProgram, alone, make, own_tensors
 from peftc.grammar.diagnostics import ModelError, UsageError, fail
 from peftc.passes.export.route import UnroutedError
 from peftc.passes.foreign import transformers as contract
 from peftc.passes.quantized.schemes.known import packed_modules
 from peftc.runtime.files.tensor_file import Entry as TensorEntry
 from peftc.runtime.files.tensor_file import write_tensors
-from peftc.runtime.merge.repack import DEQUANTIZE, Quantized
+from peftc.runtime.merge.repack import DEQUANTIZE
 from peftc.runtime.merge.rounding import in_evaluation
+from peftc.runtime.model.merging import merged_copy
 from peftc.runtime.model.model import AdaptedModel
 
 FORMAT = 1  # raised when a reader of the format before would misunderstand the manifest
 
 
-@dataclass(frozen=True)
-class ExportOptions:
-    """What of a model is to be written: see `AdaptedModel.export`."""
-
-    format: ExportFormat
-    adapters: Adapters = "merged"
-    entry: Entry | None = None
-    adapter_names: Sequence[str] | None = None
-    example_inputs: Mapping[str, Any] | None = None
-    tokenizer: Any | None = None
-    max_batch_size: int | None = None
-    max_length: int | None = None
-    max_drift: float | None = None
-    min_agreement: float | None = None
-    safe_merge: bool = False
-    quantized: Quantized | None = None
-
-
-def write_artifact(adapted: AdaptedModel, directory: Path, wanted: ExportOptions) -> dict[str, Any]:
+def write_artifact(adapted: AdaptedModel, directory: Path, options: ExportOptions) -> dict[str, Any]:
     """Fill an empty directory with programs and what they need beside them. Returns what its manifest is to say.
 
     Raises UsageError or ModelError; see `AdaptedModel.export`.
     """
-    backends.check_installed(wanted.format)
-    _check(adapted, wanted)
-    return dict(in_evaluation(adapted, lambda: _written(adapted, directory, wanted)))
+    backends.check_installed(options.program_format)
+    _check(adapted, options)
+    return dict(in_evaluation(adapted, lambda: _written(adapted, directory, options)))
 
 
-def _written(adapted: AdaptedModel, directory: Path, wanted: ExportOptions) -> dict[str, Any]:
-    names = _alike(adapted, wanted)
-    length = wanted.max_length or entries.length_of(adapted)
-    entry = wanted.entry or ("generate" if entries.can_generate(adapted) else "forward")
+def _written(adapted: AdaptedModel, directory: Path, options: ExportOptions) -> dict[str, Any]:
+    names = _alike(adapted, options)
+    length = options.max_length or entries.length_of(adapted)
+    entry = options.entry or ("generate" if entries.can_generate(adapted) else "forward")
     with TemporaryDirectory(prefix="merged.", dir=directory, ignore_cleanup_errors=True) as scratch:
-        with _in_place(adapted, wanted, names, Path(scratch)):
+        with _source(adapted, options, names, Path(scratch)) as source:
             programs = [
-                _made(adapted, each, wanted, names, length)
-                for each in entries.entered(adapted, entry, wanted.example_inputs)
+                _made(source, each, options, names, length)
+                for each in entries.entered(source, entry, options.example_inputs)
             ]
-        drift = measured(adapted, programs, wanted.adapters, names, wanted.example_inputs)
-        check_drift(drift, wanted.max_drift, wanted.min_agreement)
+        drift = measured(adapted, programs, options.adapters, names, options.example_inputs)
+        check_drift(drift, options.max_drift, options.min_agreement)
         for each in programs:
-            backends.save(each, directory, wanted.format)
-    files = _write_adapters(adapted, directory, programs[0], names) if wanted.adapters == "inputs" else {}
-    _write_config(adapted, directory, wanted)
-    if wanted.format in ("pt2", "onnx"):
-        backends.write_layout(directory, programs, wanted.format, adapted.base_class.__name__)
+            backends.save(each, directory, options.program_format)
+    files = _write_adapters(adapted, directory, programs[0], names) if options.adapters == "inputs" else {}
+    _write_config(adapted, directory, options)
+    if options.program_format in ("pt2", "onnx"):
+        backends.write_layout(directory, programs, options.program_format, adapted.base_class.__name__)
     return {
         "artifact": {
             "format": FORMAT,
-            "backend": wanted.format,
-            "adapters": wanted.adapters,
+            "backend": options.program_format,
+            "adapters": options.adapters,
             "dimensions": _dimensions(programs),
             "length": length,
-            "entries": {name: _entry(made, wanted.format) for made in programs for name in made.entered.names},
-            "adapter_names": list(names) if wanted.adapters != "merged" else [],
+            "entries": {name: _entry(made, options.program_format) for made in programs for name in made.entered.names},
+            "adapter_names": list(names) if options.adapters != "merged" else [],
             "adapter_files": files,
             "generation": _generation(adapted) if entry == entries.GENERATE else None,
-            "machine": backends.machine(wanted.format),
+            "machine": backends.machine(options.program_format),
         },
-        "drift": {**asdict(drift), "inputs": "drawn" if wanted.example_inputs is None else "given"},
+        "drift": {**asdict(drift), "inputs": "drawn" if options.example_inputs is None else "given"},
     }
 
 
-def _check(adapted: AdaptedModel, wanted: ExportOptions) -> None:
+def _check(adapted: AdaptedModel, options: ExportOptions) -> None:
     state = adapted._adapter_state
     if not state.enabled:
         fail(UsageError, "E521", "the adapters are disabled", help="call enable_adapters first")
-    if wanted.adapters != "merged" and state.merged:
+    if options.adapters != "merged" and state.displaced:
         fail(UsageError, "E516", "the model is merged already", help="call unmerge_adapter first")
     if not state.names():
         help = "call add_adapter or load_adapter first"
         fail(UsageError, "E517", "there is no adapter, so there is nothing to export", help=help)
-    if wanted.adapters == "merged" and not (state.active or state.merged):
+    if options.adapters == "merged" and not (state.active or state.displaced):
         fail(UsageError, "E517", "no adapter is active, so there is nothing to export", help="call set_adapter first")
     held = packed_modules(adapted)
-    if held and (wanted.adapters != "merged" or wanted.quantized != DEQUANTIZE):
+    if held and (options.adapters != "merged" or options.quantized != DEQUANTIZE):
         label = next(iter(held.values())).packing.label
         message = f"the base is quantized ({label}), and its operators are not torch's own"
         help = "merge into dense weights: adapters='merged', quantized='dequantize'"
         fail(UsageError, "E643", message, help=help)
 
 
-def _alike(adapted: AdaptedModel, wanted: ExportOptions) -> tuple[str, ...]:
+def _alike(adapted: AdaptedModel, options: ExportOptions) -> tuple[str, ...]:
     """The adapters that a program is for. Raises UsageError where one of them needs another program than the first."""
     state = adapted._adapter_state
-    if wanted.adapters == "merged":
-        return tuple(name for name, _ in state.merged_active or state.active)
-    names = tuple(wanted.adapter_names or state.names())
+    if options.adapters == "merged":
+        return tuple(name for name, _ in state.base.merged or state.active)
+    names = tuple(options.adapter_names or state.names())
     first: tuple[object, Any] | None = None
     for name in names:
         with alone(adapted, name):
@@ -133,21 +116,22 @@ def _alike(adapted: AdaptedModel, wanted: ExportOptions) -> tuple[str, ...]:
 
 
 @contextmanager
-def _in_place(adapted: AdaptedModel, wanted: ExportOptions, names: Sequence[str], scratch: Path) -> Iterator[None]:
-    """The adapters where the program is to find them; what is merged lies in `scratch`."""
-    if wanted.adapters == "merged":
-        with adapted._folded(scratch, safe_merge=wanted.safe_merge, quantized=wanted.quantized):
-            yield
+def _source(
+    adapted: AdaptedModel, options: ExportOptions, names: Sequence[str], scratch: Path
+) -> Iterator[AdaptedModel]:
+    """The model that programs are made of, with the adapters in place; what is merged lies in `scratch`."""
+    if options.adapters == "merged":
+        yield merged_copy(adapted, scratch, safe=options.safe_merge, quantized=options.quantized)
     else:
         with alone(adapted, names[0]):
-            yield
+            yield adapted
 
 
 def _made(
-    adapted: AdaptedModel, entered: EntryCall, wanted: ExportOptions, names: Sequence[str], length: int | None
+    adapted: AdaptedModel, entered: EntryCall, options: ExportOptions, names: Sequence[str], length: int | None
 ) -> BuiltProgram:
     try:
-        return make(adapted, entered, wanted.adapters, names, max_batch_size=wanted.max_batch_size, max_length=length)
+        return make(adapted, entered, options.adapters, names, max_batch_size=options.max_batch_size, max_length=length)
     except UnroutedError as error:
         where = f" at {error.site}" if error.site else ""
         message = f"rows cannot choose among these adapters{where}: {error.reason}"
@@ -175,15 +159,15 @@ def write_adapter(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     )
 
 
-def _write_config(adapted: AdaptedModel, directory: Path, wanted: ExportOptions) -> None:
+def _write_config(adapted: AdaptedModel, directory: Path, options: ExportOptions) -> None:
     if isinstance(adapted, PreTrainedModel):
         config = deepcopy(adapted.config)
         config.__dict__.pop("quantization_config", None)  # programs have dense weights
         config.save_pretrained(directory)
         if adapted.can_generate():
             adapted.generation_config.save_pretrained(directory)
-    if wanted.tokenizer is not None:
-        wanted.tokenizer.save_pretrained(directory)
+    if options.tokenizer is not None:
+        options.tokenizer.save_pretrained(directory)
 
 
 def _entry(made: BuiltProgram, format: ExportFormat) -> dict[str, Any]:

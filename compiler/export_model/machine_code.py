@@ -11,8 +11,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
 
-from peftc.compiler.export.noise import first_error, quiet
-from peftc.compiler.export.sink import sink
+from peftc.compiler.export_model.noise import first_error, quiet
+from peftc.compiler.export_model.sink import sink
 from peftc.grammar.diagnostics import ModelError, UsageError, fail
 
 # Its own check knows no sizes below 2, as torch takes 0 and 1 for constants when it traces.

@@ -5,8 +5,8 @@ import torch
 import transformers
 
 from peftc import compiler
-from peftc.compiler.export import entries, programs
-from peftc.compiler.export.measuring import measured
+from peftc.compiler.export_model import entries, programs
+from peftc.compiler.export_model.measuring import measured
 
 
 @pytest.fixture(scope="module")

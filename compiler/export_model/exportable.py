@@ -4,26 +4,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-from peftc.compiler.export.adding import add_adapters
-from peftc.compiler.export.artifacts import ExportOptions, write_artifact
-from peftc.compiler.export.backends import ExportFormat
-from peftc.compiler.export.entries import Entry, length_of
-from peftc.compiler.export.export_options import check_options
-from peftc.compiler.export.measuring import SEED, check_drift
-from peftc.compiler.export.merged_facts import adapter_facts, merged_facts
-from peftc.compiler.export.output import check_target, replaced, seal
-from peftc.compiler.export.programs import Adapters
+from peftc.compiler.export_model.adding import add_adapters
+from peftc.compiler.export_model.artifacts import write_artifact
+from peftc.compiler.export_model.entries import length_of
+from peftc.compiler.export_model.export_options import CHECKPOINT, MERGED, Adapters, Entry, ExportOptions, Format
+from peftc.compiler.export_model.measuring import SEED, check_drift
+from peftc.compiler.export_model.merged_facts import adapter_facts, merged_facts
+from peftc.compiler.export_model.output import check_target, replaced, seal
 from peftc.compiler.trace.example_inputs import drawn_inputs
 from peftc.grammar.diagnostics import UsageError, fail
 from peftc.runtime.merge.repack import Quantized
+from peftc.runtime.model.merging import write_checkpoint
 from peftc.runtime.model.model import AdaptedModel
-
-Format = ExportFormat | Literal["checkpoint"]
-"""What an adapted model is exported as."""
 
 SHARD = "5GB"
 
@@ -97,47 +93,22 @@ class Exportable(AdaptedModel):
             ModelError: the model's graph cannot be made a program of.
         """
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
-        check_options(
-            format,
-            adapters,
+        options = ExportOptions(
+            format=format,
+            adapters=adapters,
             entry=entry,
             adapter_names=names,
             example_inputs=example_inputs,
+            tokenizer=tokenizer,
             max_batch_size=max_batch_size,
             max_length=max_length,
             max_drift=max_drift,
             min_agreement=min_agreement,
             max_shard_size=max_shard_size,
             safe_merge=safe_merge,
+            quantized=quantized,
         )
-        _check_names(self, names)
-        _check_length(self, max_length)
-        target = Path(save_directory)
-        check_target(target, force=force)
-        with replaced(target) as directory:
-            if format == "checkpoint":
-                measured = _measured(self, example_inputs, max_drift, min_agreement, quantized)
-                size = SHARD if max_shard_size is None else max_shard_size
-                self._write_merged(directory, max_shard_size=size, safe_merge=safe_merge, quantized=quantized)
-                if tokenizer is not None:
-                    tokenizer.save_pretrained(directory)
-                return seal(directory, {**merged_facts(self), **measured})
-            wanted = ExportOptions(
-                format=format,
-                adapters=adapters,
-                entry=entry,
-                adapter_names=names,
-                example_inputs=example_inputs,
-                tokenizer=tokenizer,
-                max_batch_size=max_batch_size,
-                max_length=max_length,
-                max_drift=max_drift,
-                min_agreement=min_agreement,
-                safe_merge=safe_merge,
-                quantized=quantized,
-            )
-            facts = merged_facts(self) if adapters == "merged" else adapter_facts(self, names)
-            return seal(directory, {**facts, **write_artifact(self, directory, wanted)})
+        return export_adapted(self, Path(save_directory), options, force=force)
 
     def export_adapters(
         self,
@@ -168,15 +139,32 @@ class Exportable(AdaptedModel):
         return add_adapters(self, Path(directory), names or self._adapter_state.names(), force=force)
 
 
-def _measured(
-    adapted: Exportable,
-    inputs: Mapping[str, Any] | None,
-    max_drift: float | None,
-    min_agreement: float | None,
-    quantized: Quantized | None,
-) -> dict[str, Any]:
+def export_adapted(adapted: Exportable, target: Path, options: ExportOptions, *, force: bool) -> tuple[str, ...]:
+    """Write an adapted model as the options say: see `AdaptedModel.export`. Returns the names of the files."""
+    options.check()
+    _check_names(adapted, options.adapter_names)
+    _check_length(adapted, options.max_length)
+    check_target(target, force=force)
+    with replaced(target) as directory:
+        if options.format == CHECKPOINT:
+            facts = {**_measured(adapted, options), **merged_facts(adapted)}
+            size = SHARD if options.max_shard_size is None else options.max_shard_size
+            write_checkpoint(
+                adapted, directory, max_shard_size=size, safe=options.safe_merge, quantized=options.quantized
+            )
+            if options.tokenizer is not None:
+                options.tokenizer.save_pretrained(directory)
+        else:
+            names = options.adapter_names
+            facts = merged_facts(adapted) if options.adapters == MERGED else adapter_facts(adapted, names)
+            facts |= write_artifact(adapted, directory, options)
+        return seal(directory, facts)
+
+
+def _measured(adapted: Exportable, options: ExportOptions) -> dict[str, Any]:
     """What the manifest of a checkpoint is to say of its drift, if there is a limit to it. Raises UsageError."""
-    if max_drift is None and min_agreement is None:
+    inputs = options.example_inputs
+    if options.max_drift is None and options.min_agreement is None:
         return {}
     with torch.random.fork_rng():
         torch.manual_seed(SEED)
@@ -184,9 +172,9 @@ def _measured(
     if not given:
         message = f"it is not known how {adapted.base_class.__name__} is called"
         fail(UsageError, "E642", message, help="pass example_inputs, a mapping of named arguments")
-    drift = adapted.merge_drift(quantized=quantized, **given).outputs
+    drift = adapted.merge_drift(quantized=options.quantized, **given).outputs
     assert drift is not None
-    check_drift(drift, max_drift, min_agreement)
+    check_drift(drift, options.max_drift, options.min_agreement)
     return {"drift": {**asdict(drift), "inputs": "drawn" if inputs is None else "given"}}
 
 

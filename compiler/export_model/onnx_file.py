@@ -9,8 +9,8 @@ from typing import Any, NoReturn
 
 import torch
 
-from peftc.compiler.export.noise import first_error, quiet
-from peftc.compiler.export.programs import BuiltProgram
+from peftc.compiler.export_model.noise import first_error, quiet
+from peftc.compiler.export_model.programs import BuiltProgram
 from peftc.grammar.diagnostics import ModelError, UsageError, fail
 
 _NEEDED = ("onnx", "onnxscript")

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from peftc.compiler.export.sink import sink
+from peftc.compiler.export_model.sink import sink
 
 FULL = Path("/dev/full")  # a file of Linux that is on a disk without room
 

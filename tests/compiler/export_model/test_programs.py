@@ -16,8 +16,8 @@ from torch import nn
 
 from peftc import compiler
 from peftc.compiler import CheckpointError, UsageError
-from peftc.compiler.export.export_options import unmeant
-from peftc.compiler.export.output import check_target
+from peftc.compiler.export_model.export_options import ExportOptions
+from peftc.compiler.export_model.output import check_target
 from tests.compiler.commands.cli_help import peftc
 
 CLAUSES = "on q_proj, v_proj"
@@ -166,7 +166,7 @@ def test_no_tokenizer_is_made_up(here):
 def test_a_module_of_a_factory(here, monkeypatch):
     """Its example inputs have places, and a program's inputs have names."""
     monkeypatch.chdir(here)
-    Path("factories.py").write_text((Path(__file__).parent / "factories.py").read_text())
+    Path("factories.py").write_text((Path(__file__).parents[1] / "factories.py").read_text())
     Path("net.adapter").write_text("adapter a = lora(rank = 2) { on first, second }")
     done = peftc("export", "net.adapter", "factories:good", "-o", "out", "--format", "pt2", "--json")
     sys.modules.pop("factories")
@@ -283,10 +283,11 @@ def test_a_checkpoint_beside_a_spec(here):
 
 
 def test_the_options_that_have_a_meaning():
-    assert unmeant("checkpoint", "merged", ["max_shard_size", "safe_merge", "max_drift", "min_agreement"]) is None
-    every = ["entry", "max_batch_size", "max_length", "max_drift", "min_agreement", "example_inputs"]
-    assert unmeant("pt2", "merged", [*every, "safe_merge"]) is None
-    assert unmeant("onnx", "routed", [*every, "adapter_names"]) is None
+    limits = {"max_drift": 0.1, "min_agreement": 0.9}
+    assert ExportOptions(max_shard_size="1GB", safe_merge=True, **limits).unmeant() is None
+    every = {"entry": "forward", "max_batch_size": 1, "max_length": 9, "example_inputs": {"x": 1}, **limits}
+    assert ExportOptions("pt2", **every, safe_merge=True).unmeant() is None
+    assert ExportOptions("onnx", "routed", **every, adapter_names=["a"]).unmeant() is None
 
 
 def test_a_name_that_is_a_directory(here, monkeypatch):

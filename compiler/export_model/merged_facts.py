@@ -11,7 +11,7 @@ from peftc.runtime.peft_format.spec_config import spec_text
 def merged_facts(adapted: AdaptedModel) -> dict[str, Any]:
     """The base, the adapters that are merged with their weights and specs, and the versions, as JSON."""
     state = adapted._adapter_state
-    active = state.merged_active or state.active
+    active = state.base.merged or state.active
     return {
         **_base_facts(adapted),
         "merged": {name: {"weight": weight, **made_by(adapted, name)} for name, weight in active},
@@ -25,7 +25,7 @@ def adapter_facts(adapted: AdaptedModel, names: Sequence[str] | None) -> dict[st
 
 
 def _base_facts(adapted: AdaptedModel) -> dict[str, Any]:
-    facts = adapted._adapter_state.facts
+    facts = adapted._adapter_state.base.facts
     return {
         "versions": versions(),
         "model": {

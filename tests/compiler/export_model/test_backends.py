@@ -18,9 +18,9 @@ from transformers.exporters import ExportedModel
 
 from peftc import compiler
 from peftc.compiler import ModelError, UsageError
-from peftc.compiler.export.backends import check_installed
-from peftc.compiler.export.machine_code import save_machine_code
-from peftc.compiler.export.noise import first_error
+from peftc.compiler.export_model.backends import check_installed
+from peftc.compiler.export_model.machine_code import save_machine_code
+from peftc.compiler.export_model.noise import first_error
 from peftc.runtime.artifact.machine import this_machine
 from tests.matrix import wide
 from tests.parity.programs import cases as cases

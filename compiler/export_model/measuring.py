@@ -5,8 +5,9 @@ from typing import Any
 
 import torch
 
-from peftc.compiler.export.entries import encoded_by
-from peftc.compiler.export.programs import IDS, Adapters, BuiltProgram, alone, own_tensors
+from peftc.compiler.export_model.entries import encoded_by
+from peftc.compiler.export_model.export_options import Adapters
+from peftc.compiler.export_model.programs import IDS, BuiltProgram, alone, own_tensors
 from peftc.grammar.diagnostics import UsageError, fail
 from peftc.passes.export.exported import ADAPTER
 from peftc.passes.foreign import transformers as contract

@@ -3,15 +3,16 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 from transformers import PreTrainedModel
 
-from peftc.compiler.export import entries
-from peftc.compiler.export.entries import EntryCall
+from peftc.compiler.export_model import entries
+from peftc.compiler.export_model.entries import EntryCall
+from peftc.compiler.export_model.export_options import Adapters
 from peftc.compiler.pipeline.lower import compilable
 from peftc.grammar.diagnostics import ModelError, fail
 from peftc.passes.export.exported import ADAPTER, exported_program
@@ -28,9 +29,6 @@ from peftc.passes.virtual_tokens.insert_prefix import CARRIED
 from peftc.runtime.execution.engine import ADAPTERS, Engine
 from peftc.runtime.files.tensor_file import in_file
 from peftc.runtime.model.model import AdaptedModel
-
-Adapters = Literal["merged", "inputs", "routed"]
-"""Where a program has its adapters: in its weights, among its inputs, or in a bank that each row chooses from."""
 
 IDS = "adapter_ids"
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from peftc.compiler.export.artifacts import adapter_file, write_adapter
-from peftc.compiler.export.merged_facts import made_by
-from peftc.compiler.export.output import MANIFEST, digest, moved_into, write_text
-from peftc.compiler.export.programs import in_slots
+from peftc.compiler.export_model.artifacts import adapter_file, write_adapter
+from peftc.compiler.export_model.merged_facts import made_by
+from peftc.compiler.export_model.output import MANIFEST, digest, moved_into, write_text
+from peftc.compiler.export_model.programs import in_slots
 from peftc.grammar.diagnostics import UsageError, fail
 from peftc.runtime.artifact.manifest import read_manifest
 from peftc.runtime.model.model import AdaptedModel

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import fx
@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import BaseModelOutput
 
+from peftc.compiler.export_model.export_options import Entry
 from peftc.compiler.trace.example_inputs import example_inputs
 from peftc.compiler.trace.samples import SIZES
 from peftc.grammar.diagnostics import UsageError, fail
@@ -24,9 +25,6 @@ from peftc.runtime.execution.call import Call, tensor_names
 from peftc.runtime.execution.call_routing import positions_of
 from peftc.runtime.execution.program import guard_of
 from peftc.runtime.model.model import AdaptedModel
-
-Entry = Literal["forward", "generate"]
-"""What a program is to be called for."""
 
 FORWARD, PREFILL, DECODE, GENERATE = "forward", "prefill", "decode", "generate"
 _TRIED = 4096

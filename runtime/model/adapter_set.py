@@ -1,8 +1,7 @@
-"""The adapters of one model: which there are, which are active, whether they are merged."""
+"""The adapters of one model: which there are, which are active."""
 
 import math
 from collections.abc import Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -16,61 +15,30 @@ from peftc.passes.plan.site import WHOLE
 from peftc.passes.plan.structure import structure_of, weighted
 from peftc.runtime.adapters.bank import AdapterParameters
 from peftc.runtime.adapters.slots import Binding, bind
-from peftc.runtime.base.base import BANK
+from peftc.runtime.base.overlay import BANK
+from peftc.runtime.base.replaced import Replaced
 from peftc.runtime.execution.engine import ActiveAdapters, Engine
 from peftc.runtime.execution.virtual import Owner, Virtual
-from peftc.runtime.merge.merge import Replaced
-
-Active = tuple[tuple[str, float], ...]
-"""Adapter names with their activation weights, in order."""
+from peftc.runtime.model.base_weights import Active, BaseWeights
 
 
 @dataclass
-class BaseProvenance:
-    """What a checkpoint says of its base and origin, kept to be saved again."""
-
-    base_name: str | None = None
-    base_revision: str | None = None
-    task_type: str | None = None
-    fingerprint: str | None = None  # of the base before its vocabulary was enlarged for an adapter
-
-
-@dataclass
-class AdapterState:
-    """Owns the active set. Every change goes through `activate`, which checks first and then cannot fail."""
+class AdapterSet:
+    """Owns the adapters of a model and which are active. Every change goes through `activate`, which checks first and
+    then cannot fail.
+    """
 
     engine: Engine
     bank: nn.Module
+    base: BaseWeights
     active: Active = ()
     enabled: bool = True
-    merged: Replaced = field(default_factory=dict)  # full name -> the base's own tensor
-    merged_active: Active = ()
-    widened: Mapping[str, torch.dtype] = field(default_factory=dict)  # held in float32, for the types of before
-    requires_grad: Mapping[str, bool] = field(default_factory=dict)  # the user's model's own, given back on unload
-    facts: BaseProvenance = field(default_factory=BaseProvenance)
     _prepared: dict[Active, tuple[ActiveAdapters, list[Binding]]] = field(default_factory=dict)
 
     @property
-    def originals(self) -> Replaced:
-        """What the user's model has and this one holds something else in place of.
-
-        What is widened is rounded to what it was, anew each time: to hold on to it would take half as much again.
-        """
-        made: dict[int, nn.Parameter] = {}
-        narrowed: Replaced = {}
-        for name, dtype in self.widened.items():
-            wide = self._unmerged(name)
-            narrowed[name] = made.setdefault(id(wide), nn.Parameter(wide.detach().to(dtype), requires_grad=False))
-        return {**self.merged, **narrowed}
-
-    def _unmerged(self, name: str) -> torch.Tensor:
-        """A tensor of the base as it is without what is merged."""
-        owner, _, leaf = name.rpartition(".")
-        module, tensor = self.merged.get(owner), self.merged.get(name)
-        if isinstance(tensor, torch.Tensor):
-            return tensor
-        found = module if isinstance(module, nn.Module) else self.engine.model.get_submodule(owner)
-        return found.get_parameter(leaf)
+    def displaced(self) -> Replaced:
+        """What is merged has the place of these; empty where nothing is."""
+        return self.base.displaced
 
     def adapter(self, name: str) -> AdapterParameters:
         """The adapter of that name. Raises UsageError with the nearest names."""
@@ -89,22 +57,42 @@ class AdapterState:
         """Every adapter's plan."""
         return {name: self.adapter(name).plan for name in self.names()}
 
-    def add(self, adapter: AdapterParameters) -> None:
-        """Put an adapter beside the others, inactive. Raises UsageError if the name is taken."""
-        name = adapter.plan.name
+    def check_name(self, name: str, help: str = "choose another name or delete it") -> None:
+        """Raise UsageError if no adapter can be added under this name."""
         if name in self.bank._modules:
-            fail(UsageError, "E511", f"there already is an adapter {name!r}", help="choose another name or delete it")
+            fail(UsageError, "E511", f"there already is an adapter {name!r}", help=help)
         if hasattr(self.bank, name):  # the adapters are modules, and reached by their names
             help = "choose another name; in a spec, or by adapter_name"
             fail(UsageError, "E575", f"an adapter cannot be called {name!r}: modules of torch have that", help=help)
-        self.bank.add_module(name, adapter)
+
+    def add(
+        self, adapters: Sequence[AdapterParameters], active: Active | None = None, *, trainable: bool | None = None
+    ) -> None:
+        """Put adapters beside the others, and activate these if any are said: all of it, or nothing on an error.
+
+        Raises UsageError if a name is taken, and as `activate`.
+        """
+        before = self.active
+        trained = {} if trainable is None else {name: self.adapter(name).is_trainable for name in self.names()}
+        added: list[str] = []
+        try:
+            for adapter in adapters:
+                self.check_name(adapter.plan.name)
+                self.bank.add_module(adapter.plan.name, adapter)
+                added.append(adapter.plan.name)
+            if active is not None:
+                self.activate(active, trainable=trainable)
+        except BaseException:
+            self._forget(added)
+            for name, is_trained in trained.items():
+                self.adapter(name).train_only(is_trained)
+            self.activate(before)
+            raise
 
     def remove(self, name: str) -> None:
         """Take an adapter away; if it was active, the others that were stay active."""
         self.adapter(name)
-        del self.bank._modules[name]
-        self._prepared.clear()
-        self.engine.slots.clear()
+        self._forget([name])
         self.activate(tuple(each for each in self.active if each[0] != name))
 
     def activate(self, active: Active, *, trainable: bool | None = None) -> None:
@@ -119,7 +107,7 @@ class AdapterState:
         if trainable is not None:
             for name in self.names():
                 self.adapter(name).train_only(trainable and name in chosen)
-        if self.enabled and not self.merged:
+        if self.enabled and not self.displaced:
             bind(bindings)
             can_train = any(self.adapter(name).is_trainable for name in chosen)
             self.engine.activate(tenant if can_train == tenant.trainable else self._retrained(active, can_train))
@@ -132,20 +120,25 @@ class AdapterState:
         self._prepared.clear()
         self.activate(self.active)
 
-    def copy_for(self, model: nn.Module, memo: dict[int, object]) -> "AdapterState":
-        """The state of a deep copy of the model."""
-        copied = AdapterState(
-            engine=self.engine.copy_for(model),
-            bank=model.get_submodule(BANK),
-            enabled=self.enabled,
-            merged=deepcopy(self.merged, memo),
-            merged_active=self.merged_active,
-            widened=self.widened,
-            requires_grad=self.requires_grad,
-            facts=replace(self.facts),
-        )
+    def enable(self, enabled: bool) -> None:
+        """Whether the active adapters are used, or rest."""
+        self.enabled = enabled
+        self.activate(self.active)
+
+    def copy_for(self, model: nn.Module, memo: dict[int, object]) -> "AdapterSet":
+        """That of a deep copy of the model."""
+        engine = self.engine.copy_for(model)
+        base = self.base.copy_for(model, engine, memo)
+        copied = AdapterSet(engine, model.get_submodule(BANK), base, enabled=self.enabled)
         copied.activate(self.active)
         return copied
+
+    def _forget(self, names: Sequence[str]) -> None:
+        for name in names:
+            self.bank._modules.pop(name, None)
+        if names:
+            self._prepared.clear()
+            self.engine.slots.clear()
 
     def _retrained(self, active: Active, trainable: bool) -> ActiveAdapters:
         """The same adapters where they can, or can no longer, be trained: another choice of lowerings."""
