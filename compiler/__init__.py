@@ -2,6 +2,8 @@
 
 The names below are found when they are first used: `peftc fmt` would otherwise wait seconds for torch and transformers,
 which it never needs. This is the only place where anything is imported late.
+
+Never here: what a single command does; printing.
 """
 
 from importlib import import_module
