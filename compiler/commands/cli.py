@@ -8,7 +8,6 @@ import sys
 import traceback
 import warnings
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Any
 
 import typer
@@ -27,6 +26,7 @@ from peftc.compiler.commands.inspect import inspect
 from peftc.compiler.commands.methods import methods
 from peftc.compiler.commands.run import run
 from peftc.compiler.report import console
+from peftc.compiler.versions import UntestedVersionWarning, installed
 from peftc.grammar.diagnostics import AdapterError, Diagnostic
 
 WRONG, USAGE, UNREADABLE, BUG, INTERRUPTED, BROKEN_PIPE = 1, 2, 3, 70, 130, 141
@@ -84,6 +84,8 @@ class Commands(TyperGroup):
             with warnings.catch_warnings():
                 if not debug:
                     warnings.simplefilter("ignore")
+                    warnings.simplefilter("always", UntestedVersionWarning)
+                    warnings.showwarning = _show_warning
                 code = super().main(given, "peftc", complete_var, not as_json, windows_expand_args, **extra)
             sys.exit(code or 0)
         except AdapterError as error:
@@ -142,6 +144,11 @@ def _report_bug(error: Exception, as_json: bool, debug: bool) -> None:
         console.say(message, label="peftc", style="bold red")
 
 
+def _show_warning(message: Warning | str, *place: Any, **more: Any) -> None:
+    """One line, without the place in our code that a user of the command line has no use for."""
+    console.warn(str(message))
+
+
 def _plain(code: str, message: str) -> dict[str, Any]:
     return console.as_json(Diagnostic(code, message))
 
@@ -159,10 +166,7 @@ def _show_version(wanted: bool) -> None:
 
 
 def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
+    return installed(package) or "not installed"
 
 
 app = typer.Typer(
