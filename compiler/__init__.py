@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from peftc.compiler.jobs.builds import Build, build
     from peftc.compiler.jobs.checking import check
     from peftc.compiler.jobs.checkpoints import decompile, inspect
+    from peftc.compiler.jobs.doctor.doctor import doctor
     from peftc.compiler.jobs.drawing import draw
     from peftc.compiler.jobs.drifting import drift
     from peftc.compiler.jobs.explaining import explain
@@ -54,6 +55,7 @@ __all__ = [
     "check",
     "check_fit",
     "decompile",
+    "doctor",
     "draw",
     "drift",
     "explain",
@@ -74,6 +76,7 @@ _HOMES = {
     "peftc.compiler.jobs.exporting": ("export", "export_adapters"),
     "peftc.compiler.jobs.fitting": ("check_fit",),
     "peftc.compiler.jobs.checkpoints": ("decompile", "inspect"),
+    "peftc.compiler.jobs.doctor.doctor": ("doctor",),
     "peftc.compiler.jobs.drawing": ("draw",),
     "peftc.compiler.jobs.drifting": ("drift",),
     "peftc.compiler.api": ("AdaptedModel", "apply", "load"),

@@ -19,7 +19,7 @@ class UntestedVersionWarning(UserWarning):
 
 
 @dataclass(frozen=True)
-class Tested:
+class Library:
     """A library, and the oldest and newest minor release that all tests pass with."""
 
     name: str
@@ -29,9 +29,20 @@ class Tested:
 
 # Every release here was run through the tests. `oldest` is the floor in pyproject.toml, which a test compares.
 TESTED = (
-    Tested("torch", (2, 11), (2, 14)),
-    Tested("transformers", (5, 23), (5, 24)),
-    Tested("peft", (0, 21), (0, 21)),
+    Library("torch", (2, 11), (2, 14)),
+    Library("transformers", (5, 23), (5, 24)),
+    Library("peft", (0, 21), (0, 21)),
+)
+
+# Libraries that some features need; only `peftc doctor` asks for these.
+OPTIONAL = (
+    Library("accelerate", (1, 10), (1, 15)),
+    Library("bitsandbytes", (0, 50), (0, 50)),
+    Library("torchao", (0, 18), (0, 18)),
+    Library("hqq", (0, 2), (0, 2)),
+    Library("onnx", (1, 19), (1, 23)),
+    Library("onnxscript", (0, 6), (0, 7)),
+    Library("onnxruntime", (1, 22), (1, 32)),
 )
 
 

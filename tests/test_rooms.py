@@ -46,6 +46,7 @@ ORDER = (
     "compiler/export",
     "compiler/report",
     "compiler",
+    "compiler/jobs/doctor",
     "compiler/jobs",
     "compiler/__init__",
     "compiler/commands",

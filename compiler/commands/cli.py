@@ -17,6 +17,7 @@ from peftc.compiler.commands.bench import bench
 from peftc.compiler.commands.check import check
 from peftc.compiler.commands.compile import compile_
 from peftc.compiler.commands.decompile import decompile
+from peftc.compiler.commands.doctor import doctor
 from peftc.compiler.commands.drift import drift
 from peftc.compiler.commands.explain import explain
 from peftc.compiler.commands.export import export
@@ -44,7 +45,8 @@ a repository on the Hub, or package.module:factory, a function that returns a mo
 """
 
 EPILOG = """
-Exit codes: 0 done. 1 the spec, the checkpoint or the model is wrong, or fmt --check found a file to format. 2 wrong
+Exit codes: 0 done. 1 the spec, the checkpoint or the model is wrong, fmt --check found a file to format, or a
+check of doctor fails. 2 wrong
 usage. 3 something is missing, or cannot be read, written or reached. 70 a bug in peftc. 130 interrupted,
 143 terminated. 141 the reader of the output went away.
 """
@@ -193,5 +195,5 @@ def options(
 
 
 app.command("compile")(compile_)
-for _command in (check, explain, fmt, graph, drift, export, run, bench, inspect, decompile, methods):
+for _command in (check, explain, fmt, graph, drift, export, run, bench, inspect, decompile, methods, doctor):
     app.command()(_command)

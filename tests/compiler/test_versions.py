@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from peftc.compiler import versions
-from peftc.compiler.versions import TESTED, release, untested
+from peftc.compiler.versions import OPTIONAL, TESTED, release, untested
 from tests.compiler.commands.cli_help import peftc
 
 ROOT = Path(__file__).parents[2]
@@ -59,9 +59,10 @@ def test_a_minor_release_is_a_number():
 
 def test_the_oldest_that_is_tested_is_the_floor():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    asked = {*project["dependencies"], *project["optional-dependencies"]["test"]}
-    for library in TESTED:
-        assert f"{library.name}>={library.oldest[0]}.{library.oldest[1]}" in asked
+    asked = [*project["dependencies"], *project["optional-dependencies"]["test"]]
+    for library in (*TESTED, *OPTIONAL):
+        (floor,) = [text.removeprefix(f"{library.name}>=") for text in asked if text.startswith(f"{library.name}>=")]
+        assert release(floor) == library.oldest
 
 
 @pytest.fixture
