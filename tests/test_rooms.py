@@ -21,6 +21,7 @@ ORDER = (
     "grammar/method",
     "grammar/spec",
     "passes/ir",
+    "passes/foreign",
     "passes/quantized/schemes",
     "passes/quantized",
     "passes/plan",
@@ -46,8 +47,8 @@ ORDER = (
     "compiler/export",
     "compiler/report",
     "compiler",
-    "compiler/jobs/doctor",
     "compiler/jobs",
+    "compiler/jobs/doctor",
     "compiler/__init__",
     "compiler/commands",
 )

@@ -14,6 +14,7 @@ from peftc.compiler.api import apply
 from peftc.compiler.jobs.doctor import tiny
 from peftc.compiler.jobs.doctor.model_checks import LINEAR
 from peftc.compiler.jobs.doctor.verdict import CheckFailedError, agree, differ
+from peftc.passes.foreign.transformers import LABELS, MASK, TOKENS
 from peftc.runtime.artifact.artifact import Artifact
 
 
@@ -24,11 +25,11 @@ def peft() -> str:
     model = tiny.decoder()
     adapted = apply(model, LINEAR).eval()
     tiny.move(adapted.parameters())
-    inputs = {"input_ids": tiny.ids()}
+    text = tiny.ids()
     with TemporaryDirectory() as directory:
         adapted.save_pretrained(directory)
         theirs = library.PeftModel.from_pretrained(copy.deepcopy(model), directory).eval()
-        difference = agree(adapted(**inputs).logits, theirs(**inputs).logits, "outputs here and in peft")
+        difference = agree(tiny.scores(adapted, text), tiny.scores(theirs, text), "outputs here and in peft")
     return f"outputs here and in peft differ by {difference:.1g}"
 
 
@@ -38,7 +39,7 @@ def accelerate() -> str:
     tiny.move(adapted.parameters())
     trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
     before = [parameter.detach().cpu().clone() for parameter in trained]
-    rows = [{"input_ids": row, "labels": row} for row in tiny.ids(rows=2)]
+    rows = [{TOKENS: row, LABELS: row} for row in tiny.ids(rows=2)]
     with TemporaryDirectory() as directory:
         options = transformers.TrainingArguments(
             directory, max_steps=1, use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True, learning_rate=0.1
@@ -83,12 +84,11 @@ def onnx() -> str:
     adapted = apply(tiny.decoder(), LINEAR).eval()
     tiny.move(adapted.parameters())
     text = tiny.ids()
-    inputs = {"input_ids": text, "attention_mask": torch.ones_like(text)}
     with TemporaryDirectory() as directory:
         target = Path(directory) / "program"
         adapted.export(target, format="onnx", entry="forward", max_length=32)
-        logits = next(iter(Artifact.load(target)("forward", inputs).values()))
-    difference = agree(logits, adapted(**inputs).logits, "outputs of onnxruntime and of the model")
+        logits = next(iter(Artifact.load(target)("forward", {TOKENS: text, MASK: torch.ones_like(text)}).values()))
+    difference = agree(logits, tiny.scores(adapted, text), "outputs of onnxruntime and of the model")
     return f"outputs of onnxruntime and of the model differ by {difference:.1g}"
 
 
@@ -100,15 +100,15 @@ def trl() -> str:
 
 def _packed(adapted: Any) -> str:
     """That an adapted model on a packed base computes, follows its adapter, and has gradients."""
-    inputs = {"input_ids": tiny.ids()}
+    text = tiny.ids()
     with torch.no_grad():
-        fresh = adapted.eval()(**inputs).logits
+        fresh = tiny.scores(adapted.eval(), text)
         tiny.move(adapted.parameters())
-        trained = adapted(**inputs).logits
+        trained = tiny.scores(adapted, text)
     if not trained.isfinite().all():
         raise CheckFailedError("outputs are not finite")
     differ(trained, fresh, "outputs with a trained adapter and with a new one")
-    adapted.train()(**inputs, labels=inputs["input_ids"]).loss.backward()
+    tiny.loss(adapted.train(), text).backward()
     parameters = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
     without = sum(parameter.grad is None or not parameter.grad.any() for parameter in parameters)
     if without:

@@ -10,6 +10,7 @@ from peftc.compiler.api import AdaptedModel, apply, load
 from peftc.compiler.jobs.doctor import tiny
 from peftc.compiler.jobs.doctor.verdict import CheckFailedError, agree, differ
 from peftc.compiler.jobs.running import run
+from peftc.passes.foreign.transformers import LOGITS
 
 LINEAR = "adapter checked = lora(rank = 4) { on all linear }"
 FRONT = "adapter checked = prefix(length = 4)"
@@ -32,9 +33,10 @@ def trace() -> str:
     """A decoder and an encoder are traced, and their graphs give what they give."""
     names = []
     for model in (tiny.decoder(), tiny.encoder()):
-        inputs = {"input_ids": tiny.ids()}
-        adapted = apply(model, LINEAR, example_inputs=inputs)
-        agree(adapted(**inputs).logits, model(**inputs).logits, f"{type(model).__name__}: graph and model")
+        adapted = apply(model, LINEAR)
+        agree(
+            tiny.scores(adapted, tiny.ids()), tiny.scores(model, tiny.ids()), f"{type(model).__name__}: graph and model"
+        )
         names.append(type(model).__name__)
     return ", ".join(names)
 
@@ -44,26 +46,26 @@ def parity() -> str:
     """A new adapter changes nothing at all; a trained one gives the same merged and unmerged."""
     model = tiny.decoder()
     adapted = apply(model, LINEAR).eval()
-    inputs = {"input_ids": tiny.ids()}
-    plain = model(**inputs).logits
-    fresh = adapted(**inputs).logits
+    text = tiny.ids()
+    plain = tiny.scores(model, text)
+    fresh = tiny.scores(adapted, text)
     agree(fresh, plain, "outputs with a new adapter and the model's", exactly=True)
-    return f"merged and unmerged differ by {_merged(adapted, plain, inputs):.1g}"
+    return f"merged and unmerged differ by {_merged(adapted, plain, text):.1g}"
 
 
 @torch.no_grad()
 def accelerators() -> str:
     """What holds on the CPU holds on every other device that is there."""
     names = [name for name in devices() if name != "cpu"]
-    inputs = {"input_ids": tiny.ids()}
+    text = tiny.ids()
     for name in names:
         model = tiny.decoder()
         adapted = apply(model, LINEAR).eval()
         tiny.move(adapted.parameters())
-        expected = adapted(**inputs).logits
+        expected = tiny.scores(adapted, text)
         moved = apply(model.to(name), LINEAR).eval()
         tiny.move(moved.parameters())
-        agree(moved(input_ids=inputs["input_ids"].to(name)).logits, expected, f"outputs on {name} and on the cpu")
+        agree(tiny.scores(moved, text.to(name)), expected, f"outputs on {name} and on the cpu")
     return ", ".join(names) or "none here but the cpu"
 
 
@@ -76,7 +78,7 @@ def training() -> str:
     trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
     old = [parameter.detach().clone() for parameter in trained]
     optimizer = torch.optim.SGD(trained, lr=1.0)
-    adapted(input_ids=tiny.ids(), labels=tiny.ids()).loss.backward()
+    tiny.loss(adapted, tiny.ids()).backward()
     optimizer.step()
     still = sum(torch.equal(parameter, start) for parameter, start in zip(trained, old, strict=True))
     if still:
@@ -92,12 +94,12 @@ def save_and_load() -> str:
     model = tiny.decoder()
     adapted = apply(model, LINEAR).eval()
     tiny.move(adapted.parameters())
-    inputs = {"input_ids": tiny.ids()}
+    text = tiny.ids()
     with TemporaryDirectory() as directory:
         adapted.save_pretrained(directory)
         files = sorted(path.name for path in Path(directory).iterdir())
         again = load(model, directory).eval()
-        agree(again(**inputs).logits, adapted(**inputs).logits, "outputs of the adapter before and after")
+        agree(tiny.scores(again, text), tiny.scores(adapted, text), "outputs of the adapter before and after")
     return ", ".join(files)
 
 
@@ -113,9 +115,10 @@ def prefix() -> str:
         steps = adapted.generate(
             text, max_new_tokens=NEW, do_sample=False, return_dict_in_generate=True, output_logits=True
         )
-        stepped = torch.stack(steps.logits, dim=1)
-        whole = _whole(adapted, text, steps.sequences)
-        differ(whole, _whole(model, text, steps.sequences), f"{kind}: outputs with a prefix and without")
+        stepped = torch.stack(getattr(steps, LOGITS), dim=1)
+        whole = tiny.scores_of_text(adapted, text, steps.sequences)[:, -NEW:]
+        plain = tiny.scores_of_text(model, text, steps.sequences)[:, -NEW:]
+        differ(whole, plain, f"{kind}: outputs with a prefix and without")
         largest = max(largest, agree(stepped, whole, f"{kind}: outputs of cached steps and of the whole text"))
     return f"cached steps and the whole text differ by {largest:.1g}"
 
@@ -136,22 +139,13 @@ def export() -> str:
     return f"a pt2 program generates {expected}"
 
 
-def _merged(adapted: AdaptedModel, plain: torch.Tensor, inputs: dict[str, Any]) -> float:
+def _merged(adapted: AdaptedModel, plain: torch.Tensor, text: torch.Tensor) -> float:
     """How far merged and unmerged outputs are apart, at an adapter that does something."""
     tiny.move(adapted.parameters())
-    unmerged = adapted(**inputs).logits
+    unmerged = tiny.scores(adapted, text)
     differ(unmerged, plain, "outputs with a trained adapter and without")
     adapted.merge_adapter()
-    difference = agree(adapted(**inputs).logits, unmerged, "merged and unmerged outputs")
+    difference = agree(tiny.scores(adapted, text), unmerged, "merged and unmerged outputs")
     adapted.unmerge_adapter()
-    agree(adapted(**inputs).logits, unmerged, "outputs after unmerging and before merging", exactly=True)
+    agree(tiny.scores(adapted, text), unmerged, "outputs after unmerging and before merging", exactly=True)
     return difference
-
-
-def _whole(model: Any, text: torch.Tensor, sequences: torch.Tensor) -> torch.Tensor:
-    """Logits for the generated tokens, from one call on all of them without a cache."""
-    if model.config.is_encoder_decoder:
-        logits = model(input_ids=text, decoder_input_ids=sequences[:, :-1], use_cache=False).logits
-    else:
-        logits = model(input_ids=sequences[:, :-1], use_cache=False).logits
-    return logits[:, -NEW:]

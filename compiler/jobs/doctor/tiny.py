@@ -8,6 +8,9 @@ import torch
 import transformers
 from torch import nn
 
+from peftc.passes.foreign.transformers import LABELS, LOGITS, TOKENS, USE_CACHE, is_encoder_decoder, name_of
+from peftc.passes.ir.roles import Role, Stack
+
 VOCABULARY = 64
 _SIZES = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
 
@@ -51,6 +54,26 @@ def ids(rows: int = 2, length: int = 7, seed: int = 1) -> torch.Tensor:
     """Tokens, none of them padding."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(2, VOCABULARY, (rows, length), generator=generator)
+
+
+def scores(model: Any, text: torch.Tensor) -> torch.Tensor:
+    """What a model gives for tokens."""
+    given: torch.Tensor = model(**{TOKENS: text})[LOGITS]
+    return given
+
+
+def loss(model: Any, text: torch.Tensor) -> Any:
+    """The loss of tokens that are to be foretold."""
+    return model(**{TOKENS: text, LABELS: text}).loss
+
+
+def scores_of_text(model: Any, text: torch.Tensor, sequences: torch.Tensor) -> torch.Tensor:
+    """Logits after each token but the last of a decoder, without a cache; `text` is what an encoder reads."""
+    arguments: dict[str, Any] = {TOKENS: sequences[:, :-1], USE_CACHE: False}
+    if is_encoder_decoder(model.config):
+        arguments |= {TOKENS: text, name_of(Role.TOKENS, Stack.DECODER): sequences[:, :-1]}
+    given: torch.Tensor = model(**arguments)[LOGITS]
+    return given
 
 
 @torch.no_grad()
