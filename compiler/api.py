@@ -11,6 +11,7 @@ from peftc.compiler.export_model.exportable import Exportable
 from peftc.compiler.load_model.quantizing import check_is_backed, quantize_linears
 from peftc.compiler.pipeline.lower import lower, specialise
 from peftc.compiler.trace.trace import Tracer
+from peftc.compiler.versions import warn_if_untested
 from peftc.grammar.diagnostics import ModelError, UsageError, fail
 from peftc.grammar.method.rule import Value
 from peftc.grammar.spec.elaborate import read_spec
@@ -231,6 +232,7 @@ def load(
 
 def adapt(model: nn.Module) -> AdaptedModel:
     """An adapted model that has no adapter yet."""
+    warn_if_untested()
     plain = share(model, requires_grad=False)
     adapted: AdaptedModel = object.__new__(adapted_class(type(model), AdaptedModel))
     adapted.__dict__.update(plain.__dict__)

@@ -1,1 +1,4 @@
-"""From an adapted model to a directory that needs no peftc: programs, formats, manifests, measured drift."""
+"""From an adapted model to a directory that needs no peftc: programs, formats, manifests, measured drift.
+
+Never here: the command line; printing; a second trace.
+"""

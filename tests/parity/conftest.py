@@ -13,6 +13,14 @@ from torch import nn
 
 from peftc.compiler.api import adapt
 from peftc.runtime.model.model import AdaptedModel
+from tests.parity.peft_release import peft_as_oracle
+
+
+@pytest.fixture(scope="session", autouse=True)
+def peft_computes_what_it_means() -> Iterator[None]:
+    with peft_as_oracle():
+        yield
+
 
 VOCABULARY = 128
 WINDOW = 6
