@@ -44,7 +44,7 @@ ORDER = (
     "compiler/trace",
     "compiler/pipeline",
     "compiler/diagram",
-    "compiler/export",
+    "compiler/export_model",
     "compiler/report",
     "compiler",
     "compiler/jobs",
