@@ -13,6 +13,7 @@ from torch import nn
 
 from peftc.compiler.api import adapt
 from peftc.runtime.model.model import AdaptedModel
+from tests.shared_traces import shared_traces  # noqa: F401  (a fixture of every test here)
 
 VOCABULARY = 128
 WINDOW = 6

@@ -17,6 +17,7 @@ from peftc.grammar.spec.spec import AdapterSpec
 from peftc.grammar.spec.values import complete
 from peftc.passes.plan.plan import AdapterPlan, PlannedCopy, PlannedSite
 from peftc.passes.plan.site import Site
+from tests.shared_traces import shared_traces  # noqa: F401  (a fixture of every test here)
 
 
 def _site(model: nn.Module, name: str) -> Site:
