@@ -22,8 +22,8 @@ from torch import nn
 from peftc import compiler
 from peftc.compiler.api import adapt
 from tests.parity.cases.case import MODELS, Case
+from tests.parity.method_cases import CASES, batch, moved, theirs
 from tests.parity.models import test_convolutions
-from tests.parity.test_methods import CASES, batch, moved, theirs
 
 Run = Callable[[nn.Module], torch.Tensor]
 
