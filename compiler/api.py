@@ -16,6 +16,7 @@ from peftc.grammar.method.rule import Value
 from peftc.grammar.spec.elaborate import read_spec
 from peftc.grammar.spec.spec import AdapterSpec, Spec
 from peftc.passes.cost.cost import Choice
+from peftc.passes.foreign import transformers as contract
 from peftc.passes.insert.insert_delta import SlotValue
 from peftc.passes.ir.traced import Traced
 from peftc.passes.plan.plan import AdapterPlan
@@ -286,7 +287,7 @@ def adapt(model: nn.Module) -> AdaptedModel:
     facts = BaseProvenance(base_name=name or None, base_revision=getattr(config, "_commit_hash", None))
     engine = Engine(Compiler(adapted), adapted)
     adapted.__dict__[STATE] = AdapterState(engine=engine, bank=bank, requires_grad=requires_grad, facts=facts)
-    if any(getattr(each, "gradient_checkpointing", False) is True for each in model.modules()):
+    if any(getattr(each, contract.CHECKPOINTING, False) is True for each in model.modules()):
         engine.recompute = Recompute()
     mark_adapted(adapted)
     return adapted

@@ -19,6 +19,7 @@ from peftc.compiler.export.measuring import check_drift, measured
 from peftc.compiler.export.programs import Adapters, BuiltProgram, alone, make, own_tensors
 from peftc.grammar.diagnostics import ModelError, UsageError, fail
 from peftc.passes.export.route import UnroutedError
+from peftc.passes.foreign import transformers as contract
 from peftc.passes.quantized.schemes.known import packed_modules
 from peftc.runtime.files.tensor_file import Entry as TensorEntry
 from peftc.runtime.files.tensor_file import write_tensors
@@ -205,12 +206,5 @@ def _dimensions(programs: Sequence[BuiltProgram]) -> dict[str, dict[str, int | N
 
 
 def _generation(adapted: AdaptedModel) -> dict[str, Any]:
-    config: Any = adapted.generation_config
-    ends = config.eos_token_id
-    ends = [] if ends is None else list(ends) if isinstance(ends, list | tuple) else [ends]
-    return {
-        "eos_token_id": ends,
-        "pad_token_id": config.pad_token_id,
-        "decoder_start_token_id": config.decoder_start_token_id,
-        "encoder_decoder": bool(getattr(adapted.config, "is_encoder_decoder", False)),
-    }
+    tokens = contract.special_tokens(adapted.generation_config)
+    return {**tokens, "encoder_decoder": contract.is_encoder_decoder(adapted.config)}

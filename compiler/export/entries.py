@@ -1,6 +1,6 @@
 """The calls that a program is made for: a plain forward, or for generation a prefill and the decoding after it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -11,12 +11,15 @@ from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import BaseModelOutput
 
 from peftc.compiler.trace.example_inputs import example_inputs
-from peftc.compiler.trace.samples import PAST, QUERY, ROWS, SOURCE
+from peftc.compiler.trace.samples import SIZES
 from peftc.grammar.diagnostics import UsageError, fail
-from peftc.passes.export.lift import Dimension, Given, Size
+from peftc.passes.export.lift import Dimension, Given
+from peftc.passes.foreign import transformers as contract
+from peftc.passes.ir.inputs import BATCH, PAST, SOURCE, CacheSlot, InputSpec, Size, inputs_of
+from peftc.passes.ir.roles import Role, Stack
 from peftc.passes.virtual_tokens.insert_prefix import CARRIED
 from peftc.runtime.execution import nest
-from peftc.runtime.execution.caches import Layout
+from peftc.runtime.execution.caches import Layout, cache_in
 from peftc.runtime.execution.call import Call, tensor_names
 from peftc.runtime.execution.call_routing import positions_of
 from peftc.runtime.execution.program import guard_of
@@ -26,32 +29,22 @@ Entry = Literal["forward", "generate"]
 """What a program is to be called for."""
 
 FORWARD, PREFILL, DECODE, GENERATE = "forward", "prefill", "decode", "generate"
-BATCH, SEQUENCE, PAST_LENGTH, SOURCE_LENGTH = "batch", "sequence", "past", "source"
-ENCODED = ("past_cross_", "encoder_outputs")  # the inputs that an encoder made
-
-# What the sizes that a model is traced with stand for: see `peftc.compiler.trace.samples`.
-_MEANINGS: Mapping[int, tuple[str, ...]] = {
-    ROWS: (BATCH,),
-    QUERY: (SEQUENCE,),
-    PAST: (PAST_LENGTH,),
-    SOURCE: (SOURCE_LENGTH,),
-    PAST + QUERY: (PAST_LENGTH, SEQUENCE),
-}
 _TRIED = 4096
-_SAMPLES = {SEQUENCE: QUERY, PAST_LENGTH: PAST, SOURCE_LENGTH: SOURCE}
 
 
 @dataclass(frozen=True)
 class EntryCall:
     """A call that becomes a program: the names it is entered by, the name of its file, the call, and its options.
 
-    `options` are the arguments that are no input of the program.
+    `options` are the arguments that are no input of the program; `cache` is what the model calls the one that it is
+    given, if it is.
     """
 
     names: tuple[str, ...]
     file: str
     call: Call
     options: Mapping[str, Any]
+    cache: str | None = None
 
     @property
     def starts(self) -> bool:
@@ -60,7 +53,7 @@ class EntryCall:
 
     def arguments(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """What the model is called with to do what the program does with these inputs, and nothing in the cache."""
-        empty = {"past_key_values": DynamicCache()} if "past_key_values" in self.options else {}
+        empty = {} if self.cache is None else {self.cache: DynamicCache()}
         return {**inputs, **self.options, **empty}
 
 
@@ -74,7 +67,7 @@ def entered(adapted: AdaptedModel, entry: Entry, inputs: Mapping[str, Any] | Non
     engine = adapted._adapter_state.engine
     given = inputs or _samples(adapted)
     options = {name: value for name, value in given.items() if not isinstance(value, torch.Tensor)}
-    options |= {"use_cache": False} if "use_cache" in engine.parameters else {}
+    options |= engine.forward.only({contract.USE_CACHE: False})
     return (EntryCall((FORWARD,), FORWARD, engine.call("", {**given, **options}), options),)
 
 
@@ -83,31 +76,30 @@ def can_generate(adapted: AdaptedModel) -> bool:
     if not isinstance(adapted, PreTrainedModel) or not adapted.can_generate():
         return False
     engine = adapted._adapter_state.engine
-    return "past_key_values" in engine.parameters and engine.takes_cache(engine.plain_call("", _samples(adapted)))
+    return engine.forward.cache is not None and engine.takes_cache(engine.plain_call("", _samples(adapted)))
 
 
-def given_inputs(graph: fx.Graph, is_known: bool, encoded: int = 0) -> tuple[Given, ...]:
-    """The inputs of a specialised graph, their sizes by meaning; `is_known` for a model of transformers'.
+def given_inputs(graph: fx.Graph, encoded: int = 0) -> tuple[Given, ...]:
+    """The inputs of a specialised graph. An axis that nobody knows the meaning of keeps the size it was traced with.
 
     `encoded` are the virtual tokens that an encoder has in front: what it leaves to a decoder is so much longer.
     """
-    nodes = list(graph.find_nodes(op="placeholder"))
-    meanings = _MEANINGS if is_known else _rows_of([node.meta["val"].shape for node in nodes])
+    specs = inputs_of(graph)
+    has_past = any((PAST,) in spec.axes for spec in specs.values())
     found = []
-    for node in nodes:
+    for node, spec in specs.items():
         value = node.meta["val"]
-        sizes = tuple(_size(each, axis, meanings, is_known) for axis, each in enumerate(value.shape))
-        if encoded and str(node.target).startswith(ENCODED):
-            sizes = tuple((SOURCE_LENGTH, encoded) if each == (SOURCE_LENGTH,) else each for each in sizes)
-        found.append(Given(str(node.target), sizes, value.dtype, value.device))
-    if any((PAST_LENGTH,) in each.shape for each in found):
-        return tuple(found)
-    return tuple(replace(each, shape=tuple(map(_without_past, each.shape))) for each in found)
+        sizes = [_hint(value.shape[axis]) if size is None else size for axis, size in enumerate(spec.axes)]
+        if encoded and _is_encoded(spec):
+            sizes = [(SOURCE, encoded) if size == (SOURCE,) else size for size in sizes]
+        shape = tuple(sizes if has_past else map(_without_past, sizes))
+        found.append(Given(str(node.target), shape, value.dtype, value.device))
+    return tuple(found)
 
 
 def encoded_prompts(adapted: AdaptedModel) -> int:
     """How many virtual tokens the active adapters put in front of what a model's encoder reads."""
-    if not getattr(getattr(adapted, "config", None), "is_encoder_decoder", False):
+    if not contract.is_encoder_decoder(getattr(adapted, "config", None)):
         return 0
     return sum(each.length for each in adapted._adapter_state.engine.structure.fronts if each.site.kind == "prompt")
 
@@ -115,7 +107,7 @@ def encoded_prompts(adapted: AdaptedModel) -> int:
 def rows_of(graph: fx.Graph) -> int:
     """The batch that a graph was traced with."""
     first = next(iter(graph.find_nodes(op="placeholder"))).meta["val"].shape
-    return _hint(first[0]) if first else ROWS
+    return _hint(first[0]) if first else SIZES[BATCH]
 
 
 def dimensions(
@@ -126,8 +118,8 @@ def dimensions(
     used = dict.fromkeys(name for each in sums for name in each if isinstance(name, str))
     found = []
     for name in used:
-        low = 0 if name == PAST_LENGTH else 1
-        sample, high = (rows, max_batch_size) if name == BATCH else (_SAMPLES[name], max_length)
+        low = 0 if name == PAST else 1
+        sample, high = (rows, max_batch_size) if name == BATCH else (SIZES[name], max_length)
         found.append(Dimension(name, sample, low, high))
     return tuple(found)
 
@@ -154,14 +146,11 @@ def narrowed(found: tuple[Dimension, ...], given: tuple[Given, ...], guards: tup
 
 def length_of(adapted: AdaptedModel) -> int | None:
     """How many tokens a text may have: as many as the model has positions for, if they are counted."""
-    config: Any = getattr(adapted, "config", None)
+    config: object = getattr(adapted, "config", None)
     if config is None:
         return None
-    learned = positions_of(adapted)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    said = getattr(text, "max_position_embeddings", None)
-    known = [each for each in (learned, said) if isinstance(each, int) and each > 1]
-    return min(known, default=None)
+    lengths = (positions_of(adapted), contract.most_positions(config))
+    return min((length for length in lengths if length is not None and length > 1), default=None)
 
 
 def output_names(form: nest.Form, layout: Layout | None, cached: int, carried: int) -> list[str]:
@@ -175,9 +164,14 @@ def output_names(form: nest.Form, layout: Layout | None, cached: int, carried: i
 
 def cache_names(layout: Layout, count: int) -> list[str]:
     """The names of a cache's tensors as far as a graph returns them: `0_key`, `0_value`, ... `cross_0_key`, ..."""
-    own = [f"{index}_{role}" for index in range(len(layout.own)) for role in ("key", "value")]
-    cross = [f"cross_{index}_{role}" for index in range(len(layout.cross)) for role in ("key", "value")]
-    return [*own, *cross][:count]
+    stacks = ((False, layout.own), (True, layout.cross))
+    slots = [
+        CacheSlot(layer, part, is_cross)
+        for is_cross, layers in stacks
+        for layer in range(len(layers))
+        for part in ("key", "value")
+    ]
+    return [str(slot) for slot in slots[:count]]
 
 
 def _generating(adapted: AdaptedModel) -> tuple[EntryCall, ...]:
@@ -185,33 +179,40 @@ def _generating(adapted: AdaptedModel) -> tuple[EntryCall, ...]:
         message = f"{adapted.base_class.__name__} generates nothing with a cache"
         fail(UsageError, "E641", message, help="export the plain forward: entry='forward', or --entry forward")
     engine = adapted._adapter_state.engine
-    double = bool(getattr(adapted.config, "is_encoder_decoder", False))
-    options: dict[str, Any] = {"use_cache": True, "logits_to_keep": 1}
-    options = {name: value for name, value in options.items() if name in engine.parameters}
+    double = contract.is_encoder_decoder(adapted.config)
+    stack = Stack.DECODER if double else Stack.ONLY
+    ids, mask, places = (contract.name_of(role, stack) for role in (Role.TOKENS, Role.MASK, Role.POSITIONS))
+    options: dict[str, Any] = engine.forward.only({contract.USE_CACHE: True, contract.LOGITS_TO_KEEP: 1})
     first: dict[str, Any] = dict(_samples(adapted))
-    tokens = first["decoder_input_ids" if double else "input_ids"]
-    takes_positions = "position_ids" in engine.parameters and not double
+    tokens = first[ids]
+    takes_positions = engine.forward.takes(places) and not double
     if takes_positions:
-        first["position_ids"] = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-    if not double:
-        options["past_key_values"] = DynamicCache()
+        first[places] = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+    name = engine.forward.cache
+    assert name is not None
+    given = None if double else name
     with torch.no_grad():
-        made = adapted(**first, **options)
-    then: dict[str, Any] = {"past_key_values": made.past_key_values, "attention_mask": first.get("attention_mask")}
+        made = adapted(**first, **options, **({} if given is None else {given: DynamicCache()}))
+    then: dict[str, Any] = {name: cache_in(made)}
     if double:
-        then |= {"decoder_input_ids": tokens[:, :1]}
-        then["encoder_outputs"] = BaseModelOutput(last_hidden_state=made.encoder_last_hidden_state)
+        then |= {contract.MASK: first.get(contract.MASK), ids: tokens[:, :1], **encoded_by(made)}
     else:
-        then |= {"input_ids": tokens, "attention_mask": torch.ones_like(tokens).repeat(1, 2)}
-        if takes_positions:
-            then["position_ids"] = first["position_ids"]
-    then = {name: value for name, value in then.items() if name in engine.parameters}
-    decode = engine.call("", {**options, **then})
-    prefill = engine.call("", {**first, **options, **({} if double else {"past_key_values": DynamicCache()})})
+        then |= {ids: tokens, mask: torch.ones_like(tokens).repeat(1, 2)}
+        then |= {places: first[places]} if takes_positions else {}
+    decode = engine.call("", {**options, **engine.forward.only(then)})
+    prefill = engine.call("", {**first, **options, **({} if given is None else {given: DynamicCache()})})
     # A call with an empty cache has the graph that goes on from one, unless prompts are put in front.
     if prefill.signature == decode.signature:
-        return (EntryCall((PREFILL, DECODE), GENERATE, prefill, options),)
-    return EntryCall((PREFILL,), PREFILL, prefill, options), EntryCall((DECODE,), DECODE, decode, options)
+        return (EntryCall((PREFILL, DECODE), GENERATE, prefill, options, given),)
+    return (
+        EntryCall((PREFILL,), PREFILL, prefill, options, given),
+        EntryCall((DECODE,), DECODE, decode, options, given),
+    )
+
+
+def encoded_by(output: Any) -> dict[str, Any]:
+    """The argument by which a decoder goes on from what the encoder made in an earlier call."""
+    return {contract.ENCODER_OUTPUT: BaseModelOutput(getattr(output, contract.ENCODED))}
 
 
 def _samples(adapted: AdaptedModel) -> dict[str, torch.Tensor]:
@@ -224,20 +225,12 @@ def _samples(adapted: AdaptedModel) -> dict[str, torch.Tensor]:
 
 def _without_past(size: Size) -> Size:
     """Without a cache nothing is behind."""
-    return tuple(each for each in size if each != PAST_LENGTH) if isinstance(size, tuple) else size
+    return tuple(each for each in size if each != PAST) if isinstance(size, tuple) else size
 
 
-def _rows_of(shapes: Sequence[torch.Size]) -> Mapping[int, tuple[str, ...]]:
-    """The batch of a module nothing is known of: the first axis, if it varies and is of one size in every input."""
-    first = {_hint(shape[0]) for shape in shapes if shape}
-    varies = all(isinstance(shape[0], torch.SymInt) for shape in shapes if shape)
-    return {next(iter(first)): (BATCH,)} if len(first) == 1 and varies else {}
-
-
-def _size(size: int | torch.SymInt, axis: int, meanings: Mapping[int, tuple[str, ...]], is_known: bool) -> Size:
-    if isinstance(size, int):
-        return size
-    return meanings.get(_hint(size), _hint(size)) if is_known or axis == 0 else _hint(size)
+def _is_encoded(spec: InputSpec) -> bool:
+    """Whether an encoder made it."""
+    return spec.role == Role.ENCODED or (spec.slot is not None and spec.slot.cross)
 
 
 def _hint(size: int | torch.SymInt) -> int:

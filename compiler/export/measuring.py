@@ -4,17 +4,21 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from transformers.modeling_outputs import BaseModelOutput
 
+from peftc.compiler.export.entries import encoded_by
 from peftc.compiler.export.programs import IDS, Adapters, BuiltProgram, alone, own_tensors
 from peftc.grammar.diagnostics import UsageError, fail
 from peftc.passes.export.exported import ADAPTER
+from peftc.passes.foreign import transformers as contract
+from peftc.passes.ir.roles import Role, Stack
 from peftc.runtime.execution import nest
+from peftc.runtime.execution.caches import cache_in
 from peftc.runtime.merge.drift import OutputDrift
 from peftc.runtime.merge.rounding import output_drift
 from peftc.runtime.model.model import AdaptedModel
 
 ROWS, LENGTH, MOST, SEED = 2, 32, 16, 0
+_READ, _DECODED = contract.name_of(Role.TOKENS), contract.name_of(Role.TOKENS, Stack.DECODER)
 
 Inputs = dict[str, Any]
 
@@ -68,7 +72,7 @@ def _found(programs: Sequence[BuiltProgram], given: Inputs, beside: Sequence[Inp
     if _goes_on(first, given):
         state = {past: outputs[present] for present, past in first.state.items()}
         known = {**state, **_one_more(given), **beside[-1]}
-        found.append(last({each["name"]: known[each["name"]] for each in last.inputs})["logits"])
+        found.append(last({each["name"]: known[each["name"]] for each in last.inputs})[contract.LOGITS])
     return found
 
 
@@ -82,33 +86,33 @@ def _expected(adapted: AdaptedModel, programs: Sequence[BuiltProgram], given: In
         expected = [_last(leaves[0], first)]
         if _goes_on(first, given):
             more = _known(adapted, _one_more(given))
-            more |= {**first.entered.options, "past_key_values": output.past_key_values}
-            if "decoder_input_ids" in given:
-                more["encoder_outputs"] = BaseModelOutput(last_hidden_state=output.encoder_last_hidden_state)
-            expected.append(_last(adapted(**more).logits, programs[-1]))
+            more |= {**first.entered.options, str(adapted._adapter_state.engine.forward.cache): cache_in(output)}
+            if _DECODED in given:
+                more |= encoded_by(output)
+            expected.append(_last(adapted(**more)[contract.LOGITS], programs[-1]))
     return expected
 
 
 def _goes_on(first: BuiltProgram, given: Inputs) -> bool:
     """Whether a text is generated, and one more token fits."""
     most = next((each.high for each in first.dimensions if each.name == "sequence"), None)
-    tokens = given.get("decoder_input_ids", given.get("input_ids"))
+    tokens = given.get(_DECODED, given.get(_READ))
     return bool(first.state) and tokens is not None and (most is None or tokens.shape[1] < most)
 
 
 def _one_more(given: Inputs) -> Inputs:
     """The inputs of the call that goes on with one token; which, does not matter."""
-    if "decoder_input_ids" in given:
-        mask = {"attention_mask": given["attention_mask"]} if "attention_mask" in given else {}
-        return {"decoder_input_ids": given["decoder_input_ids"][:, :1], **mask}
-    tokens = given["input_ids"]
+    mask, places = contract.name_of(Role.MASK), contract.name_of(Role.POSITIONS)
+    if _DECODED in given:
+        seen = {mask: given[mask]} if mask in given else {}
+        return {_DECODED: given[_DECODED][:, :1], **seen}
+    tokens = given[_READ]
     longer = tokens.new_ones(len(tokens), tokens.shape[1] + 1)
-    return {"input_ids": tokens[:, :1], "attention_mask": longer, "position_ids": longer[:, :1] * tokens.shape[1]}
+    return {_READ: tokens[:, :1], mask: longer, places: longer[:, :1] * tokens.shape[1]}
 
 
 def _known(adapted: AdaptedModel, given: Inputs) -> Inputs:
-    parameters = adapted._adapter_state.engine.parameters
-    return {name: value for name, value in given.items() if name in parameters}
+    return adapted._adapter_state.engine.forward.only(given)
 
 
 def _last(logits: torch.Tensor, made: BuiltProgram) -> torch.Tensor:
@@ -142,9 +146,7 @@ def _inputs(adapted: AdaptedModel, made: BuiltProgram, given: Mapping[str, Any] 
     if made.state and "sequence" in sizes:
         sizes["sequence"] = max(1, sizes["sequence"] - 1)  # one more is to follow
     sizes |= {"batch": min(rows, ranges["batch"].high or rows) if "batch" in ranges else 1, "past": 0}
-    config: Any = getattr(adapted, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    vocabulary = int(getattr(text, "vocab_size", None) or 2)
+    vocabulary = contract.vocabulary_size(getattr(adapted, "config", None))
     device = next(iter(adapted.parameters())).device
     generator = torch.Generator(device).manual_seed(SEED)
     found: Inputs = {}
@@ -157,9 +159,12 @@ def _inputs(adapted: AdaptedModel, made: BuiltProgram, given: Mapping[str, Any] 
             continue
         shape = [_evaluated(size, sizes) for size in each["shape"]]
         dtype = getattr(torch, each["dtype"])
-        if each["name"].endswith("mask"):
+        role = contract.argument_of(each["name"], encoder_decoder=False).role
+        if role in (Role.MASK, Role.OTHER_MASK):
             made_up = torch.ones(shape, dtype=dtype, device=device)
-        elif each["name"] == "position_ids":
+        elif role == Role.TYPES:
+            made_up = torch.zeros(shape, dtype=dtype, device=device)
+        elif role == Role.POSITIONS:
             made_up = torch.arange(shape[-1], dtype=dtype, device=device).expand(shape).contiguous()
         elif dtype.is_floating_point:
             made_up = torch.randn(shape, generator=generator, device=device).to(dtype)

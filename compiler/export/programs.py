@@ -19,8 +19,10 @@ from peftc.passes.export.fold import drop_unused, fold
 from peftc.passes.export.lift import BoundError, Dimension, Given, Lifted, lift
 from peftc.passes.export.route import route
 from peftc.passes.export.start_empty import StartEmpty
+from peftc.passes.foreign import transformers as contract
 from peftc.passes.ir import pass_manager
 from peftc.passes.ir.emit import Origin
+from peftc.passes.ir.roles import Role
 from peftc.passes.ir.traced import Traced
 from peftc.passes.virtual_tokens.insert_prefix import CARRIED
 from peftc.runtime.execution.engine import ADAPTERS, Engine
@@ -81,7 +83,7 @@ def make(
     if entered.starts:
         _start_empty(graph, entered, traced)
     is_known = isinstance(adapted, PreTrainedModel)
-    given = entries.given_inputs(graph, is_known, entries.encoded_prompts(adapted))
+    given = entries.given_inputs(graph, entries.encoded_prompts(adapted))
     rows = entries.rows_of(graph)
     ranges = entries.dimensions(given, rows, max_batch_size=max_batch_size, max_length=max_length)
     ranges = ranges if is_known else entries.narrowed(ranges, given, traced.guards)
@@ -104,7 +106,7 @@ def make(
         elif own:
             fold(lifted, frozenset(own.values()), {node: lifted.tensors[node] for node in own.values()})
         drop_unused(lifted)
-        lifted.drop_inputs("encoder_outputs")
+        lifted.drop_inputs(contract.ENCODER_OUTPUT)
     except BoundError as error:
         message = f"the graph of {adapted.base_class.__name__} holds for some sizes only: {error.reasons[0]}"
         fail(ModelError, "E644", message, help="its forward takes another way for other sizes: it cannot be exported")
@@ -126,9 +128,9 @@ def _lifted(graph: fx.Graph, values: "_Values", given: Sequence[Given], ranges: 
 
 def _start_empty(graph: fx.Graph, entered: EntryCall, traced: Traced) -> None:
     """A prefix stands in front of a cache; a plain forward has one, and it is empty."""
-    pasts = traced.inputs[len(entered.call.tensors) :]
+    pasts = tuple(spec.name for spec in traced.inputs if spec.role == Role.CACHE)
     if pasts:
-        pass_manager.run(graph, [StartEmpty(pasts, traced.inputs[0])])
+        pass_manager.run(graph, [StartEmpty(pasts, traced.inputs[0].name)])
 
 
 def own_tensors(adapted: AdaptedModel, made: BuiltProgram, name: str) -> dict[str, torch.Tensor]:
@@ -230,7 +232,7 @@ def _returned(entered: EntryCall, traced: Traced, graph: fx.Graph) -> tuple[list
     carried = count - plain - traced.cached
     names = entries.output_names(form, layout, traced.cached, carried)
     generates = entered.names != (entries.FORWARD,)
-    kept = [index for index, name in enumerate(names) if not generates or index >= plain or name == "logits"]
+    kept = [index for index, name in enumerate(names) if not generates or index >= plain or name == contract.LOGITS]
     state = {name: name.replace("present_", "past_", 1) for name in names[plain:]}
     return kept, [names[index] for index in kept], state if generates else {}
 

@@ -10,7 +10,9 @@ from torch import fx
 
 from peftc.passes.insert.insert_delta import SlotValue, UnfitError
 from peftc.passes.ir.emit import Emit, Origin
+from peftc.passes.ir.inputs import with_role
 from peftc.passes.ir.pass_manager import Change, Miss
+from peftc.passes.ir.roles import Role
 from peftc.passes.optimize.group_heads import repeated
 from peftc.passes.plan.site import Site
 from peftc.passes.plan.structure import Structure
@@ -22,7 +24,6 @@ from peftc.passes.virtual_tokens.front_value import by_slot, expanded, length_of
 aten = torch.ops.aten
 
 POSITIONS = "position_embeddings.weight"  # how the names of learned embeddings of positions end
-TEXT = ("input_ids", "inputs_embeds")
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class InsertHeads:
             putting.at(each, prefix, 2 * layer)
         if weighted(fronts):
             Weighing(emit, fronts, self.slot_value, near).all(found)
-        if any(each in TEXT for each in widen.placeholders(graph)):
+        if any(with_role(graph, Role.TOKENS)) or any(with_role(graph, Role.EMBEDDINGS)):
             _shift_positions(graph, emit, site, length)
         return Change(made=len(emit.made))
 

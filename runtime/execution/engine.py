@@ -1,6 +1,5 @@
 """Keeps the traces and programs of one model, and finds the one that serves a call."""
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -12,6 +11,7 @@ from torch import fx, nn
 
 from peftc.grammar.spec.spec import AdapterSpec
 from peftc.passes.cost.cost import Choice, Lookup, choose
+from peftc.passes.foreign import transformers as contract
 from peftc.passes.insert.insert_delta import SlotValue
 from peftc.passes.ir.traced import Traced
 from peftc.passes.plan import structure as structures
@@ -104,7 +104,7 @@ class Engine:
         self.storage = Storage(model)
         self.recompute: Recompute | None = None  # how layers are recomputed in training, if they are
         self.model = model
-        self.parameters = frozenset(inspect.signature(model.forward).parameters)
+        self.forward = contract.forward_of(model.forward)
         self._fixed: Choice | None = None
         self._takes_cache: dict[str, bool] = {}
         self._traces: dict[Signature, Traced] = {}
@@ -146,7 +146,8 @@ class Engine:
 
     def plain_call(self, entry: str, arguments: Mapping[str, Any]) -> Call:
         """A call taken apart, without virtual tokens. Raises UsageError."""
-        return read_call(entry, self.model.training, getattr(self.model, "config", None), arguments)
+        forward = None if entry else self.forward
+        return read_call(entry, self.model.training, getattr(self.model, "config", None), arguments, forward)
 
     def takes_cache(self, call: Call) -> bool:
         """Whether the model can be given keys and values that attention sees beside the call's own."""

@@ -9,9 +9,10 @@ from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from peftc.grammar.diagnostics import UsageError, fail
 from peftc.passes.expression.materialise import Evaluator
 from peftc.passes.expression.scene import Eager
+from peftc.passes.foreign import transformers as contract
 from peftc.passes.plan.plan import PlannedSite
 from peftc.runtime.adapters.bank import AdapterParameters
-from peftc.runtime.execution import cache_layers, virtual
+from peftc.runtime.execution import cache_layers
 from peftc.runtime.init.tokens import chat_ids, text_ids
 from peftc.runtime.merge.rounding import in_evaluation
 from peftc.runtime.model.state import AdapterState
@@ -118,16 +119,16 @@ class KvPrefix(nn.Module):
 
     def _texts(self, adapter: AdapterParameters, ids: list[int]) -> dict[str, torch.Tensor]:
         tokens = torch.tensor([ids], device=next(adapter.parameters()).device)
-        given = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
-        return {name: each for name, each in given.items() if name in self._adapter_state.engine.parameters}
+        given = {contract.TOKENS: tokens, contract.MASK: torch.ones_like(tokens)}
+        return self._adapter_state.engine.forward.only(given)
 
     @torch.no_grad()
     def _seen(self, adapter: AdapterParameters, ids: list[int]) -> Cache:
         """What the base leaves in the cache of these tokens."""
         cache = DynamicCache()  # without a config it holds every token, whatever the windows of layers
-        given = {**self._texts(adapter, ids), virtual.CACHE: cache}
-        if not getattr(getattr(self, "config", None), "use_cache", True):
-            given["use_cache"] = True
+        given = {**self._texts(adapter, ids), str(self._adapter_state.engine.forward.cache): cache}
+        if not contract.uses_cache(getattr(self, "config", None)):
+            given[contract.USE_CACHE] = True
         with self.disable_adapter():  # type: ignore[operator]
             in_evaluation(self, lambda: self(**given))
         return cache

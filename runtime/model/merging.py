@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from peftc.grammar.diagnostics import UsageError, fail
+from peftc.passes.foreign import transformers as contract
 from peftc.passes.plan.sites import tied_names
 from peftc.passes.quantized.schemes.known import packed
 from peftc.passes.quantized.schemes.packing import Packing
@@ -241,7 +242,7 @@ class Merging(nn.Module):
                 self.unmerge_adapter()
 
         unmerged, merged = in_evaluation(self, outputs)
-        mask = kwargs.get("attention_mask")
+        mask = kwargs.get(contract.MASK)
         return output_drift(unmerged, merged, mask if isinstance(mask, torch.Tensor) else None)
 
     def _plain(self, tensors: Replaced) -> nn.Module:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from peftc.grammar.diagnostics import UsageError, fail
+from peftc.passes.foreign import transformers as contract
 from peftc.passes.quantized.schemes.known import packed
 from peftc.runtime.base.base import BANK
 from peftc.runtime.base.kbit import widened_tensors
@@ -24,7 +25,7 @@ from peftc.runtime.model.saving import Saving
 from peftc.runtime.model.state import AdapterState
 
 STATE = "_adapter_state"
-ADAPTED = "_hf_peft_config_loaded"  # by which transformers knows that a quantized model has something to train
+ADAPTED = contract.HAS_ADAPTERS
 COMPILED_CALLS = ("_compiled", "_compiled_call_impl", "_compiled_call")  # bound to this model, no other
 Root = TypeVar("Root", bound="AdaptedModel")
 

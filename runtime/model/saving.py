@@ -18,6 +18,7 @@ from peftc.grammar.diagnostics import CheckpointError, SpecError, UsageError, fa
 from peftc.grammar.method.rule import Value
 from peftc.grammar.spec.spec import AdapterSpec
 from peftc.grammar.syntax import layout
+from peftc.passes.foreign import peft as fields
 from peftc.passes.plan.plan import AdapterPlan, ParamKey
 from peftc.passes.plan.sites import tied_names
 from peftc.runtime.adapters.bank import AdapterParameters, trained_keys
@@ -26,7 +27,6 @@ from peftc.runtime.execution.storage import check_trainable, without_packed
 from peftc.runtime.init.initial import initial
 from peftc.runtime.init.tokens import check_ties, needed_vocabulary
 from peftc.runtime.model.state import AdapterState
-from peftc.runtime.peft_format import peft_fields as fields
 from peftc.runtime.peft_format.adapter_files import adapter_directory, locate, read_adapter, write_adapter, write_files
 from peftc.runtime.peft_format.checkpoint import Entry, entries, fit, kept_masks, unpruned
 from peftc.runtime.peft_format.manifest import (

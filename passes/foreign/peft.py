@@ -1,9 +1,12 @@
-"""What is known of adapter_config.json beyond a method's own fields: facts of PEFT's format, as data."""
+"""What PEFT calls things: fields of adapter_config.json beyond a method's own, and arguments that it adds to calls."""
 
 import re
 from collections.abc import Sequence
 
 PEFT_VERSION = "0.21.2"  # the version whose format is written
+TASK_IDS = "task_ids"  # of rows, for prompts by task
+TOKEN_TYPES = "input_type_mask"  # of tokens, for context-aware prompts
+
 OWN_TYPE = "PEFTC"  # the type of a method that PEFT has not: the file holds the spec's text
 
 # Read by peft_config itself, for every method.
