@@ -91,8 +91,7 @@ def main(methods: Sequence[str]) -> None:
     warnings.simplefilter("ignore")
     found: dict[str, dict[str, tuple[str, str]]] = {}
     for name, make in MODELS.items():
-        torch.manual_seed(0)
-        model = make().eval()
+        model = make()
         adapted = adapt(model)
         for case in CASES:
             if methods and case.method not in methods:

@@ -66,8 +66,7 @@ def theirs(case: Case, name: str, model: nn.Module) -> nn.Module:
 
 def make_base(name: str) -> Base:
     """A model, and an adapted model of it that every case puts its adapter into: one trace serves them all."""
-    torch.manual_seed(0)
-    model = MODELS[name]().eval()
+    model = MODELS[name]()
     for parameter in model.parameters():
         parameter.data.add_(torch.randn_like(parameter) * 0.05)  # no bias is zero, no norm is one
     return name, model, adapt(model)
