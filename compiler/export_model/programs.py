@@ -77,7 +77,7 @@ def make(
     engine: Engine = adapted._adapter_state.engine
     traced = engine.traced(entered.call)
     graph = compilable(engine.graph(entered.call))
-    slots = {_slot_name(node): str(node.target) for node in graph.find_nodes(op="get_attr") if _is_slot(node)}
+    slots = _slots_of(graph)
     if entered.starts:
         _start_empty(graph, entered, traced)
     is_known = isinstance(adapted, PreTrainedModel)
@@ -197,6 +197,15 @@ def _read(engine: Engine, target: str) -> torch.Tensor:
 
 def _is_slot(node: fx.Node) -> bool:
     return str(node.target).startswith(ADAPTERS)
+
+
+def _slots_of(graph: fx.Graph) -> dict[str, str]:
+    """What the graph reads of the active adapters, by names; what tied weights share has the name of the first."""
+    names: dict[str, str] = {}
+    for node in graph.find_nodes(op="get_attr"):
+        if _is_slot(node):
+            names.setdefault(str(node.target), _slot_name(node))
+    return {name: target for target, name in names.items()}
 
 
 def _slot_name(node: fx.Node) -> str:
