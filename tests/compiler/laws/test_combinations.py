@@ -89,13 +89,13 @@ def _upon(adapted: Any, first: str, second: str) -> torch.Tensor:
     """What the second adapter makes of a base into which the first is merged."""
     state = adapted._adapter_state
     adapted.set_adapter([])
-    before = adapted._put(merged_tensors(adapted, [(state.adapter(first), 1.0)]))
+    before = state.base.swap(merged_tensors(adapted, [(state.adapter(first), 1.0)]))
     try:
         adapted.set_adapter(second)
         return _call(adapted)
     finally:
         adapted.set_adapter([])
-        adapted._put(before)
+        state.base.swap(before)
 
 
 @pytest.mark.parametrize(("first", "second"), PAIRS)

@@ -86,7 +86,7 @@ class Before:
 
     def _read(self) -> tuple[Any, ...]:
         state, adapted = self._adapted._adapter_state, self._adapted
-        return state.active, state.merged, state.names(), adapted.training, copy.deepcopy(adapted.config.to_dict())
+        return state.active, state.displaced, state.names(), adapted.training, copy.deepcopy(adapted.config.to_dict())
 
     def _count(self) -> int:
         return len(self._adapted._adapter_state.engine._traces)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from peftc.compiler.export.output import seal
+from peftc.compiler.export_model.output import seal
 from peftc.grammar.diagnostics import AdapterError
 from peftc.runtime.artifact.artifact import Artifact
 from peftc.runtime.artifact.tensors import read_tensors
