@@ -16,6 +16,7 @@ HOUSE = MAKER["House"]()
 # From the ground up: a room may import those before it. What a room is for is said in its docstring.
 ORDER = (
     "grammar",
+    "grammar/errors",
     "grammar/syntax",
     "grammar/algebra",
     "grammar/method",

@@ -60,7 +60,7 @@ def check_options(
         known = CHOICES[name]
         if value is not None and value not in known:
             help = did_you_mean(str(value), known) or f"it is one of {', '.join(known)}"
-            fail(UsageError, "E640", f"{name} cannot be {value!r}", help=help)
+            fail(UsageError, "E649", f"{name} cannot be {value!r}", help=help)
     said = [name for name, value in {**others, **sizes, **limits}.items() if value is not None and value is not False]
     found = unmeant(format, adapters, said)
     if found is not None:
