@@ -29,7 +29,7 @@ def explain(
     local_files_only: arguments.Offline = False,
     json: arguments.Json = False,
 ) -> None:
-    """Tell how each site is lowered, and what the alternatives would cost; or what an error code means. Nothing is traced."""
+    """Tell how each site is lowered, and what others would cost; or what an error code means. Nothing is traced."""
     if model is None:
         explain_code(spec, json)
         return
