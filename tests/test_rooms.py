@@ -61,6 +61,7 @@ WITHOUT = {
     "grammar": {"torch", "transformers", "numpy"},
     "passes": {"huggingface_hub", "safetensors", "rich", "typer"},
     "passes/ir": {"transformers"},
+    "passes/foreign": {"transformers", "peft", "torch"},
     "passes/expression": {"transformers"},
     "passes/optimize": {"transformers"},
     "runtime": {"rich", "typer", "networkx"},
