@@ -107,12 +107,12 @@ def lower(graph: fx.Graph, *, autocast: bool, choice: Choice = PUSHED) -> Lowere
     """
     traceable = compilable(graph)
     plain = copy_graph(traceable)
-    prologue = fx.Graph()
     steps: list[pass_manager.Pass] = [] if autocast else [FuseLowRank(), AddInPlace()]
     if choice.frozen and not autocast:
-        steps.append(Hoist(choice.dense, prologue))
-    pass_manager.run(plain, [*steps, NativeCalls()])
-    return Lowered(traceable, plain, prologue if len(prologue.nodes) > 1 else None)
+        steps.append(Hoist(choice.dense))
+    result = pass_manager.run(plain, [*steps, NativeCalls()])
+    hoisted = result.changes.get(Hoist.name)
+    return Lowered(traceable, plain, None if hoisted is None else hoisted.prologue)
 
 
 def compilable(graph: fx.Graph) -> fx.Graph:

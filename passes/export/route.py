@@ -15,7 +15,7 @@ from torch import fx
 from peftc.passes.export.fold import Values, computed, drop_unused, fixed_nodes, frontier
 from peftc.passes.export.lift import Given, Lifted, check_unbound, propagate
 from peftc.passes.ir.emit import Emit, Origin
-from peftc.passes.virtual_tokens import widen
+from peftc.passes.ir.infer import is_same_size
 
 aten = torch.ops.aten
 
@@ -320,7 +320,7 @@ def _has_sizes(made: Any, node: fx.Node) -> bool:
     if not isinstance(made, fx.Node):
         return True
     shapes = [each.meta["val"].shape for each in (made, node)]
-    return all(map(widen.same_size, *shapes))
+    return all(map(is_same_size, *shapes))
 
 
 def _operator(node: fx.Node) -> Callable[..., Any]:

@@ -9,6 +9,7 @@ from torch import fx
 
 from peftc.passes.ir.emit import Emit, Origin
 from peftc.passes.ir.pass_manager import Change
+from peftc.passes.ir.stages import Stage
 
 aten = torch.ops.aten
 
@@ -23,6 +24,7 @@ class StartEmpty:
     pasts: Sequence[str]
     like: str
     name: ClassVar[str] = "start-empty"
+    leaves: ClassVar[Stage] = Stage.PORTABLE
 
     def run(self, graph: fx.Graph) -> Change:
         """Rewrite in place."""
@@ -40,6 +42,6 @@ class StartEmpty:
             graph.erase_node(node)
         return Change(made=len(emit.made), removed=len(found))
 
-    def legal(self, node: fx.Node) -> bool:
-        """None of the inputs is left."""
-        return node.op != "placeholder" or node.target not in self.pasts
+    def removes(self, node: fx.Node) -> bool:
+        """The inputs."""
+        return node.op == "placeholder" and node.target in self.pasts

@@ -15,6 +15,7 @@ from peftc.passes.insert.uses import WeightUse, use_of
 from peftc.passes.ir.emit import Emit, Origin
 from peftc.passes.ir.pass_manager import Change, Miss
 from peftc.passes.ir.split_tied_weights import module_path
+from peftc.passes.ir.stages import Stage
 from peftc.passes.plan.site import Site
 from peftc.passes.plan.structure import AdaptedSite, Structure, Term, site_slot, slot_role
 
@@ -37,6 +38,7 @@ class InsertDelta:
     training: bool
     dense: frozenset[str] = frozenset()
     name: ClassVar[str] = "insert-delta"
+    leaves: ClassVar[Stage] = Stage.ADAPTED
 
     def run(self, graph: fx.Graph) -> Change:
         """Rewrite every use of every planned site. Raises DropoutError where dropout cannot be honoured."""
@@ -48,10 +50,6 @@ class InsertDelta:
             for weight in weights.get(adapted.site.weight, ()):
                 made += self._adapt(graph, weight, adapted)
         return Change(made=made)
-
-    def legal(self, node: fx.Node) -> bool:
-        """Anything the cleaned trace holds."""
-        return True
 
     def check(self, use: fx.Node, weight: fx.Node, site: Site) -> WeightUse | Miss:
         """How a node uses the weight."""

@@ -10,6 +10,7 @@ from torch import fx
 from peftc.passes.insert.insert_delta import SlotValue
 from peftc.passes.ir.emit import Emit, Origin
 from peftc.passes.ir.pass_manager import Change, Miss
+from peftc.passes.ir.stages import Stage
 from peftc.passes.plan.plan import IDS, ORDER, ROWS
 from peftc.passes.plan.structure import ReplacedRows, Structure, rows_role, rows_slot
 
@@ -47,6 +48,7 @@ class InsertTokens:
     slot_value: SlotValue
     autocast: bool = False
     name: ClassVar[str] = "insert-tokens"
+    leaves: ClassVar[Stage] = Stage.ADAPTED
 
     def run(self, graph: fx.Graph) -> Change:
         """Rewrite in place."""
@@ -58,10 +60,6 @@ class InsertTokens:
             if str(weight.target) in found:
                 made += self._replace(graph, weight, found[str(weight.target)])
         return Change(made=made)
-
-    def legal(self, node: fx.Node) -> bool:
-        """Anything that was legal before."""
-        return True
 
     def check(self, use: fx.Node, weight: fx.Node) -> Lookup | Head | Miss:
         """How a node uses the weight."""

@@ -8,6 +8,7 @@ from torch import fx
 
 from peftc.passes.ir.emit import Emit, Origin
 from peftc.passes.ir.pass_manager import Change, Miss
+from peftc.passes.ir.stages import Stage
 from peftc.passes.plan.structure import float_of
 from peftc.passes.quantized.packed_operators import PACKED_LINEAR
 
@@ -35,6 +36,7 @@ class FuseLowRank:
     """
 
     name: ClassVar[str] = "fuse-low-rank"
+    leaves: ClassVar[Stage] = Stage.FUSED
 
     def run(self, graph: fx.Graph) -> Change:
         """Rewrite in place."""
@@ -45,10 +47,6 @@ class FuseLowRank:
                 made += self._rewrite(graph, term, rows)
         graph.eliminate_dead_code()
         return Change(made=made)
-
-    def legal(self, node: fx.Node) -> bool:
-        """Anything that was legal before, and the in-place addmm of ours."""
-        return True
 
     def check(self, total: fx.Node) -> _Term | Miss:
         """Take an addition apart."""

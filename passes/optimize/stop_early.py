@@ -8,6 +8,7 @@ from torch import fx
 
 from peftc.passes.ir.emit import Emit, Origin
 from peftc.passes.ir.pass_manager import Change, Miss
+from peftc.passes.ir.stages import Stage
 
 aten = torch.ops.aten
 
@@ -21,6 +22,7 @@ class StopEarly:
     """
 
     name: ClassVar[str] = "stop-early"
+    leaves: ClassVar[Stage] = Stage.ADAPTED
 
     def run(self, graph: fx.Graph) -> Change:
         """Rewrite in place."""
@@ -40,10 +42,6 @@ class StopEarly:
             waiting += emit.made
             made, removed = made + len(emit.made), removed + 1
         return Change(made, removed)
-
-    def legal(self, node: fx.Node) -> bool:
-        """Anything that was legal before."""
-        return True
 
     def check(self, stop: fx.Node) -> fx.Node | Miss:
         """What to stop the operands of, in place of its result."""

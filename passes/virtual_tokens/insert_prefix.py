@@ -11,6 +11,8 @@ from torch import fx
 from peftc.passes.insert.insert_delta import SlotValue, UnfitError
 from peftc.passes.ir.emit import Emit, Origin
 from peftc.passes.ir.pass_manager import Change
+from peftc.passes.ir.stages import Stage
+from peftc.passes.ir.values import refresh
 from peftc.passes.plan.site import Site
 from peftc.passes.plan.structure import Structure
 from peftc.passes.virtual_tokens import widen
@@ -38,6 +40,7 @@ class InsertPrefix:
     cached: int
     encoder_decoder: bool = False
     name: ClassVar[str] = "insert-prefix"
+    leaves: ClassVar[Stage] = Stage.WIDENED
 
     def run(self, graph: fx.Graph) -> Change:
         """Rewrite in place. Raises UnfitError where the cache is another than the config says."""
@@ -60,10 +63,6 @@ class InsertPrefix:
         Weighing(emit, fronts, self.slot_value, own[0]).all(attending)
         return Change(made=len(emit.made))
 
-    def legal(self, node: fx.Node) -> bool:
-        """Anything the cleaned trace holds."""
-        return True
-
 
 @dataclass(frozen=True)
 class CarryPrompt:
@@ -76,6 +75,7 @@ class CarryPrompt:
     structure: Structure
     cached: int
     name: ClassVar[str] = "carry-prompt"
+    leaves: ClassVar[Stage] = Stage.WIDENED
 
     def run(self, graph: fx.Graph) -> Change:
         """Rewrite in place."""
@@ -98,10 +98,6 @@ class CarryPrompt:
             nodes.append(node)
         lead_cache(graph, emit, own, list(widen.pairs(nodes)), length, self.cached, "")
         return Change(made=len(emit.made) + len(nodes))
-
-    def legal(self, node: fx.Node) -> bool:
-        """Anything the cleaned trace holds."""
-        return True
 
 
 def check(own: Sequence[fx.Node], site: Site) -> None:
@@ -140,6 +136,7 @@ def lead_cache(
         wider.append((positions, emit.call(aten.add.Tensor, positions, length)))
     for node, wide in wider:
         widen.put_for(node, wide, emit)
+    refresh(graph)
     cut_cache(graph, emit, len(own), length, cached)
 
 

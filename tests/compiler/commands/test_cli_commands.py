@@ -7,11 +7,11 @@ import xml.etree.ElementTree as ElementTree
 import peft
 import pytest
 import transformers
-from tests.compiler.commands.cli_help import CONFIG, SPEC, peftc, write_model
 from safetensors.torch import load_file, save_file
 
 from peftc import compiler
 from peftc.compiler.jobs import drawing
+from tests.compiler.commands.cli_help import CONFIG, SPEC, peftc, write_model
 
 
 @pytest.fixture

@@ -3,9 +3,9 @@ import shlex
 from pathlib import Path
 
 import pytest
-from tests.compiler.commands.cli_help import peftc
 
 from peftc.compiler.commands.cli import EPILOG
+from tests.compiler.commands.cli_help import peftc
 
 ROOT = Path(__file__).parents[3]
 PAGE = (ROOT / "docs" / "command-line.md").read_text(encoding="utf-8")

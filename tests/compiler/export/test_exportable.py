@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from tests.compiler.commands.cli_help import peftc
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
@@ -21,6 +20,7 @@ from peftc import compiler
 from peftc.compiler import UsageError
 from peftc.runtime.files.tensor_file import TYPES, Entry, write_tensors
 from peftc.runtime.model import merging
+from tests.compiler.commands.cli_help import peftc
 from tests.matrix import wide
 
 LORA = "adapter a = lora(rank = 4) { on all linear }"

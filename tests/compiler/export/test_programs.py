@@ -12,13 +12,13 @@ import pytest
 import tokenizers
 import torch
 import transformers
-from tests.compiler.commands.cli_help import peftc
 from torch import nn
 
 from peftc import compiler
 from peftc.compiler import CheckpointError, UsageError
 from peftc.compiler.export.export_options import unmeant
 from peftc.compiler.export.output import check_target
+from tests.compiler.commands.cli_help import peftc
 
 CLAUSES = "on q_proj, v_proj"
 IDS = torch.arange(3, 12)[None]

@@ -4,13 +4,13 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from tests.compiler.commands.cli_help import SPEC, peftc
 
 from peftc import compiler
 from peftc.compiler import diagram
 from peftc.compiler.export import output
 from peftc.compiler.jobs import builds
 from peftc.grammar.diagnostics import AdapterError, UsageError
+from tests.compiler.commands.cli_help import SPEC, peftc
 
 
 @pytest.fixture(scope="module")

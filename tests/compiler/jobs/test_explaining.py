@@ -2,12 +2,12 @@ import json
 
 import pytest
 import torch
-from tests.compiler.commands.cli_help import peftc, write_model
 from torch import nn
 
 from peftc import compiler
 from peftc.compiler.api import Compiler, call_like
 from peftc.passes.cost import cost
+from tests.compiler.commands.cli_help import peftc, write_model
 
 SPEC = """adapter turned = dora(rank = 2) {
     on layers[*].self_attn.{q_proj, v_proj}

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import tokenizers
 import torch
-from tests.compiler.commands.cli_help import peftc
 from safetensors.torch import save_file
 
 from peftc import compiler
 from peftc.runtime.artifact.text import Stream, Tokenizer
 from tests import artifacts
 from tests.artifacts import GENERATION, LOGITS, TOKENS, VOCABULARY, WIDTH, tensor
+from tests.compiler.commands.cli_help import peftc
 
 WORDS = [f"w{index}" for index in range(VOCABULARY)]
 PROMPT = "w5 w6 w7"

@@ -3,12 +3,12 @@ import json
 import pytest
 import torch
 import transformers
-from tests.compiler.commands.cli_help import write_model
 from safetensors.torch import load_file, save_file
 
 from peftc import compiler
 from peftc.compiler.trace.example_inputs import example_inputs
 from peftc.grammar.diagnostics import ModelError
+from tests.compiler.commands.cli_help import write_model
 
 
 def refusal(argument, **options):

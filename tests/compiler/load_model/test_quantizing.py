@@ -7,7 +7,6 @@ import sys
 import bitsandbytes as bnb
 import pytest
 import torch
-from tests.compiler.commands.cli_help import peftc
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
@@ -25,6 +24,7 @@ from peftc import compiler
 from peftc.compiler.load_model.quantizing import description, quantized_copy
 from peftc.grammar.spec.spec import Quantize
 from peftc.passes.quantized.schemes.known import packed_modules, parameter_count
+from tests.compiler.commands.cli_help import peftc
 from tests.matrix import wide
 
 SPEC = "base {{ quantize = {} }}\nadapter a = lora(rank = 2) {{ on all linear }}"
