@@ -18,10 +18,10 @@ from transformers.exporters.exporter_dynamo import DynamoConfig, DynamoExporter
 from transformers.exporters.utils import patch_attributes
 from transformers.utils import logging as transformers_logging
 
+from peftc.compiler.pipeline import managed
 from peftc.compiler.trace.samples import PAST, ROWS, SOURCE, Sample, Sampler, plain_sample
 from peftc.compiler.trace.twin import Twin
 from peftc.grammar.diagnostics import AdapterError, Diagnostic, ModelError, fail
-from peftc.passes.ir import pass_manager
 from peftc.passes.ir.split_tied_weights import SplitOwners
 from peftc.passes.ir.traced import Traced
 from peftc.passes.plan.sites import tied_names
@@ -60,7 +60,7 @@ class Tracer:
         with _apart(call):
             module, guards = _export(twin.model, forward, inputs, type(self._source).__name__)
         graph = _flat_graph(module, inputs)
-        pass_manager.run(graph, [SplitOwners(aliases)])
+        managed.run(graph, [SplitOwners(aliases)])
         return Traced(
             graph=graph,
             inputs=tuple(each.name for each in inputs),

@@ -10,6 +10,7 @@ from torch import fx
 from peftc.passes.ir.emit import Emit, Origin
 from peftc.passes.ir.pass_manager import Change
 from peftc.passes.ir.stages import Stage
+from peftc.passes.ir.values import refresh
 
 aten = torch.ops.aten
 
@@ -40,6 +41,7 @@ class StartEmpty:
             sizes = [rows, int(value.shape[1]), 0, int(value.shape[3])]
             node.replace_all_uses_with(emit.call(aten.new_zeros.default, like, sizes, dtype=value.dtype))
             graph.erase_node(node)
+        refresh(graph)
         return Change(made=len(emit.made), removed=len(found))
 
     def removes(self, node: fx.Node) -> bool:

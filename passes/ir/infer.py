@@ -7,6 +7,7 @@ else about fake values matters to an operator, so a second layer costs a look-up
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -111,8 +112,7 @@ def infer(operator: Operator, args: Any, kwargs: Mapping[str, Any], mode: FakeTe
             memo.known[key] = made
         return value
     parts, result = found
-    with mode, torch.no_grad():
-        return pytree.tree_unflatten([_again(part, leaves) for part in parts], result)
+    return pytree.tree_unflatten([_again(part, leaves, mode) for part in parts], result)
 
 
 def inferred_type(operator: Operator, args: Any, kwargs: Mapping[str, Any], mode: FakeTensorMode | None) -> Any:
@@ -240,13 +240,16 @@ def _remembered(value: Any, leaves: Iterable[Any]) -> tuple[list[Any], pytree.Tr
     return kept, form
 
 
-def _again(part: Any, leaves: Iterable[Any]) -> Any:
+def _again(part: Any, leaves: Iterable[Any], mode: FakeTensorMode) -> Any:
     if not isinstance(part, _Made):
         return part
     if part.operand is None:
-        return torch.empty_strided(part.shape, part.strides, dtype=part.dtype, device=part.device)
+        # As a fake mode makes one, without asking its cache, which knows less than we do and takes longer.
+        made = torch.empty_strided(part.shape, part.strides, dtype=part.dtype, device="meta")
+        return FakeTensor(mode, made, part.device)
     operand = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)][part.operand]
-    return torch.as_strided(operand, part.shape, part.strides, part.offset)
+    with mode, torch.no_grad():
+        return torch.as_strided(operand, part.shape, part.strides, part.offset)
 
 
 def _storage(tensor: torch.Tensor) -> int:
@@ -258,9 +261,15 @@ def _nodes(node: fx.Node) -> list[fx.Node]:
 
 
 def _unbacked(value: Any) -> set[Any]:
-    return {
-        symbol
-        for leaf in pytree.tree_leaves(value)
-        if isinstance(leaf, torch.Tensor | torch.SymInt | torch.SymFloat | torch.SymBool)
-        for symbol in free_unbacked_symbols(leaf)
-    }
+    """The symbols of a value's sizes that only data has an answer for."""
+    found: set[Any] = set()
+    for leaf in pytree.tree_leaves(value):
+        for size in leaf.shape if isinstance(leaf, torch.Tensor) else (leaf,):
+            if isinstance(size, torch.SymInt | torch.SymFloat | torch.SymBool):
+                found |= _unbacked_in(size.node.expr)
+    return found
+
+
+@lru_cache(maxsize=4096)
+def _unbacked_in(expression: Any) -> frozenset[Any]:
+    return frozenset(free_unbacked_symbols(expression))

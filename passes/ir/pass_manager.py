@@ -13,10 +13,11 @@ from peftc.passes.ir.verify import VerifyError, verify
 
 @dataclass(frozen=True)
 class Miss:
-    """Why a pass leaves something as it is, and at which node; falsy."""
+    """Why a pass leaves something as it is, at which node, and at which site if the node does not say; falsy."""
 
     reason: str
     node: fx.Node
+    site: str = ""
 
     def __bool__(self) -> bool:
         return False
@@ -32,7 +33,7 @@ class Change:
 
     made: int = 0
     removed: int = 0
-    misses: tuple[Miss, ...] = ()
+    misses: tuple[Miss, ...] = field(default=(), compare=False)
     subject: Any = field(default=None, compare=False)
     prologue: fx.Graph | None = field(default=None, compare=False)
 
@@ -80,7 +81,7 @@ class Removing(Protocol):
 
 
 Watch = Callable[[str, fx.Graph], None]
-"""Is shown the graph after each pass, with the pass's name."""
+"""Is shown the graph after each pass, with the pass's name, before it is verified."""
 
 
 def run(subject: Any, pipeline: Sequence[Pass], *, full: bool = False, watch: Watch | None = None) -> Result:
@@ -93,11 +94,11 @@ def run(subject: Any, pipeline: Sequence[Pass], *, full: bool = False, watch: Wa
     for each in pipeline:
         change = each.run(subject)
         subject = subject if change.subject is None else change.subject
+        if watch is not None:
+            watch(each.name, graph_of(subject))
         for graph in (graph_of(subject), change.prologue):
             if graph is not None:
                 check(graph, each, full=full)
-        if watch is not None:
-            watch(each.name, graph_of(subject))
         changes[each.name] = change
         refusals |= dict.fromkeys(_kept(each.name, change.misses))
     return Result(subject, changes, tuple(refusals))
@@ -142,4 +143,5 @@ def _shown(value: Any) -> str:
 def _kept(name: str, misses: Iterable[Miss]) -> Iterable[Refusal]:
     for miss in misses:
         origin = miss.node.meta.get("peftc")
-        yield Refusal(name, origin.site if isinstance(origin, Origin) else "", miss.node.name, miss.reason)
+        site = miss.site or (origin.site if isinstance(origin, Origin) else "")
+        yield Refusal(name, site, miss.node.name, miss.reason)

@@ -1,6 +1,5 @@
 """The stages of a graph, and which operators it may hold in each: one table."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import IntEnum
 from fnmatch import fnmatchcase
@@ -77,10 +76,10 @@ LEGAL: tuple[Row, ...] = (
 )
 
 
-def is_legal(node: fx.Node, stage: Stage, table: Iterable[Row] = LEGAL) -> bool:
+def is_legal(node: fx.Node, stage: Stage) -> bool:
     """Whether a node may be in a graph of this stage."""
-    ours = writes(node) and isinstance(node.meta.get("peftc"), Origin)
-    return stage in _stages(name_of(node), ours, tuple(table))
+    ours = isinstance(node.meta.get("peftc"), Origin) and writes(node)
+    return stage in _stages(name_of(node), ours)
 
 
 def name_of(node: fx.Node) -> str:
@@ -97,13 +96,14 @@ def writes(node: fx.Node) -> bool:
 
 
 @cache
-def _stages(name: str, ours: bool, table: tuple[Row, ...]) -> frozenset[Stage]:
-    for row in table:
+def _stages(name: str, ours: bool) -> frozenset[Stage]:
+    for row in LEGAL:
         if fnmatchcase(name, row.pattern) and (ours or not row.ours):
             return row.stages
     return frozenset()
 
 
+@cache
 def _function_name(target: Any) -> str:
     if isinstance(target, OpOverload):
         return str(target)
@@ -111,5 +111,5 @@ def _function_name(target: Any) -> str:
         return f"higher_order.{target.__name__}"
     owner = getattr(target, "__module__", None) or getattr(getattr(target, "__objclass__", None), "__module__", None)
     # Most of torch's bindings do not say where they are from.
-    owner = (owner or "torch").replace("_operator", "operator")
+    owner = {None: "torch", "_operator": "operator"}.get(owner, owner)
     return f"{owner}.{getattr(target, '__name__', target)}"

@@ -17,10 +17,10 @@ _MARK = "found_right"
 
 def wrong_value(node: fx.Node, *, full: bool = False) -> str | None:
     """What is wrong with a node's value, or None. With `full` a node that was found right is looked at again."""
-    if why_not(node) is not None:
+    if node.op != "call_function":
         return None
     seen = _seen(node)
-    if not full and _is_marked(node, seen):
+    if (not full and _is_marked(node, seen)) or why_not(node) is not None:
         return None
     args, kwargs = operands(node)
     try:
