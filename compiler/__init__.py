@@ -2,6 +2,8 @@
 
 The names below are found when they are first used: `peftc fmt` would otherwise wait seconds for torch and transformers,
 which it never needs. This is the only place where anything is imported late.
+
+Never here: what a single command does; printing.
 """
 
 from importlib import import_module
@@ -13,6 +15,7 @@ if TYPE_CHECKING:
     from peftc.compiler.jobs.builds import Build, build
     from peftc.compiler.jobs.checking import check
     from peftc.compiler.jobs.checkpoints import decompile, inspect
+    from peftc.compiler.jobs.doctor.doctor import doctor
     from peftc.compiler.jobs.drawing import draw
     from peftc.compiler.jobs.drifting import drift
     from peftc.compiler.jobs.explaining import explain
@@ -52,6 +55,7 @@ __all__ = [
     "check",
     "check_fit",
     "decompile",
+    "doctor",
     "draw",
     "drift",
     "explain",
@@ -72,6 +76,7 @@ _HOMES = {
     "peftc.compiler.jobs.exporting": ("export", "export_adapters"),
     "peftc.compiler.jobs.fitting": ("check_fit",),
     "peftc.compiler.jobs.checkpoints": ("decompile", "inspect"),
+    "peftc.compiler.jobs.doctor.doctor": ("doctor",),
     "peftc.compiler.jobs.drawing": ("draw",),
     "peftc.compiler.jobs.drifting": ("drift",),
     "peftc.compiler.api": ("AdaptedModel", "apply", "load"),

@@ -7,37 +7,38 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from peftc.compiler.export.exportable import Exportable
+from peftc.compiler.export_model.exportable import Exportable
 from peftc.compiler.load_model.quantizing import check_is_backed, quantize_linears
 from peftc.compiler.pipeline.lower import lower, specialise
 from peftc.compiler.trace.trace import Tracer
+from peftc.compiler.versions import warn_if_untested
 from peftc.grammar.diagnostics import ModelError, UsageError, fail
 from peftc.grammar.method.rule import Value
 from peftc.grammar.spec.elaborate import read_spec
-from peftc.grammar.spec.spec import AdapterSpec, Spec
+from peftc.grammar.spec.spec import Spec
 from peftc.passes.cost.cost import Choice
+from peftc.passes.foreign import transformers as contract
 from peftc.passes.insert.insert_delta import SlotValue
 from peftc.passes.ir.traced import Traced
-from peftc.passes.plan.plan import AdapterPlan
-from peftc.passes.plan.resolve import ModelSurvey, check_base, resolve, survey
+from peftc.passes.plan.resolve import ModelSurvey, check_base, survey
 from peftc.passes.plan.structure import Structure
-from peftc.passes.plan.vocabulary import Vocabulary, enlarged, vocabulary
 from peftc.passes.quantized.foreign import check_quantization
 from peftc.passes.quantized.schemes.known import packed_modules
-from peftc.runtime.adapters.bank import AdapterParameters, trained_keys
-from peftc.runtime.base.base import BANK, base_values
+from peftc.runtime.base.overlay import BANK
 from peftc.runtime.base.share import share
 from peftc.runtime.execution.call import Call
 from peftc.runtime.execution.engine import Engine
 from peftc.runtime.execution.program import Lowered
 from peftc.runtime.execution.segments import Recompute
-from peftc.runtime.init.calibration import Batches, measured
-from peftc.runtime.init.dense import Dense, Source
-from peftc.runtime.init.initial import initial
-from peftc.runtime.init.tokens import size_of, warn_unchosen, with_ids
+from peftc.runtime.init.calibration import Batches
+from peftc.runtime.init.dense import Source
 from peftc.runtime.model import model as runtime
-from peftc.runtime.model.model import ADAPTED, STATE, adapted_class, base_view
-from peftc.runtime.model.state import AdapterState, BaseProvenance
+from peftc.runtime.model.adapted_module import adapted_class
+from peftc.runtime.model.adapter_set import AdapterSet
+from peftc.runtime.model.adding import add_fresh, plan_adapters
+from peftc.runtime.model.base_weights import ADAPTED, STATE, BaseProvenance, BaseWeights, base_view
+from peftc.runtime.model.loading import load_adapter
+from peftc.runtime.peft_format.load_options import LoadOptions
 
 
 class Compiler:
@@ -45,12 +46,11 @@ class Compiler:
 
     def __init__(self, model: runtime.AdaptedModel):
         self._model = model
-        self._ground: tuple[object, ModelSurvey] | None = None
+        self._surveyed: tuple[object, ModelSurvey] | None = None
 
     def trace(self, call: Call) -> Traced:
         """The base graph for calls of this signature. Raises ModelError."""
-        with self._model._holding(self._model._before_dense()):
-            return Tracer(base_view(self._model)).trace(call)
+        return Tracer(self._model._adapter_state.base.traceable().module).trace(call)
 
     def specialise(
         self,
@@ -83,23 +83,13 @@ class Compiler:
         """Copies of a specialised graph: for torch.compile to trace, and for Python to run as it is."""
         return lower(graph, autocast=autocast, choice=choice)
 
-    def plan(self, spec: AdapterSpec, *, tokens: int | None = None) -> AdapterPlan:
-        """What an adapter puts where, if need be with a vocabulary of so many tokens. Raises SpecError."""
-        ground = self.ground()
-        return resolve(spec, ground if tokens is None else enlarged(ground, tokens))
-
-    def vocabulary(self) -> Vocabulary | None:
-        """The model's vocabulary, if the model says which module embeds tokens."""
-        return vocabulary(self.ground())
-
-    def ground(self) -> ModelSurvey:
+    def survey(self) -> ModelSurvey:
         """What there is to adapt, without what is merged; looked at again when a weight changed its shape or place."""
-        with self._model._holding(self._model._adapter_state.merged):
-            view = base_view(self._model)
-            seen = tuple((name, each.shape, each.device, each.dtype) for name, each in view.named_parameters())
-            if self._ground is None or self._ground[0] != seen:
-                self._ground = (seen, survey(view))
-            return self._ground[1]
+        view = self._model._adapter_state.base.unmerged().module
+        seen = tuple((name, type(each), each.shape, each.device, each.dtype) for name, each in view.named_parameters())
+        if self._surveyed is None or self._surveyed[0] != seen:
+            self._surveyed = (seen, survey(view))
+        return self._surveyed[1]
 
     def for_model(self, model: nn.Module) -> "Compiler":
         """The same for a copy of the model."""
@@ -167,49 +157,18 @@ def apply(
     """
     meant = spec if isinstance(spec, Spec) else read_spec(spec)
     adapted = adapt(_checked(model))
-    state: AdapterState = adapted._adapter_state
-    ground = survey(base_view(adapted))
-    check_base(meant.base, ground)
+    state = adapted._adapter_state
+    check_base(meant.base, state.engine.backend.survey())
     if meant.quantize is not None and quantize_linears(adapted, meant.quantize):
         mark_adapted(adapted)
         dense = model if dense is None else dense
-        ground = survey(base_view(adapted))
-    specs, tokens = fitted(meant.adapters, ground, tokenizer)
-    plans = [resolve(each, ground if tokens is None else enlarged(ground, tokens)) for each in specs]
-    if tokens is not None:
-        adapted._enlarge(tokens)
+    planned = plan_adapters(meant.adapters, state.engine.backend.survey(), tokenizer)
     if prepare_for_kbit_training:
-        adapted._widen()
-    base = base_values(adapted, {})
-    moments = measured(adapted.unload, plans, calibration)
-    weights = None if dense is None else Dense(dense)
-    for plan in plans:
-        tensors = initial(plan, base, calibration=moments, tokenizer=tokenizer, dense=weights)
-        state.add(AdapterParameters(plan, tensors, trained_keys(plan)))
-    state.activate(meant.active, trainable=True)
+        state.base.widen()
+    add_fresh(adapted, planned, meant.active, calibration=calibration, tokenizer=tokenizer, dense=dense)
     if example_inputs is not None:
         prepare(adapted, example_inputs)
     return adapted
-
-
-def fitted(
-    adapters: Sequence[AdapterSpec], ground: ModelSurvey, tokenizer: Any | None
-) -> tuple[list[AdapterSpec], int | None]:
-    """The specs with ids for the texts of tokens, and how many tokens the model needs if it has not so many.
-
-    Raises SpecError.
-    """
-    specs, needed = [], None
-    known = vocabulary(ground)
-    for each in adapters:
-        spec = with_ids(each, tokenizer)
-        if known is not None:
-            spec, tokens = known.grown(spec, size_of(tokenizer))
-            if tokens is not None:
-                warn_unchosen(spec, known, tokens)
-                needed = tokens
-        specs.append(spec)
-    return specs, needed
 
 
 def load(
@@ -254,10 +213,8 @@ def load(
     """
     adapted = adapt(_checked(model))
     if is_trainable and prepare_for_kbit_training:
-        adapted._widen()
-    adapted.load_adapter(
-        peft_model_id,
-        adapter_name,
+        adapted._adapter_state.base.widen()
+    options = LoadOptions(
         is_trainable=is_trainable,
         revision=revision,
         subfolder=subfolder,
@@ -269,11 +226,13 @@ def load(
         use=use,
         values=values,
     )
+    load_adapter(adapted, peft_model_id, adapter_name, options)
     return adapted
 
 
 def adapt(model: nn.Module) -> AdaptedModel:
     """An adapted model that has no adapter yet."""
+    warn_if_untested()
     plain = share(model, requires_grad=False)
     adapted: AdaptedModel = object.__new__(adapted_class(type(model), AdaptedModel))
     adapted.__dict__.update(plain.__dict__)
@@ -285,8 +244,9 @@ def adapt(model: nn.Module) -> AdaptedModel:
     name = getattr(config, "_name_or_path", None) or getattr(model, "name_or_path", None)
     facts = BaseProvenance(base_name=name or None, base_revision=getattr(config, "_commit_hash", None))
     engine = Engine(Compiler(adapted), adapted)
-    adapted.__dict__[STATE] = AdapterState(engine=engine, bank=bank, requires_grad=requires_grad, facts=facts)
-    if any(getattr(each, "gradient_checkpointing", False) is True for each in model.modules()):
+    base = BaseWeights(adapted, engine, requires_grad=requires_grad, facts=facts)
+    adapted.__dict__[STATE] = AdapterSet(engine, bank, base)
+    if any(getattr(each, contract.CHECKPOINTING, False) is True for each in model.modules()):
         engine.recompute = Recompute()
     mark_adapted(adapted)
     return adapted

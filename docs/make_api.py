@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from peftc import compiler
-from peftc.compiler.export.exportable import Exportable
+from peftc.compiler.export_model.exportable import Exportable
 from peftc.compiler.report.facts import EntryFacts, ExportFacts
 from peftc.grammar.diagnostics import (
     AdapterError,
@@ -24,18 +24,13 @@ from peftc.grammar.spec.spec import AdapterSpec, Base, Quantize, Spec, Target
 from peftc.passes.plan.plan import AdapterPlan, PlannedCopy, PlannedSite
 from peftc.passes.plan.site import Site
 from peftc.runtime.merge.drift import MergeDrift, OutputDrift, TensorDrift
-from peftc.runtime.model.allocating import Allocating
-from peftc.runtime.model.kv_prefix import KvPrefix
-from peftc.runtime.model.lifecycle import Lifecycle
-from peftc.runtime.model.merging import Merging
+from peftc.runtime.model.adapted_module import AdaptedModule
 from peftc.runtime.model.model import AdaptedModel
-from peftc.runtime.model.recomputing import Recomputing
-from peftc.runtime.model.saving import Saving
 
 PAGE = Path(__file__).parent / "api.md"
 WIDTH = 100  # of a signature on one line
 
-OWNERS = (Lifecycle, Merging, Exportable, Saving, Allocating, Recomputing, KvPrefix, AdaptedModel)
+OWNERS = (AdaptedModel, Exportable, AdaptedModule)
 ERRORS = (AdapterError, SpecError, CheckpointError, ModelError, UsageError, Diagnostic, Span, Source)
 DATA = (
     Spec,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from peftc.compiler.export.output import seal
+from peftc.compiler.export_model.output import seal
 
 VOCABULARY, WIDTH, HEADS, SIZE = 32, 8, 2, 4
 DIMENSIONS: dict[str, Any] = {

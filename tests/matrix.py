@@ -1,4 +1,4 @@
-"""Cases that repeat on another model what the others show: run by `pytest -m matrix`, and not by a plain `pytest`."""
+"""Cases that show on another model what the others show: part of every whole run; `-m "not matrix"` leaves them out."""
 
 from collections.abc import Collection, Iterable
 from typing import Any

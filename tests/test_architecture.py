@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import networkx
-import pytest
 
 from peftc.grammar.source import Source
 from peftc.grammar.spec.library import builtin_methods
@@ -19,9 +18,10 @@ from peftc.grammar.syntax.parse import parse
 ROOT = Path(__file__).parents[1]
 ORDER = ("grammar", "passes", "runtime", "compiler")  # each may import itself and those before it
 LONGEST = 400
+MOST_FILES = 20
 
 # PEFT's own field names are a foreign format's words, and stand in one file.
-FOREIGN_NAMES = {"runtime/peft_format/peft_fields.py"}
+FOREIGN_NAMES = {"passes/foreign/peft.py"}
 
 FILES = sorted(file for folder in ORDER for file in (ROOT / folder).rglob("*.py"))
 
@@ -74,7 +74,7 @@ def label(file: Path) -> str:
     return file.relative_to(ROOT).as_posix()
 
 
-every_file = pytest.mark.parametrize("file", FILES, ids=label)
+PARSED = {file: parsed(file) for file in FILES}
 
 
 def test_there_is_something_to_check():
@@ -82,25 +82,36 @@ def test_there_is_something_to_check():
     assert len(FILES) > 40
 
 
-@every_file
-def test_arrows(file):
-    own = ORDER.index(label(file).split("/")[0])
-    for each in imports_of(parsed(file)):
-        folder = folder_of(each.module)
-        if folder is not None:
-            assert ORDER.index(folder) <= own, f"line {each.line}: {ORDER[own]} must not know {each.module}"
+def test_arrows():
+    wrong = []
+    for file, tree in PARSED.items():
+        own = ORDER.index(label(file).split("/")[0])
+        for each in imports_of(tree):
+            folder = folder_of(each.module)
+            if folder is not None and ORDER.index(folder) > own:
+                wrong.append(f"{label(file)}:{each.line} must not know {each.module}")
+    assert wrong == []
 
 
-@every_file
-def test_no_late_imports(file):
-    late = [each for each in imports_of(parsed(file)) if each.in_function and each.module.startswith("peftc")]
+def test_no_late_imports():
+    late = [
+        f"{label(file)}:{each.line} imports {each.module}"
+        for file, tree in PARSED.items()
+        for each in imports_of(tree)
+        if each.in_function and each.module.startswith("peftc")
+    ]
     assert late == []
+
+
+def test_imports_are_seen_wherever_they_stand():
+    tree = ast.parse("import peftc.passes\ndef f():\n    from peftc.grammar import tree")
+    assert imports_of(tree) == [Import("peftc.passes", 1, False), Import("peftc.grammar", 3, True)]
 
 
 def test_no_cycles():
     graph = networkx.DiGraph()
     for module, file in MODULES.items():
-        graph.add_edges_from((module, each.module) for each in imports_of(parsed(file)) if each.module in MODULES)
+        graph.add_edges_from((module, each.module) for each in imports_of(PARSED[file]) if each.module in MODULES)
     assert graph.number_of_edges() > len(FILES)
     assert list(networkx.simple_cycles(graph)) == []
 
@@ -108,20 +119,75 @@ def test_no_cycles():
 def test_grammar_knows_no_torch():
     for file in FILES:
         if label(file).startswith("grammar/"):
-            found = {each.module.split(".")[0] for each in imports_of(parsed(file))}
+            found = {each.module.split(".")[0] for each in imports_of(PARSED[file])}
             assert found <= {"peftc", "lark", *sys.stdlib_module_names}, label(file)
 
 
 def test_passes_know_no_files():
     for file in FILES:
         if label(file).startswith("passes/"):
-            found = {each.module.split(".")[0] for each in imports_of(parsed(file))}
+            found = {each.module.split(".")[0] for each in imports_of(PARSED[file])}
             assert not found & {"pathlib", "os", "io", "safetensors", "huggingface_hub"}, label(file)
 
 
-@every_file
-def test_length(file):
-    assert len(file.read_text(encoding="utf-8").splitlines()) <= LONGEST
+def test_length():
+    long = {label(file): len(file.read_text(encoding="utf-8").splitlines()) for file in FILES}
+    assert {name: lines for name, lines in long.items() if lines > LONGEST} == {}
+
+
+# --- folders ---
+
+
+def folders_of(root: Path) -> Iterator[tuple[Path, list[Path]]]:
+    """Every folder of the repository with its files; not what tools, builds and virtual environments leave."""
+    shown = [each for each in root.iterdir() if not each.name.startswith(".") or each.name == ".ci"]
+    files = [each for each in shown if each.is_file()]
+    yield root, files
+    for folder in shown:
+        if folder.is_dir() and folder.name not in ("__pycache__", "build") and not (folder / "pyvenv.cfg").exists():
+            yield from folders_of(folder)
+
+
+def test_a_folder_can_be_read_at_a_glance():
+    counts = {folder.relative_to(ROOT).as_posix(): len(files) for folder, files in folders_of(ROOT)}
+    assert {"grammar/syntax", "tests/golden/passes/insert", "docs"} <= set(counts)
+    assert {folder: count for folder, count in counts.items() if count > MOST_FILES} == {}
+
+
+def test_a_full_folder_is_noticed(tmp_path):
+    (tmp_path / "deep").mkdir()
+    for number in range(21):
+        (tmp_path / "deep" / f"{number}.txt").touch()
+    assert [len(files) for _, files in folders_of(tmp_path)] == [0, 21]
+
+
+# Rooms of tests that are of no one room: what holds for everything that can be built, whatever it is built of.
+NO_ROOM = {"compiler/laws"}
+
+
+def test_tests_mirror_the_rooms():
+    for folder in ORDER:
+        rooms = {each.parent for each in (ROOT / "tests" / folder).rglob("test_*.py")}
+        strange = {label(each).removeprefix("tests/") for each in rooms if not (ROOT / _mirrored(each)).is_dir()}
+        assert strange <= NO_ROOM, f"tests/{folder} has rooms that {folder}/ has not"
+
+
+def test_what_a_file_of_tests_is_named_after_is_in_its_room():
+    """A `test_<file>.py` stands in the room of `<file>.py`, wherever there is one of that name."""
+    rooms: dict[str, set[str]] = {}
+    for file in FILES:
+        rooms.setdefault(file.stem, set()).add(label(file.parent))
+    misplaced = [
+        f"{label(file)} is not in {sorted(rooms[name])}"
+        for folder in ORDER
+        for file in (ROOT / "tests" / folder).rglob("test_*.py")
+        if (name := file.stem.removeprefix("test_")) in rooms and _mirrored(file.parent) not in rooms[name]
+    ]
+    assert misplaced == []
+
+
+def _mirrored(folder: Path) -> str:
+    return label(folder).removeprefix("tests/")
 
 
 # --- methods are data ---
@@ -153,10 +219,11 @@ def named_methods(tree: ast.Module, methods: frozenset[str]) -> list[str]:
 WORDS = frozenset({"miss", "prefix", "prompt"})
 
 
-@every_file
-def test_no_method_is_known_by_name(file):
-    if label(file) not in FOREIGN_NAMES:
-        assert named_methods(parsed(file), frozenset(builtin_methods()) - WORDS) == []
+def test_no_method_is_known_by_name():
+    methods = frozenset(builtin_methods()) - WORDS
+    places = [f"{label(file)}, {place}" for file, tree in PARSED.items() for place in named_methods(tree, methods)]
+    assert [place for place in places if place.split(",")[0] not in FOREIGN_NAMES] == []
+    assert {place.split(",")[0] for place in places} == FOREIGN_NAMES, "a file that needs no exception any more"
 
 
 def test_naming_a_method_is_noticed():
@@ -172,14 +239,29 @@ LONGEST_METHOD = 40
 PAPER = re.compile(r"arXiv:\d{4}\.\d{5}|https://\S+")
 
 
-@pytest.mark.parametrize("file", METHOD_FILES, ids=lambda file: file.stem)
-def test_a_method_is_short_canonical_and_says_where_it_comes_from(file):
+def faults_of(file: Path) -> Iterator[str]:
+    """What is wrong with a method's file."""
     text = file.read_text(encoding="utf-8")
-    assert len(text.splitlines()) <= LONGEST_METHOD
-    assert format_source(Source(file.name, text)) == text
+    if len(text.splitlines()) > LONGEST_METHOD:
+        yield "is long"
+    if format_source(Source(file.name, text)) != text:
+        yield "is not formatted"
     (method,) = parse(Source(file.name, text)).statements
-    assert method.name == file.stem
-    assert PAPER.search(method.doc)
+    if method.name != file.stem:
+        yield f"has the method {method.name}"
+    if not PAPER.search(method.doc):
+        yield "says not where it comes from"
+
+
+def test_a_method_is_short_canonical_and_says_where_it_comes_from():
+    assert len(METHOD_FILES) > 40
+    assert [f"{file.name} {fault}" for file in METHOD_FILES for fault in faults_of(file)] == []
+
+
+def test_faults_of_a_method_are_noticed(tmp_path):
+    file = tmp_path / "other.adapter"
+    file.write_text("method m() {\n  on linear\n    W' = W + W\n}\n" + "\n" * LONGEST_METHOD)
+    assert len(list(faults_of(file))) == 4
 
 
 # --- the distribution ---

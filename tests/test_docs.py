@@ -161,7 +161,7 @@ def test_the_api_reference_is_new():
 def test_every_pass_is_explained():
     page = (ROOT / "docs" / "how-it-works.md").read_text(encoding="utf-8")
     found = set()
-    for file in (ROOT / "passes").glob("*.py"):
+    for file in (ROOT / "passes").rglob("*.py"):
         found |= set(re.findall(r'name: ClassVar\[str\] = "([\w-]+)"', file.read_text(encoding="utf-8")))
     assert len(found) >= 4
     assert {name for name in found if f"| `{name}` |" not in page} == set()

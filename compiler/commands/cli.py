@@ -8,7 +8,6 @@ import sys
 import traceback
 import warnings
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Any
 
 import typer
@@ -18,6 +17,7 @@ from peftc.compiler.commands.bench import bench
 from peftc.compiler.commands.check import check
 from peftc.compiler.commands.compile import compile_
 from peftc.compiler.commands.decompile import decompile
+from peftc.compiler.commands.doctor import doctor
 from peftc.compiler.commands.drift import drift
 from peftc.compiler.commands.explain import explain
 from peftc.compiler.commands.export import export
@@ -27,6 +27,7 @@ from peftc.compiler.commands.inspect import inspect
 from peftc.compiler.commands.methods import methods
 from peftc.compiler.commands.run import run
 from peftc.compiler.report import console
+from peftc.compiler.versions import UntestedVersionWarning, installed
 from peftc.grammar.diagnostics import AdapterError, Diagnostic
 
 WRONG, USAGE, UNREADABLE, BUG, INTERRUPTED, BROKEN_PIPE = 1, 2, 3, 70, 130, 141
@@ -44,7 +45,8 @@ a repository on the Hub, or package.module:factory, a function that returns a mo
 """
 
 EPILOG = """
-Exit codes: 0 done. 1 the spec, the checkpoint or the model is wrong, or fmt --check found a file to format. 2 wrong
+Exit codes: 0 done. 1 the spec, the checkpoint or the model is wrong, fmt --check found a file to format, or a
+check of doctor fails. 2 wrong
 usage. 3 something is missing, or cannot be read, written or reached. 70 a bug in peftc. 130 interrupted,
 143 terminated. 141 the reader of the output went away.
 """
@@ -84,6 +86,8 @@ class Commands(TyperGroup):
             with warnings.catch_warnings():
                 if not debug:
                     warnings.simplefilter("ignore")
+                    warnings.simplefilter("always", UntestedVersionWarning)
+                    warnings.showwarning = _show_warning
                 code = super().main(given, "peftc", complete_var, not as_json, windows_expand_args, **extra)
             sys.exit(code or 0)
         except AdapterError as error:
@@ -142,6 +146,11 @@ def _report_bug(error: Exception, as_json: bool, debug: bool) -> None:
         console.say(message, label="peftc", style="bold red")
 
 
+def _show_warning(message: Warning | str, *place: Any, **more: Any) -> None:
+    """One line, without the place in our code that a user of the command line has no use for."""
+    console.warn(str(message))
+
+
 def _plain(code: str, message: str) -> dict[str, Any]:
     return console.as_json(Diagnostic(code, message))
 
@@ -159,10 +168,7 @@ def _show_version(wanted: bool) -> None:
 
 
 def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
+    return installed(package) or "not installed"
 
 
 app = typer.Typer(
@@ -189,5 +195,5 @@ def options(
 
 
 app.command("compile")(compile_)
-for _command in (check, explain, fmt, graph, drift, export, run, bench, inspect, decompile, methods):
+for _command in (check, explain, fmt, graph, drift, export, run, bench, inspect, decompile, methods, doctor):
     app.command()(_command)

@@ -3,13 +3,13 @@
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
 from peftc import compiler
 from peftc.compiler.commands import arguments
-from peftc.compiler.export.export_options import unmeant
+from peftc.compiler.export_model.export_options import ExportOptions
 from peftc.compiler.report import console, export_report
 from peftc.compiler.report.facts import ExportFacts
 from peftc.grammar.diagnostics import UsageError
@@ -146,20 +146,20 @@ def export(
     That is a checkpoint that plain transformers loads, or programs that run where only torch is installed.
     DIR appears complete or not at all: a failure leaves what was there.
     """
-    options: dict[str, Any] = {
-        "entry": entry,
-        "max_batch_size": max_batch_size,
-        "max_length": max_length,
-        "max_drift": max_drift,
-        "min_agreement": min_agreement,
-        "max_shard_size": max_shard_size,
-        "safe_merge": safe_merge,
-    }
-    said = [name for name, value in options.items() if value not in (None, False)]
-    _check_place(
-        out, into, [*said, *(["format"] if format != "checkpoint" else []), *(["quantized"] if quantized else [])]
+    options = ExportOptions(
+        format=format,
+        adapters=adapters,
+        entry=entry,
+        max_batch_size=max_batch_size,
+        max_length=max_length,
+        max_drift=max_drift,
+        min_agreement=min_agreement,
+        max_shard_size=max_shard_size,
+        safe_merge=safe_merge,
+        quantized=quantized,
     )
-    _check_meant(format, adapters, said)
+    _check_place(out, into, options)
+    _check_meant(options)
     with console.progress(not json) as progress:
         progress("loading the model")
         source = _source(adapter_source, also or ())
@@ -185,14 +185,11 @@ def export(
                     source,
                     found,
                     out,
-                    format=format,
-                    adapters=adapters,
                     adapter_names=adapter or None,
-                    quantized=quantized,
                     use=use,
                     seed=seed,
                     force=force,
-                    **options,
+                    **options.keywords(),
                 )
         except UsageError as error:
             raise arguments.as_option(error) from error
@@ -211,9 +208,10 @@ def export(
     console.show(export_report.export_report(facts))
 
 
-def _check_place(out: Path | None, into: Path | None, said: Sequence[str]) -> None:
+def _check_place(out: Path | None, into: Path | None, options: ExportOptions) -> None:
     if (out is None) == (into is None):
         raise typer.BadParameter("give -o DIR to write something new, or --into ARTIFACT to add adapters to it")
+    said = [name for name in options.keywords() if name != "adapters"]
     if into is not None and said:
         flag = "--" + said[0].replace("_", "-")
         raise typer.BadParameter(f"{flag} has no meaning with --into: the artifact stays what it is")
@@ -226,8 +224,8 @@ def _say_added(files: Sequence[str], into: str, json: bool) -> None:
         console.say(f"added to {into}: {', '.join(files)}")
 
 
-def _check_meant(format: str, adapters: str, said: Sequence[str]) -> None:
-    found = unmeant(format, adapters, said)
+def _check_meant(options: ExportOptions) -> None:
+    found = options.unmeant()
     if found is not None:
         flag = "--" + found.option.replace("_", "-")
         raise typer.BadParameter(f"{flag} has no meaning here: {found.reason}; {found.help}")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from peftc.compiler.export.output import write_text
+from peftc.compiler.export_model.output import write_text
 from peftc.compiler.report import console
 from peftc.grammar.diagnostics import AdapterError, Diagnostic, SpecError
 from peftc.grammar.source import Source

@@ -8,7 +8,7 @@ import typer
 
 from peftc import compiler
 from peftc.compiler.commands import arguments
-from peftc.compiler.export.output import write_bytes
+from peftc.compiler.export_model.output import write_bytes
 from peftc.compiler.report import console
 
 

@@ -1,4 +1,7 @@
-"""Pictures of graphs: clusters follow the module tree, identical layers fold, adapters stand out."""
+"""Pictures of graphs: clusters follow the module tree, identical layers fold, adapters stand out.
+
+Never here: a model, adapters' tensors; a change to a graph.
+"""
 
 from peftc.compiler.diagram.build import build
 from peftc.compiler.diagram.difference import diff

@@ -15,12 +15,14 @@ from peftc.compiler.diagram.operators import (
     origin_of,
     shape_of,
 )
+from peftc.passes.ir.inputs import spec_of
+from peftc.passes.ir.roles import Role
 
 IN_FRONT = "⊕"
 
 _FRONTS = frozenset(("insert-prompt", "insert-prefix", "carry-prompt", "insert-heads"))
 _ATTENTION, _TOKENS = "insert-attention", "insert-tokens"
-_SAYS = {"attention_mask": "mask", "position_ids": "positions", "input_ids": "ids", "inputs_embeds": "embeddings"}
+_SAYS = {Role.MASK: "mask", Role.POSITIONS: "positions", Role.TOKENS: "ids", Role.EMBEDDINGS: "embeddings"}
 _TEXT = ("ids", "embeddings")  # what is put in its place there is drawn
 _SHOWN = 4  # operators that a node names
 _PROMPT = 3  # axes of a prompt for every row
@@ -168,8 +170,7 @@ def _read(node: fx.Node) -> fx.Node:
 
 def _title(source: fx.Node) -> str:
     if source.op == "placeholder":
-        name = str(source.target)
-        return _SAYS.get(name, _SAYS.get(name.removeprefix("decoder_"), name.replace("_", " ")))
+        return _SAYS.get(spec_of(source).role, str(source.target).replace("_", " "))
     value = source.meta.get("val")
     return "positions" if isinstance(value, torch.Tensor) and value.dtype == torch.int64 else "mask"
 

@@ -1,1 +1,4 @@
-"""What each command does, callable from Python; the command line is a thin layer over these."""
+"""What each command does, callable from Python; the command line is a thin layer over these.
+
+Never here: printing, options of a command line, exit codes.
+"""

@@ -11,6 +11,8 @@ import torch
 
 from peftc.compiler.report.timings import BenchFacts, Timing
 from peftc.grammar.diagnostics import UsageError, fail
+from peftc.passes.foreign import transformers as contract
+from peftc.passes.ir.roles import Role, Stack
 from peftc.runtime.artifact.artifact import Artifact
 from peftc.runtime.artifact.checks import ROUTE, dtype_of
 from peftc.runtime.artifact.manifest import Entry, TensorFacts, TensorGroup
@@ -98,7 +100,7 @@ def _sizes(artifact: Artifact, entry: Entry, tokens: Sequence[int], batches: Seq
 
 
 def _encodes(entry: Entry) -> bool:
-    return entry.takes("decoder_input_ids") and entry.takes("input_ids")
+    return all(entry.takes(contract.name_of(Role.TOKENS, stack)) for stack in (Stack.ENCODER, Stack.DECODER))
 
 
 def _inputs(artifact: Artifact, entry: Entry, sizes: Mapping[str, int]) -> dict[str, Value]:
@@ -123,10 +125,11 @@ def _random(
     shape, dtype = [each.value(sizes) for each in facts.shape], dtype_of(facts)
     if dtype.is_floating_point:
         return torch.randn(shape, generator=generator).to(dtype)
-    if facts.name == "position_ids":
+    role = contract.argument_of(facts.name, encoder_decoder=False).role
+    if role == Role.POSITIONS:
         past = sizes.get("past", 0)
         return torch.arange(past, past + shape[-1]).expand(shape).to(dtype).contiguous()
-    if facts.name.endswith("input_ids"):
+    if role == Role.TOKENS:
         return torch.randint(_vocabulary(artifact), shape, generator=generator).to(dtype)
     if facts.name == ROUTE:
         return torch.randint(len(artifact.manifest.adapter_names), shape, generator=generator).to(dtype)
@@ -139,10 +142,10 @@ def _vocabulary(artifact: Artifact) -> int:
         config: Any = json.loads((artifact.directory / "config.json").read_bytes())
     except (OSError, ValueError):
         config = {}
-    for each in (config, config.get("text_config") if isinstance(config, dict) else None):
-        if isinstance(each, dict) and isinstance(each.get("vocab_size"), int):
-            return int(each["vocab_size"])
+    known = contract.vocabulary_in(config)
+    if known is not None:
+        return known
     if artifact.manifest.generation is not None:
-        logits = next(each for each in artifact.manifest.entries["prefill"].outputs if each.name == "logits")
+        logits = next(each for each in artifact.manifest.entries["prefill"].outputs if each.name == contract.LOGITS)
         return logits.shape[-1].number
     return 2

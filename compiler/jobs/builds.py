@@ -10,7 +10,7 @@ from torch import fx, nn
 
 from peftc.compiler import diagram
 from peftc.compiler.api import apply
-from peftc.compiler.export.output import check_target, replaced, seal
+from peftc.compiler.export_model.output import check_target, replaced, seal
 from peftc.compiler.jobs.drawing import Inputs, active_names, as_found, can_render, graphs, needed_inputs
 from peftc.compiler.load_model.models import FoundModel, seeded
 from peftc.compiler.load_model.quantizing import description
@@ -21,9 +21,8 @@ from peftc.grammar.spec.elaborate import read_spec
 from peftc.grammar.spec.spec import Spec
 from peftc.grammar.spec.write import to_tree
 from peftc.grammar.syntax.format import format_file
-from peftc.passes.plan.resolve import survey
 from peftc.passes.quantized.schemes.known import parameter_count
-from peftc.runtime.model.model import AdaptedModel, base_view
+from peftc.runtime.model.model import AdaptedModel
 from peftc.runtime.model.saving import versions
 from peftc.runtime.peft_format.adapter_files import DEFAULT
 from peftc.runtime.peft_format.manifest import spec_digest
@@ -90,8 +89,8 @@ def build(
 
 
 def _facts(adapted: AdaptedModel, found: FoundModel, seed: int) -> BuildFacts:
-    ground = survey(base_view(adapted))
     state = adapted._adapter_state
+    ground = state.engine.backend.survey()
     weights = dict(state.active)
     adapters = tuple(
         adapter_facts(adapted.adapter_plan(name), ground, adapted.adapter_state_dict(name), weights.get(name))
@@ -139,7 +138,7 @@ def _save(adapted: AdaptedModel, name: str, root: Path, *, alone: bool) -> None:
 
 def _manifest(made: Build, spec: Spec, seed: int) -> dict[str, Any]:
     text = format_file(to_tree(spec))
-    base = made.adapted._adapter_state.facts
+    base = made.adapted._adapter_state.base.facts
     model = made.facts.model
     return {
         "spec": text,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from peftc.compiler.export.output import is_build
+from peftc.compiler.export_model.output import is_build
 from peftc.compiler.report.facts import CheckpointFacts, ModuleFacts
 from peftc.compiler.report.summary import brief
 from peftc.grammar.diagnostics import CheckpointError, Diagnostic, fail

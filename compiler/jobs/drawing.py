@@ -23,9 +23,9 @@ from peftc.grammar.spec.select import matches_inside
 from peftc.grammar.spec.spec import Quantize, Spec
 from peftc.grammar.syntax import tree
 from peftc.grammar.syntax.parse import parse
+from peftc.passes.foreign.peft import TASK_IDS
 from peftc.passes.plan.resolve import survey
 from peftc.passes.plan.structure import Structure
-from peftc.runtime.execution.virtual import TASKS
 from peftc.runtime.model.model import AdaptedModel
 
 Which = Literal["before", "after", "diff"]
@@ -95,10 +95,10 @@ def with_tasks(adapted: AdaptedModel, inputs: Inputs) -> Inputs:
     """The inputs, and the first task for every row where the active adapters have tasks and the inputs name none."""
     plans = [adapted.adapter_plan(name) for name in active_names(adapted)]
     has_tasks = any(len(at.front) > PLAIN for plan in plans for at in plan.sites)
-    if not has_tasks or not isinstance(inputs, Mapping) or TASKS in inputs:
+    if not has_tasks or not isinstance(inputs, Mapping) or TASK_IDS in inputs:
         return inputs
     rows = next((each.shape[0] for each in inputs.values() if isinstance(each, torch.Tensor) and each.dim()), 1)
-    return {**inputs, TASKS: torch.zeros(rows, dtype=torch.int64)}
+    return {**inputs, TASK_IDS: torch.zeros(rows, dtype=torch.int64)}
 
 
 def active_names(adapted: AdaptedModel) -> tuple[str, ...]:

@@ -7,7 +7,6 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from peftc.compiler.api import fitted
 from peftc.compiler.jobs.drawing import as_found
 from peftc.compiler.jobs.refusing import refusals
 from peftc.compiler.load_model.models import FoundModel
@@ -29,15 +28,14 @@ from peftc.grammar.spec.elaborate import read_spec
 from peftc.grammar.spec.spec import Spec
 from peftc.passes.cost.cost import LOWERINGS, Sizes, alternatives, anonymous, cheapest, sizes_of, typical
 from peftc.passes.plan.plan import AdapterPlan
-from peftc.passes.plan.resolve import check_base, resolve, survey
+from peftc.passes.plan.resolve import check_base, survey
 from peftc.passes.plan.structure import AdaptedSite, structure_of
-from peftc.passes.plan.vocabulary import enlarged
 from peftc.passes.quantized.schemes.known import packed_modules
-from peftc.runtime.adapters.bank import AdapterParameters, trained_keys
+from peftc.runtime.adapters.bank import AdapterParameters
 from peftc.runtime.init.calibration import imagined
 from peftc.runtime.init.dense import ImaginedDense
-from peftc.runtime.init.initial import initial
 from peftc.runtime.init.tokens import imagined as imagined_tokenizer
+from peftc.runtime.model.adding import Values, make_adapter, plan_adapters
 
 TOKENS = (1, 32, 1024)
 
@@ -74,9 +72,8 @@ def explain(
     found = as_found(model, meant.quantize)
     check_base(meant.base, survey(found.model))
     stored = quantized_copy(found.model, meant.quantize)
-    ground = survey(stored)
-    specs, size = fitted(meant.adapters, ground, tokenizer_for(meant, found))
-    plans = {each.name: resolve(each, ground if size is None else enlarged(ground, size)) for each in specs}
+    planned = plan_adapters(meant.adapters, survey(stored), tokenizer_for(meant, found))
+    plans = {each.name: each for each in planned.plans}
     together = [tuple(name for name, _ in meant.active)] if meant.active else [(name,) for name in plans]
     told: Sequence[tuple[RefusalFacts, ...] | None] = [None] * len(together)
     if why:
@@ -156,6 +153,5 @@ def _imagined(model: nn.Module, plans: Iterable[AdapterPlan]) -> Iterator[Adapte
         with mode:
             dense = {name: torch.zeros(each.out_features, each.in_features) for name, each in packed.items()}
             base = {**tensors, **dense}.get
-            moments, weights = imagined(plan), ImaginedDense()
-            made = initial(plan, base, calibration=moments, tokenizer=imagined_tokenizer, dense=weights)
-            yield AdapterParameters(plan, made, trained_keys(plan))
+            values = Values(moments=imagined(plan), tokenizer=imagined_tokenizer, dense=ImaginedDense())
+            yield make_adapter(plan, base, values)

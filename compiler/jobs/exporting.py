@@ -10,11 +10,10 @@ from typing import Any
 import torch
 
 from peftc.compiler.api import AdaptedModel, load
-from peftc.compiler.export.entries import DECODE, FORWARD, PREFILL, Entry
-from peftc.compiler.export.export_options import MERGED
-from peftc.compiler.export.exportable import Format
-from peftc.compiler.export.output import MANIFEST
-from peftc.compiler.export.programs import Adapters
+from peftc.compiler.export_model.entries import DECODE, FORWARD, PREFILL
+from peftc.compiler.export_model.export_options import MERGED, Adapters, Entry, ExportOptions, Format
+from peftc.compiler.export_model.exportable import export_adapted
+from peftc.compiler.export_model.output import MANIFEST
 from peftc.compiler.jobs.drifting import adapted_by
 from peftc.compiler.load_model.models import FoundModel, seeded
 from peftc.compiler.load_model.tokenizers import tokenizer_beside
@@ -83,16 +82,13 @@ def export(
         if chosen:
             adapted.set_adapter(chosen)
         names = None
-    given = _named(adapted, model.example_inputs)
-    tokenizer = tokenizer_beside(model)
-    files = adapted.export(
-        directory,
+    options = ExportOptions(
         format=format,
         adapters=adapters,
         entry=entry,
         adapter_names=names,
-        example_inputs=given,
-        tokenizer=tokenizer,
+        example_inputs=_named(adapted, model.example_inputs),
+        tokenizer=tokenizer_beside(model),
         max_batch_size=max_batch_size,
         max_length=max_length,
         max_drift=max_drift,
@@ -100,11 +96,11 @@ def export(
         max_shard_size=max_shard_size,
         safe_merge=safe_merge,
         quantized=quantized,
-        force=force,
     )
+    files = export_adapted(adapted, Path(directory), options, force=force)
     manifest = json.loads((Path(directory) / MANIFEST).read_bytes())
     named = tuple(adapted.active_adapters() if adapters == MERGED else names or adapted._adapter_state.names())
-    return _facts(str(directory), format, named, files, manifest, has_tokenizer=tokenizer is not None)
+    return _facts(str(directory), format, named, files, manifest, has_tokenizer=options.tokenizer is not None)
 
 
 def export_adapters(

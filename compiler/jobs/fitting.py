@@ -5,7 +5,6 @@ from dataclasses import replace
 
 from torch import nn
 
-from peftc.compiler.api import fitted
 from peftc.compiler.jobs.drawing import as_found
 from peftc.compiler.load_model.models import FoundModel
 from peftc.compiler.load_model.quantizing import quantized_copy
@@ -14,8 +13,8 @@ from peftc.compiler.report.facts import AdapterFacts
 from peftc.compiler.report.summary import adapter_facts
 from peftc.grammar.diagnostics import Diagnostic, ModelError, SpecError
 from peftc.grammar.spec.spec import Base, Spec
-from peftc.passes.plan.resolve import ModelSurvey, check_base, resolve, survey
-from peftc.passes.plan.vocabulary import enlarged
+from peftc.passes.plan.resolve import ModelSurvey, check_base, survey
+from peftc.runtime.model.adding import plan_adapters
 
 
 def check_fit(spec: Spec, model: nn.Module | FoundModel) -> tuple[tuple[AdapterFacts, ...], tuple[Diagnostic, ...]]:
@@ -32,8 +31,7 @@ def check_fit(spec: Spec, model: nn.Module | FoundModel) -> tuple[tuple[AdapterF
     for each in spec.adapters:
         try:
             tokenizer = tokenizer_for(replace(spec, adapters=(each,)), found)
-            (meant,), size = fitted((each,), ground, tokenizer)
-            plan = resolve(meant, ground if size is None else enlarged(ground, size))
+            (plan,) = plan_adapters((each,), ground, tokenizer).plans
             facts.append(adapter_facts(plan, ground, {}, weights.get(each.name)))
         except SpecError as error:
             problems += error.diagnostics

@@ -24,16 +24,11 @@ from peftc.compiler.load_model.memory import releasing
 from peftc.compiler.load_model.storing import Storing, storing
 from peftc.grammar.diagnostics import Diagnostic, ModelError, did_you_mean, fail
 from peftc.grammar.spec.spec import Quantize
+from peftc.passes.foreign import transformers as contract
 
 Loaded = tuple[nn.Module, tuple[str, ...]]
 
 MAX_CONFIG_BYTES = 16 * 2**20
-
-# What a config.json may hold beside its class's own fields: names of earlier versions, and what loading looks at.
-_ALWAYS = frozenset(
-    ("architectures", "auto_map", "model_type", "rope_scaling", "rope_theta", "torch_dtype", "transformers_version")
-) | {"_attn_implementation", "_name_or_path", "attn_implementation", "custom_pipelines", "pruned_heads"}
-_ALSO_KNOWN = _ALWAYS | {"quantization_config", "task_specific_params", "tokenizer_class", "use_cache"}
 
 
 def from_weights(path: Path, name: str, trust_remote_code: bool, quantize: Quantize | None = None) -> Loaded:
@@ -171,7 +166,7 @@ def _unknown_fields(config: dict[str, Any], kind: type[PreTrainedConfig], where:
         known = set(vars(kind())) | set(kind().to_dict())
     except Exception:  # some classes have no defaults; then nothing can be said
         return ()
-    known |= set(kind.attribute_map) | set(GenerationConfig().to_dict()) | _ALSO_KNOWN
+    known |= set(kind.attribute_map) | set(GenerationConfig().to_dict()) | contract.ALSO_IN_CONFIG
     own = [each for each in known if not each.startswith("_")]
     messages = []
     for name in config:

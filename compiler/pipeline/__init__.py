@@ -1,1 +1,4 @@
-"""Which passes run, in which order, for which purpose."""
+"""Which passes run, in which order, for which purpose.
+
+Never here: a rewrite: passes are put in order here, and written elsewhere.
+"""

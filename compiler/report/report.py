@@ -19,8 +19,8 @@ from peftc.compiler.report.facts import (
 from peftc.compiler.report.names import collapse, places
 from peftc.grammar.method.rule import MethodRule
 from peftc.grammar.syntax import expression
+from peftc.passes.foreign.peft import OWN_TYPE
 from peftc.runtime.merge.drift import MergeDrift, TensorDrift
-from peftc.runtime.peft_format.peft_fields import OWN_TYPE
 
 
 def adapters_report(adapters: Iterable[AdapterFacts]) -> RenderableType:

@@ -1,4 +1,4 @@
-"""Sample sizes for tracing: which axes of an input vary, and sizes that tell them apart.
+"""Sample sizes for tracing: what the axes of an input count, and sizes that tell them apart.
 
 No size is 0 or 1 (torch.export takes those for constants), and the sizes of different meaning differ.
 """
@@ -8,72 +8,87 @@ from dataclasses import dataclass
 
 import torch
 
-ROWS, QUERY, PAST, SOURCE = 3, 5, 7, 6
+from peftc.passes.foreign.transformers import Argument
+from peftc.passes.ir.inputs import BATCH, PAST, SEQUENCE, SOURCE, Size, sizes_by
+from peftc.passes.ir.roles import Role, Stack
 
-ENCODER_INPUTS = ("input_ids", "attention_mask", "inputs_embeds", "token_type_ids", "position_ids")
+SIZES = {BATCH: 3, SEQUENCE: 5, PAST: 7, SOURCE: 6}
+
+Axes = tuple[Size | None, ...]
 
 
 @dataclass(frozen=True)
 class Sample:
-    """The shape to trace an input with, and the axes that are dynamic."""
+    """The shape to trace an input with, and what each axis counts: None where it varies and nobody knows what for."""
 
     shape: tuple[int, ...]
-    dynamic: tuple[int, ...]
+    axes: Axes
+
+    @property
+    def dynamic(self) -> tuple[int, ...]:
+        """The axes that vary."""
+        return tuple(axis for axis, size in enumerate(self.axes) if not isinstance(size, int))
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """Knows the meaning of a transformers model's inputs by their names.
+    """Knows what the axes of a transformers model's inputs count, by their roles.
 
-    `past` is how many tokens the cache of the sample call holds; `rows` is the batch size of the real call.
+    `past` says whether the cache of the sample call holds tokens; `rows` is the batch size of the real call.
     """
 
-    is_encoder_decoder: bool
-    past: int
+    past: bool
     rows: int
 
-    def sample(self, name: str, tensor: torch.Tensor) -> Sample:
-        """How to trace one input, given what the real call passed. `name` is the path of the tensor in the call."""
-        root, _, rest = name.partition(".")
-        shape = list(tensor.shape)
-        if not shape:
-            return Sample((), ())
-        source = self.is_encoder_decoder and (root in ENCODER_INPUTS or root.startswith("encoder_"))
-        length = SOURCE if source else QUERY
-        if len(shape) == 1:
-            size = QUERY if root == "cache_position" else ROWS
-            return Sample((size,), (0,))
-        axes = self._axes(root, rest, tensor, length)
-        if tensor.shape[0] == 1 and self.rows > 1:
-            axes.pop(0, None)  # one row that broadcasts over the batch
-        for axis, size in axes.items():
-            shape[axis] = size
+    def sample(self, argument: Argument, tensor: torch.Tensor) -> Sample:
+        """How to trace one input, given what the real call passed."""
+        axes: list[Size | None] = [int(size) for size in tensor.shape]
+        if len(axes) == 1:
+            axes = [(SEQUENCE if argument.role == Role.PLACES else BATCH,)]
+        elif axes:
+            named = self._axes(argument, tensor)
+            if tensor.shape[0] == 1 and self.rows > 1:
+                named.pop(0, None)  # one row that broadcasts over the batch
+            axes = [named.get(axis, size) for axis, size in enumerate(axes)]
+        shape = (
+            max(tensor.shape[axis], 2) if size is None else sizes_by(SIZES, size) for axis, size in enumerate(axes)
+        )
         return Sample(tuple(shape), tuple(axes))
 
-    def _axes(self, root: str, rest: str, tensor: torch.Tensor, length: int) -> dict[int, int]:
-        floating = tensor.is_floating_point()
-        if root.endswith("attention_mask"):
-            seen = length if length == SOURCE else length + self.past
-            return {0: ROWS, 1: seen} if tensor.dim() == 2 else {0: ROWS, 2: length, 3: seen}
-        if root.endswith("position_ids") and tensor.dim() == 3:
-            return {1: ROWS, 2: length}
-        if root.endswith(("_ids", "inputs_embeds")) or root.startswith("encoder_"):
-            return {0: ROWS, 1: length}
-        if root == "labels" and tensor.dim() == 2 and not floating:
-            return {0: ROWS, 1: QUERY}
-        if root == "input_values":
-            return {0: ROWS, 1: max(tensor.shape[1], 2)}
-        return {0: ROWS}
+    def _axes(self, argument: Argument, tensor: torch.Tensor) -> dict[int, Size | None]:
+        """The axes of two or more that count something."""
+        rows, source = (BATCH,), argument.stack == Stack.ENCODER
+        length: Size = (SOURCE,) if source else (SEQUENCE,)
+        match argument.role:
+            case Role.MASK | Role.OTHER_MASK:
+                seen: Size = (PAST, SEQUENCE) if self.past and not source else length
+                return {0: rows, 1: seen} if tensor.dim() == 2 else {0: rows, 2: length, 3: seen}
+            case Role.POSITIONS if tensor.dim() == 3:
+                return {1: rows, 2: length}
+            case Role.TOKENS | Role.EMBEDDINGS | Role.POSITIONS | Role.TYPES | Role.IDS | Role.ENCODED:
+                return {0: rows, 1: length}
+            case Role.LABELS if tensor.dim() == 2 and not tensor.is_floating_point():
+                return {0: rows, 1: (SEQUENCE,)}
+            case Role.SIGNAL:
+                return {0: rows, 1: None}
+            case _:
+                return {0: rows}
 
 
 def plain_sample(tensors: Sequence[torch.Tensor]) -> tuple[Sample, ...]:
     """Samples for a module nothing is known of: the call's own shapes, every axis free to vary.
 
-    Where every input has one row, a batch of one, the sample gets more, so that the batch stays dynamic.
+    Where every input has one row, a batch of one, the sample gets more, so that the batch stays dynamic. The first axis
+    is the batch where it varies and is of one size in every input.
     """
     single = all(tensor.dim() and tensor.shape[0] == 1 for tensor in tensors)
+    rows = {SIZES[BATCH] if single else tensor.shape[0] for tensor in tensors if tensor.dim()}
+    is_batch = len(rows) == 1 and rows != {1}
     samples = []
     for tensor in tensors:
-        shape = (ROWS, *tensor.shape[1:]) if single else tuple(tensor.shape)
-        samples.append(Sample(shape, tuple(axis for axis, size in enumerate(shape) if size > 1)))
+        shape = (SIZES[BATCH], *tensor.shape[1:]) if single else tuple(tensor.shape)
+        axes: list[Size | None] = [size if size <= 1 else None for size in shape]
+        if axes and is_batch and axes[0] is None:
+            axes[0] = (BATCH,)
+        samples.append(Sample(shape, tuple(axes)))
     return tuple(samples)

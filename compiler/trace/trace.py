@@ -7,7 +7,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 import torch
@@ -19,24 +19,31 @@ from transformers.exporters.utils import patch_attributes
 from transformers.utils import logging as transformers_logging
 
 from peftc.compiler.pipeline import managed
-from peftc.compiler.trace.samples import PAST, ROWS, SOURCE, Sample, Sampler, plain_sample
+from peftc.compiler.trace.samples import SIZES, Sample, Sampler, plain_sample
 from peftc.compiler.trace.twin import Twin
 from peftc.grammar.diagnostics import AdapterError, Diagnostic, ModelError, fail
+from peftc.passes.foreign import transformers as contract
+from peftc.passes.ir.inputs import BATCH, PAST, SOURCE, CacheSlot, InputSpec, Size, describe, inputs_of, sizes_by
+from peftc.passes.ir.roles import Role, Stack
 from peftc.passes.ir.split_tied_weights import SplitOwners
 from peftc.passes.ir.traced import Traced
 from peftc.passes.plan.sites import tied_names
 from peftc.runtime.execution import caches, nest
 from peftc.runtime.execution.call import Call
 
-# The exporter drops an input called `labels`; under another name the loss is traced like everything else.
-TRACED_NAMES = {"labels": "target_labels", "future_values": "target_future_values"}
-
 
 @dataclass(frozen=True)
 class _Input:
-    name: str
+    spec: InputSpec
     value: torch.Tensor
-    dynamic: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+    @property
+    def dynamic(self) -> tuple[int, ...]:
+        return tuple(axis for axis, size in enumerate(self.spec.axes) if not isinstance(size, int))
 
 
 class Tracer:
@@ -63,45 +70,52 @@ class Tracer:
         managed.run(graph, [SplitOwners(aliases)])
         return Traced(
             graph=graph,
-            inputs=tuple(each.name for each in inputs),
-            shapes=tuple(_bound_sizes(node) for node in graph.find_nodes(op="placeholder")),
+            inputs=tuple(inputs_of(graph).values()),
             constants=_constants(module, graph, aliases),
             outputs=forward.form,
             cache=layout or forward.layout,
             guards=guards,
             cached=_count(graph) - nest.count_tensors(forward.form),
             encoder_decoder=self._is_encoder_decoder,
-            filler=int(getattr(getattr(self._source, "config", None), "pad_token_id", None) == 0),
+            filler=int(contract.pads_with_zero(getattr(self._source, "config", None))),
         )
 
     def takes_cache(self, call: Call) -> bool:
         """Whether the model can be given keys and values that attention sees beside the call's own."""
-        parameters = inspect.signature(self._source.get_submodule(call.signature.entry).forward).parameters
-        return "past_key_values" in parameters and self._made_cache(call) is not None
+        forward = contract.forward_of(self._source.get_submodule(call.signature.entry).forward)
+        return forward.cache is not None and self._made_cache(call) is not None
 
     @property
     def _is_encoder_decoder(self) -> bool:
-        return bool(getattr(getattr(self._source, "config", None), "is_encoder_decoder", False))
+        return contract.is_encoder_decoder(getattr(self._source, "config", None))
 
     def _inputs(self, twin: Twin, call: Call, layout: caches.Layout | None) -> list[_Input]:
         names = call.signature.tensor_names
-        samples = self._samples(call, names, PAST if layout else 0)
+        samples = self._samples(call, names, layout is not None)
         inputs = [
-            _Input(_traced_name(name), twin.fake(_blank(tensor, sample.shape)), sample.dynamic)
+            _Input(self._spec(name, sample), twin.fake(_blank(tensor, sample.shape)))
             for name, tensor, sample in zip(names, call.tensors, samples, strict=True)
         ]
         if layout is not None:
             device = call.tensors[0].device
-            inputs += [_Input(name, twin.fake(tensor), (0, 2)) for name, tensor in _sample_cache(layout, device)]
+            inputs += [_Input(spec, twin.fake(tensor)) for spec, tensor in _sample_cache(layout, device)]
         return inputs
 
-    def _samples(self, call: Call, names: list[str], past: int) -> tuple[Sample, ...]:
+    def _spec(self, path: str, sample: Sample) -> InputSpec:
+        """What a tensor of the call is: a module of the user's own that names inputs as transformers does means it."""
+        argument = contract.argument_of(path, self._is_encoder_decoder)
+        return InputSpec(contract.traced_name(path), argument.role, argument.stack, sample.axes)
+
+    def _samples(self, call: Call, names: list[str], past: bool) -> tuple[Sample, ...]:
         if call.signature.sizes:
-            return tuple(Sample(tuple(tensor.shape), ()) for tensor in call.tensors)
+            return tuple(Sample(tuple(tensor.shape), tuple(tensor.shape)) for tensor in call.tensors)
         if not isinstance(self._source, PreTrainedModel):
             return plain_sample(call.tensors)
-        sampler = Sampler(self._is_encoder_decoder, past, call.rows)
-        return tuple(sampler.sample(name, tensor) for name, tensor in zip(names, call.tensors, strict=True))
+        sampler = Sampler(past, call.rows)
+        return tuple(
+            sampler.sample(contract.argument_of(name, self._is_encoder_decoder), tensor)
+            for name, tensor in zip(names, call.tensors, strict=True)
+        )
 
     def _twin(self, call: Call) -> Twin:
         twin = Twin(self._source)
@@ -118,18 +132,18 @@ class Tracer:
 
     def _made_cache(self, call: Call) -> Cache | None:
         """The cache that a twin makes when it runs without one; with labels, some models make none."""
-        output = self._run(call, use_cache=True)
-        if "labels" in dict(call.signature.arguments) and not any(isinstance(each, Cache) for each in _values(output)):
-            output = self._run(call, use_cache=True, labels=None)
-        return next((each for each in _values(output) if isinstance(each, Cache)), None)
+        made = caches.cache_in(self._run(call, {contract.USE_CACHE: True}))
+        if made is None and contract.LABELS in dict(call.signature.arguments):
+            made = caches.cache_in(self._run(call, {contract.USE_CACHE: True, contract.LABELS: None}))
+        return made
 
-    def _run(self, call: Call, **options: Any) -> Any:
+    def _run(self, call: Call, options: Mapping[str, Any]) -> Any:
         """What a twin returns for a call of these sizes, with other options."""
         twin = self._twin(call)
         names = call.signature.tensor_names
         tensors = [
             twin.fake(_blank(tensor, sample.shape))
-            for tensor, sample in zip(call.tensors, self._samples(call, names, 0), strict=True)
+            for tensor, sample in zip(call.tensors, self._samples(call, names, past=False), strict=True)
         ]
         forward = _FlatForward(twin.model, call, None)
         try:
@@ -139,7 +153,7 @@ class Tracer:
                 torch.no_grad(),
                 patch_attributes([(torch.compiler, "is_compiling", _always)]),
             ):
-                return forward.run(tensors, None, **options)
+                return forward.run(tensors, None, options)
         except AdapterError:
             raise
         except Exception as error:
@@ -165,27 +179,22 @@ class _FlatForward:
         leaves: list[torch.Tensor] = []
         self.form = nest.flatten(output, leaves, "the output")
         if nest.holds_cache(self.form):
-            made = next(each for each in _values(output) if isinstance(each, Cache))
-            if self._layout is None:
-                self.layout = caches.layout_of(made, filled=False)
-            leaves += caches.tensors_of(made, self._layout or self.layout)  # type: ignore[arg-type]
+            made = caches.cache_in(output)
+            assert made is not None
+            layout = self._layout or caches.layout_of(made, filled=False)
+            self.layout = None if self._layout else layout
+            leaves += caches.tensors_of(made, layout)
         return leaves
 
-    def run(self, tensors: list[torch.Tensor], cache: Cache | None, **options: Any) -> Any:
+    def run(self, tensors: list[torch.Tensor], cache: Cache | None, options: Mapping[str, Any] | None = None) -> Any:
         """Call the model's own forward, with these options where it has them."""
         left = list(tensors)
         arguments = {name: nest.rebuild(form, left, cache) for name, form in self._arguments}
         known = inspect.signature(type(self._module).forward).parameters
-        arguments |= {name: value for name, value in options.items() if name in known}
+        arguments |= {name: value for name, value in (options or {}).items() if name in known}
         if self._is_root:
             return type(self._module).forward(self._module, **arguments)
         return self._module(**arguments)
-
-
-def _values(output: Any) -> list[Any]:
-    if isinstance(output, dict):
-        return list(output.values())
-    return list(output) if isinstance(output, tuple | list) else [output]
 
 
 def _export(
@@ -252,6 +261,8 @@ def _flat_graph(module: fx.GraphModule, inputs: list[_Input]) -> fx.Graph:
     if names != [each.name for each in inputs]:
         extra = sorted(set(names) - {each.name for each in inputs})
         fail(ModelError, "E403", f"the exporter prepares inputs that are not supported yet: {', '.join(extra)}")
+    for node, each in zip(graph.find_nodes(op="placeholder"), inputs, strict=True):
+        describe(node, replace(each.spec, axes=_known_sizes(node, each.spec.axes)))
     for node in graph.nodes:
         if node.op == "get_attr" and "val" not in node.meta:
             node.meta["val"] = None
@@ -280,25 +291,29 @@ def _keyword(name: str) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
-def _bound_sizes(node: fx.Node) -> tuple[int | None, ...]:
-    return tuple(size if isinstance(size, int) else None for size in node.meta["val"].shape)
-
-
-def _traced_name(name: str) -> str:
-    return TRACED_NAMES.get(name, name.replace(".", "_"))
+def _known_sizes(node: fx.Node, axes: tuple[Size | None, ...]) -> tuple[Size | None, ...]:
+    """What the axes of an input count, and how long those are that the trace turned out to be bound to."""
+    shape = node.meta["val"].shape
+    return tuple(size if isinstance(size, int) else meant for size, meant in zip(shape, axes, strict=True))
 
 
 def _blank(tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     return torch.zeros(shape, dtype=tensor.dtype, device=tensor.device)
 
 
-def _sample_cache(layout: caches.Layout, device: torch.device) -> Iterator[tuple[str, torch.Tensor]]:
-    parts = [("", layout.own, PAST)] + ([("cross_", layout.cross, SOURCE)] if layout.filled else [])
-    for prefix, layers, length in parts:
+def _sample_cache(layout: caches.Layout, device: torch.device) -> Iterator[tuple[InputSpec, torch.Tensor]]:
+    cross = layout.cross if layout.filled else ()
+    for is_cross, layers, length in ((False, layout.own, PAST), (True, cross, SOURCE)):
         for index, layer in enumerate(layers):
-            for role, size in (("key", layer.key_size), ("value", layer.value_size)):
-                shape = (ROWS, layer.heads, length, size)
-                yield f"past_{prefix}{index}_{role}", torch.zeros(shape, dtype=layer.dtype, device=device)
+            for part, size in (("key", layer.key_size), ("value", layer.value_size)):
+                slot, axes = CacheSlot(index, part, is_cross), ((BATCH,), layer.heads, (length,), size)
+                spec = InputSpec(f"past_{slot}", Role.CACHE, _cached_stack(layout), axes, slot)
+                shape = tuple(sizes_by(SIZES, each) for each in axes)
+                yield spec, torch.zeros(shape, dtype=layer.dtype, device=device)
+
+
+def _cached_stack(layout: caches.Layout) -> Stack:
+    return Stack.DECODER if layout.is_encoder_decoder else Stack.ONLY
 
 
 @contextmanager

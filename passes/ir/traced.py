@@ -6,22 +6,23 @@ from dataclasses import dataclass
 import torch
 from torch import fx, nn
 
+from peftc.passes.ir.inputs import InputSpec
+
 
 @dataclass(frozen=True)
 class Traced:
     """A base graph and its calling convention.
 
-    `graph` takes one placeholder per name in `inputs` and returns a flat tuple of tensors; weights are `get_attr`
-    nodes of their own names, one node per module that uses them. Tensors the trace made itself are in `constants`.
-    `shapes` gives, per input, the sizes the trace is bound to, with None where any size will do. `guards` are Python
-    expressions over `sizes[input][axis]`: what the model's own code asked of its sizes while it was traced, all of it
-    true. The last `cached` outputs are keys and values; `filler` is a token that is not the padding's, of a model of
-    text. `outputs` and `cache` belong to whoever traced: how to rebuild the model's output from the flat tuple.
+    `graph` takes one placeholder for each of `inputs`, which say what they are for and how long, and returns a flat
+    tuple of tensors; weights are `get_attr` nodes of their own names, one node per module that uses them. Tensors the
+    trace made itself are in `constants`. `guards` are Python expressions over `sizes[input][axis]`: what the model's
+    own code asked of its sizes while it was traced, all of it true. The last `cached` outputs are keys and values;
+    `filler` is a token that is not the padding's, of a model of text. `outputs` and `cache` belong to whoever traced:
+    how to rebuild the model's output from the flat tuple.
     """
 
     graph: fx.Graph
-    inputs: tuple[str, ...]
-    shapes: tuple[tuple[int | None, ...], ...]
+    inputs: tuple[InputSpec, ...]
     constants: Mapping[str, torch.Tensor | nn.Module]
     outputs: object
     cache: object
@@ -29,3 +30,8 @@ class Traced:
     cached: int = 0
     encoder_decoder: bool = False
     filler: int = 0
+
+    @property
+    def shapes(self) -> tuple[tuple[int | None, ...], ...]:
+        """For each input the sizes that the trace is bound to, with None where any size will do."""
+        return tuple(spec.bound for spec in self.inputs)

@@ -7,12 +7,10 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from peftc.passes.foreign import transformers as contract
 from peftc.passes.plan.site import Site
 from peftc.passes.plan.sites import input_embedding, tied_names
 from peftc.passes.quantized.schemes.known import packed
-
-SEPARATE = ("q_proj", "k_proj", "v_proj", "o_proj")  # what an attention module is told by
-PACKED = "c_attn"
 
 
 @dataclass(frozen=True)
@@ -34,7 +32,7 @@ def fronts(model: nn.Module) -> tuple[Site, ...]:
     embedding, heads = _embedding(model), heads_of(getattr(model, "config", None))
     found: list[Site] = []
     first = next(model.parameters(), torch.empty(0))
-    stacks = 2 if getattr(getattr(model, "config", None), "is_encoder_decoder", False) else 1
+    stacks = 2 if contract.is_encoder_decoder(getattr(model, "config", None)) else 1
     if embedding is not None:
         path, module = embedding
         weight, layers = module.weight, heads.layers if heads else 0
@@ -79,25 +77,18 @@ def heads_of(config: Any) -> Heads | None:
     if config is None:
         return None
     layers = queries = None
-    if getattr(config, "is_encoder_decoder", False):  # a config's view of its text alone may say others
-        layers = _first(config, "num_decoder_layers", "decoder_layers")
-        queries = _first(config, "decoder_attention_heads")
-    if hasattr(config, "get_text_config"):
-        config = config.get_text_config(decoder=True)
-    layers = layers or _first(config, "num_hidden_layers", "num_layers")
-    queries = queries or _first(config, "num_attention_heads")
-    heads = _first(config, "num_key_value_heads") or queries
-    size = _first(config, "head_dim", "d_kv")
+    if contract.is_encoder_decoder(config):  # a config's view of its text alone may say others
+        layers, queries = contract.decoder_layers(config), contract.decoder_heads(config)
+    config = contract.text_config(config, decoder=True)
+    layers = layers or contract.layers(config)
+    queries = queries or contract.heads(config)
+    heads = contract.key_heads(config) or queries
+    size = contract.head_size(config)
     if size is None and queries:
-        size = (_first(config, "hidden_size", "d_model") or 0) // queries
+        size = (contract.width(config) or 0) // queries
     if not (layers and heads and size):
         return None
     return Heads(layers, heads, size)
-
-
-def _first(config: Any, *names: str) -> int | None:
-    found = (getattr(config, name, None) for name in names)
-    return next((each for each in found if isinstance(each, int) and not isinstance(each, bool)), None)
 
 
 def _embedding(model: nn.Module) -> tuple[str, nn.Embedding] | None:
@@ -108,20 +99,20 @@ def _embedding(model: nn.Module) -> tuple[str, nn.Embedding] | None:
 
 def _scale(module: nn.Embedding) -> float:
     """What the module multiplies its rows by, as its weight's type holds it."""
-    scale: Any = getattr(module, "embed_scale", 1.0)
+    scale, as_number = contract.embedding_scale(module)
     if isinstance(scale, torch.Tensor) and not scale.is_meta:
         return float(scale.to(module.weight.dtype))
-    return float(getattr(module, "scalar_embed_scale", 1.0) if isinstance(scale, torch.Tensor) else scale)
+    return float(as_number if isinstance(scale, torch.Tensor) else scale)
 
 
 def _attention(model: nn.Module, heads: Heads | None) -> list[Site]:
     found: list[Site] = []
     for path, module in model.named_modules():
         children = dict(module.named_children())
-        fused = isinstance(children.get(PACKED), Conv1D) and "q_attn" not in children
-        if not (set(SEPARATE) <= set(children) or fused):
+        fused = isinstance(children.get(contract.PACKED), Conv1D) and contract.PACKED_QUERY not in children
+        if not (set(contract.SEPARATE) <= set(children) or fused):
             continue
-        query = children[PACKED if fused else "q_proj"]
+        query = children[contract.PACKED if fused else contract.SEPARATE[0]]
         held = packed(query)
         if held is not None:
             hidden, dtype, device = held.packing.in_features, held.packing.dtype, held.parts[0].device

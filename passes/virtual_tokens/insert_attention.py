@@ -8,12 +8,12 @@ from typing import ClassVar
 import torch
 from torch import fx
 
+from peftc.passes.foreign.transformers import PACKED, SEPARATE
 from peftc.passes.insert.insert_delta import SlotValue, UnfitError
 from peftc.passes.ir.emit import Emit, Origin
 from peftc.passes.ir.pass_manager import Change, Miss
 from peftc.passes.ir.split_tied_weights import module_path
 from peftc.passes.ir.stages import Stage
-from peftc.passes.plan.fronts import PACKED, SEPARATE
 from peftc.passes.plan.structure import Structure, VirtualTokens
 from peftc.passes.virtual_tokens import widen
 from peftc.passes.virtual_tokens.attention import Attention, attentions

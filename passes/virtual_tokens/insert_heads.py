@@ -11,7 +11,9 @@ from torch import fx
 from peftc.passes.insert.insert_delta import SlotValue, UnfitError
 from peftc.passes.ir.emit import Emit, Origin
 from peftc.passes.ir.infer import is_same_size
+from peftc.passes.ir.inputs import with_role
 from peftc.passes.ir.pass_manager import Change, Miss
+from peftc.passes.ir.roles import Role
 from peftc.passes.ir.stages import Stage
 from peftc.passes.ir.values import refresh
 from peftc.passes.optimize.group_heads import repeated
@@ -25,7 +27,6 @@ from peftc.passes.virtual_tokens.front_value import by_slot, expanded, length_of
 aten = torch.ops.aten
 
 POSITIONS = "position_embeddings.weight"  # how the names of learned embeddings of positions end
-TEXT = ("input_ids", "inputs_embeds")
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class InsertHeads:
         refresh(graph)
         if weighted(fronts):
             Weighing(emit, fronts, self.slot_value, near).all(found)
-        if any(each in TEXT for each in widen.placeholders(graph)):
+        if any(with_role(graph, Role.TOKENS)) or any(with_role(graph, Role.EMBEDDINGS)):
             _shift_positions(graph, emit, site, length)
             refresh(graph)
         return Change(made=len(emit.made))

@@ -1,6 +1,5 @@
 """Puts keys and values in front of those a cache holds."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -10,7 +9,9 @@ from torch import fx
 
 from peftc.passes.insert.insert_delta import SlotValue, UnfitError
 from peftc.passes.ir.emit import Emit, Origin
+from peftc.passes.ir.inputs import BATCH, InputSpec, describe, own_cache, spec_of, with_role
 from peftc.passes.ir.pass_manager import Change
+from peftc.passes.ir.roles import Role, Stack
 from peftc.passes.ir.stages import Stage
 from peftc.passes.ir.values import refresh
 from peftc.passes.plan.site import Site
@@ -20,7 +21,7 @@ from peftc.passes.virtual_tokens.attention_bias import Weighing, cached_attentio
 from peftc.passes.virtual_tokens.front_value import by_slot, expanded, length_of, prompts
 
 aten = torch.ops.aten
-_OWN = re.compile(r"past_\d+_(key|value)")
+CACHING = (Stack.ONLY, Stack.DECODER)  # whose keys and values a cache holds
 CARRIED = "carried_"  # in front of the names of inputs that hold keys and values of virtual tokens
 
 Pair = tuple[fx.Node, fx.Node]
@@ -45,7 +46,7 @@ class InsertPrefix:
     def run(self, graph: fx.Graph) -> Change:
         """Rewrite in place. Raises UnfitError where the cache is another than the config says."""
         fronts = self.structure.at("cache")
-        own = _own_cache(graph)
+        own = own_cache(graph)
         if not fronts or widen.is_done(graph, self.name):
             return Change()
         site, length = fronts[0].site, length_of(fronts)
@@ -59,7 +60,7 @@ class InsertPrefix:
             slot = (4 * layer) % (2 * site.layers) if self.encoder_decoder else 2 * layer
             leads.append(tuple(emit.call(aten.slice.Tensor, prefix, 0, slot + i, slot + i + 1) for i in (0, 1)))
         attending = cached_attentions(graph, own, fronts[0]) if weighted(fronts) else []
-        lead_cache(graph, emit, own, leads, length, self.cached, "decoder_" * self.encoder_decoder)
+        lead_cache(graph, emit, own, leads, length, self.cached)
         Weighing(emit, fronts, self.slot_value, own[0]).all(attending)
         return Change(made=len(emit.made))
 
@@ -80,8 +81,8 @@ class CarryPrompt:
     def run(self, graph: fx.Graph) -> Change:
         """Rewrite in place."""
         fronts = self.structure.at("prompt")
-        own = _own_cache(graph)
-        if not fronts or not own or CARRIED + "0_key" in widen.placeholders(graph):
+        own = own_cache(graph)
+        if not fronts or not own or any(with_role(graph, Role.CARRIED)):
             return Change()
         length, per_row = length_of(fronts), any(each.tasks for each in fronts)
         emit = Emit(graph, widen.first_node(graph), Origin(self.name, fronts[0].site.name), like=own[0])
@@ -89,14 +90,17 @@ class CarryPrompt:
         for each in own:
             value = emit.tensor(each)
             rows = value.shape[0] if per_row else 1
+            slot = spec_of(each).slot
             with graph.inserting_before(emit.before):
-                node = graph.placeholder(str(each.target).replace("past_", CARRIED))
+                node = graph.placeholder(f"{CARRIED}{slot}")
             with value.fake_mode:  # type: ignore[attr-defined]
                 shape = (rows, value.shape[1], length, value.shape[3])
                 node.meta["val"] = torch.empty(shape, dtype=value.dtype, device=value.device)
             node.meta["peftc"] = emit.origin
+            axes = ((BATCH,) if per_row else 1, int(shape[1]), length, int(shape[3]))
+            describe(node, InputSpec(str(node.target), Role.CARRIED, axes=axes, slot=slot))
             nodes.append(node)
-        lead_cache(graph, emit, own, list(widen.pairs(nodes)), length, self.cached, "")
+        lead_cache(graph, emit, own, list(widen.pairs(nodes)), length, self.cached)
         return Change(made=len(emit.made) + len(nodes))
 
 
@@ -121,18 +125,15 @@ def lead_cache(
     leads: Sequence[tuple[fx.Node, ...]],
     length: int,
     cached: int,
-    side: str,
 ) -> None:
     """Put keys and values in front of the cache's inputs, cut them off its outputs, and widen masks and positions."""
-    inputs = widen.placeholders(graph)
     rows = widen.rows_of(emit, own[0])
     wider: list[tuple[fx.Node, fx.Node]] = []
     for past, lead in zip(own, (each for pair in leads for each in pair), strict=True):
         wider.append((past, emit.call(aten.cat.default, [expanded(emit, lead, rows), past], 2)))
-    mask, positions = inputs.get(f"{side}attention_mask"), inputs.get(f"{side}position_ids")
-    if mask is not None:
+    for mask in with_role(graph, Role.MASK, *CACHING):
         wider.append((mask, widen.wider_mask(emit, mask, length, queries=False)))
-    if positions is not None:
+    for positions in with_role(graph, Role.POSITIONS, *CACHING):
         wider.append((positions, emit.call(aten.add.Tensor, positions, length)))
     for node, wide in wider:
         widen.put_for(node, wide, emit)
@@ -153,8 +154,3 @@ def cut_cache(graph: fx.Graph, emit: Emit, own: int, length: int, cached: int) -
     emit.made.extend(after.made)
     widen.set_outputs(graph, [*values[:start], *kept, *values[start + own :]])
     return whole
-
-
-def _own_cache(graph: fx.Graph) -> list[fx.Node]:
-    """The inputs that hold a decoder's own keys and values, in order."""
-    return [node for name, node in widen.placeholders(graph).items() if _OWN.fullmatch(name)]

@@ -1,16 +1,20 @@
 """Puts virtual tokens in front of the embedded ones."""
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import fx
 
+from peftc.passes.foreign.peft import TASK_IDS
+from peftc.passes.foreign.transformers import name_of
 from peftc.passes.insert.insert_delta import SlotValue, UnfitError
 from peftc.passes.ir.emit import Emit, Origin
 from peftc.passes.ir.infer import is_same_size
+from peftc.passes.ir.inputs import BATCH, InputSpec, describe, inputs_of, with_role
 from peftc.passes.ir.pass_manager import Change
+from peftc.passes.ir.roles import Role, Stack
 from peftc.passes.ir.split_tied_weights import module_path
 from peftc.passes.ir.stages import Stage
 from peftc.passes.ir.values import refresh
@@ -21,9 +25,7 @@ from peftc.passes.virtual_tokens.insert_prefix import cut_cache
 
 aten = torch.ops.aten
 IGNORED = -100  # the label that losses leave out
-TASKS = "task_ids"
-LABELS = ("target_labels", "labels")
-BOUNDS = ("start_positions", "end_positions")
+READING = (Stack.ONLY, Stack.ENCODER)  # whose tokens prompts stand in front of
 
 
 @dataclass(frozen=True)
@@ -46,22 +48,22 @@ class InsertPrompt:
     def run(self, graph: fx.Graph) -> Change:
         """Rewrite in place. Raises UnfitError where the graph embeds no tokens."""
         fronts = self.structure.at("prompt")
-        inputs = widen.placeholders(graph)
         if not fronts or widen.is_done(graph, self.name):
             return Change()
         length, site = length_of(fronts), fronts[0].site
-        tokens = inputs.get("input_ids") or inputs.get("inputs_embeds")
+        ids = next(with_role(graph, Role.TOKENS, *READING), None)
+        tokens = ids or next(with_role(graph, Role.EMBEDDINGS, *READING), None)
         if tokens is None and self.encoder_decoder:
-            return self._only_mask(graph, inputs, length, fronts)
+            return self._only_mask(graph, length, fronts)
         if tokens is None:
-            raise UnfitError(site, "the call gives neither input_ids nor inputs_embeds")
+            raise UnfitError(site, f"the call gives neither {name_of(Role.TOKENS)} nor {name_of(Role.EMBEDDINGS)}")
         emit = Emit(graph, widen.first_node(graph), Origin(self.name, site.name), like=tokens)
         size = length + emit.tensor(tokens).shape[1]
         tasks = self._tasks(graph, emit, tokens) if any(each.tasks for each in fronts) else None
-        order = self._order(emit, inputs.get("attention_mask"), length, fronts)
-        wider = dict(self._wider(emit, inputs, length, fronts, order))
+        order = self._order(emit, _mask(graph), length, fronts)
+        wider = dict(self._wider(graph, emit, length, fronts, order))
         embedded = [tokens]
-        if tokens.target == "input_ids":
+        if tokens is ids:
             wide = widen.led_by(emit, tokens, length, self.filler)
             widen.put_for(tokens, wide, emit)
             embedded = list(_embeddings(graph, wide, {site.weight, *site.tied}))
@@ -78,11 +80,9 @@ class InsertPrompt:
             self._outputs(graph, emit, fronts, length, size)
         return Change(made=len(emit.made))
 
-    def _only_mask(
-        self, graph: fx.Graph, inputs: Mapping[str, fx.Node], length: int, fronts: tuple[VirtualTokens, ...]
-    ) -> Change:
+    def _only_mask(self, graph: fx.Graph, length: int, fronts: tuple[VirtualTokens, ...]) -> Change:
         """A decoder that reads what an encoder with virtual tokens made: its mask of the encoder's places is short."""
-        mask = inputs.get("attention_mask")
+        mask = _mask(graph)
         if mask is None:
             return Change()
         emit = Emit(graph, widen.first_node(graph), Origin(self.name, fronts[0].site.name), like=mask)
@@ -103,35 +103,38 @@ class InsertPrompt:
     def _tasks(self, graph: fx.Graph, emit: Emit, tokens: fx.Node) -> fx.Node:
         like = emit.tensor(tokens)
         with graph.inserting_before(emit.before):
-            node = graph.placeholder(TASKS)
+            node = graph.placeholder(TASK_IDS)
         with like.fake_mode:  # type: ignore[attr-defined]
             node.meta["val"] = torch.empty((like.shape[0],), dtype=torch.int64, device=like.device)
         node.meta["peftc"] = emit.origin
+        describe(node, InputSpec(TASK_IDS, Role.TASKS, axes=((BATCH,),)))
         return node
 
     def _wider(
         self,
+        graph: fx.Graph,
         emit: Emit,
-        inputs: Mapping[str, fx.Node],
         length: int,
         fronts: tuple[VirtualTokens, ...],
         order: fx.Node | None,
     ) -> Iterator[tuple[fx.Node, fx.Node]]:
-        for name, node in inputs.items():
+        for node, spec in inputs_of(graph).items():
             value = emit.tensor(node)
-            match name:
-                case "attention_mask":
+            match spec.role:
+                case _ if spec.stack not in READING:
+                    continue
+                case Role.MASK:
                     wide = widen.wider_mask(emit, node, length, queries=True)
                     yield node, wide if order is None else widen.in_order(emit, wide, order)
-                case "token_type_ids":
+                case Role.TYPES:
                     yield node, widen.led_by(emit, node, length, 0)
-                case "position_ids" if value.dim() == 2:
+                case Role.POSITIONS if value.dim() == 2:
                     yield node, self._positions(emit, node, length)
                 case _ if self.encoder_decoder:
                     continue
-                case _ if name in LABELS and value.dim() == 2 and not value.is_floating_point():
+                case Role.LABELS if value.dim() == 2 and not value.is_floating_point():
                     yield node, self._labels(emit, node, fronts)
-                case _ if name in BOUNDS:
+                case Role.BOUNDS:
                     yield node, emit.call(aten.add.Tensor, node, length)
 
     def _labels(self, emit: Emit, node: fx.Node, fronts: tuple[VirtualTokens, ...]) -> fx.Node:
@@ -198,6 +201,10 @@ class InsertPrompt:
         if tensor.dim() < 2 or not is_same_size(tensor.shape[1], size):
             return value
         return emit.call(aten.slice.Tensor, value, 1, length, 2**63 - 1)
+
+
+def _mask(graph: fx.Graph) -> fx.Node | None:
+    return next(with_role(graph, Role.MASK, *READING), None)
 
 
 def _embeddings(graph: fx.Graph, ids: fx.Node, weights: Collection[str]) -> Iterator[fx.Node]:

@@ -1,1 +1,4 @@
-"""Adapters' tensors: the bank that owns them, ranks that are pruned, slots that graphs read."""
+"""Adapters' tensors: the bank that owns them, ranks that are pruned, slots that graphs read.
+
+Never here: a graph; a file; the user's weights.
+"""

@@ -1,1 +1,4 @@
-"""Exported artifacts: read, checked, called and generated from. Needs torch and nothing else."""
+"""Exported artifacts: read, checked, called and generated from. Needs torch and nothing else.
+
+Never here: transformers, models, passes: what an artifact needs is torch.
+"""

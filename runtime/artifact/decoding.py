@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 
 from peftc.grammar.diagnostics import UsageError, fail
+from peftc.passes.foreign.transformers import LOGITS, Argument, argument_of, name_of
+from peftc.passes.ir.roles import Role, Stack
 from peftc.runtime.artifact.checks import dtype_of
 from peftc.runtime.artifact.manifest import ArtifactManifest, Entry, Generation, TensorFacts
 from peftc.runtime.artifact.programs import Value
 from peftc.runtime.artifact.sampling import Sampling
 
 Call = Callable[[str, Mapping[str, Value]], dict[str, Tensor]]
-
-TOKENS, DECODER_TOKENS, MASK, POSITIONS = "input_ids", "decoder_input_ids", "attention_mask", "position_ids"
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def read_prompt(manifest: ArtifactManifest, ids: Tensor, mask: Tensor | None, be
     Raises:
         UsageError: they are no tokens of the model (E621), or a row is empty or ends in padding.
     """
-    facts = generation_of(manifest, TOKENS)
+    facts = generation_of(manifest, name_of(Role.TOKENS))
     if ids.dim() != 2 or ids.dtype != torch.int64 or 0 in ids.shape:
         found = f"{str(ids.dtype).removeprefix('torch.')} {list(ids.shape)}"
         _wrong(f"the tokens of a prompt are int64 [batch, tokens], and at least one; this is {found}")
@@ -79,7 +79,7 @@ def decode(
     Raises:
         UsageError: the text would become longer than the artifact was made for (E622).
     """
-    facts = generation_of(manifest, TOKENS)
+    facts = generation_of(manifest, name_of(Role.TOKENS))
     rows = len(prompt.ids)
     fed = torch.full((rows, 1), facts.decoder_start_token_id or 0) if facts.encoder_decoder else prompt.ids
     _check_length(manifest, fed.shape[1], max_new_tokens, facts.encoder_decoder)
@@ -106,13 +106,14 @@ def _steps(
     ends = torch.tensor(eos, dtype=torch.int64)
     entry, filled = first, width
     for _ in range(max_new_tokens):
-        known: dict[str, Value] = {**prompt.beside, **state}
-        known |= {TOKENS: fed, MASK: grown[:, :filled], POSITIONS: positions}
-        if facts.encoder_decoder:
-            known |= {TOKENS: prompt.ids, MASK: prompt.mask, DECODER_TOKENS: fed}
-        outputs = call(entry.name, {each.name: _known(each.name, known, entry) for each in entry.inputs})
+        meant = _meant(prompt, fed, grown[:, :filled], positions, facts.encoder_decoder)
+        known: dict[str, Value | None] = {
+            given.name: meant.get(argument_of(given.name, facts.encoder_decoder)) for given in entry.inputs
+        }
+        known |= {**prompt.beside, **state}
+        outputs = call(entry.name, {given.name: _known(given.name, known, entry) for given in entry.inputs})
         state |= {past: outputs[present] for present, past in entry.state.items()}
-        logits = outputs["logits"][:, -1]
+        logits = outputs[LOGITS][:, -1]
         chosen = logits.argmax(-1) if sampling is None else sampling.draw(logits)
         chosen = torch.where(going, chosen, padding)
         yield chosen
@@ -121,6 +122,19 @@ def _steps(
             if not going.any():
                 return
         fed, positions, entry, filled = chosen[:, None], positions[:, -1:] + 1, later, filled + 1
+
+
+def _meant(
+    prompt: Prompt, fed: Tensor, mask: Tensor, positions: Tensor, encoder_decoder: bool
+) -> dict[Argument, Tensor]:
+    """What a call is given, by what it is for: of a model with two stacks the text is the encoder's."""
+    if not encoder_decoder:
+        return {Argument(Role.TOKENS): fed, Argument(Role.MASK): mask, Argument(Role.POSITIONS): positions}
+    return {
+        Argument(Role.TOKENS, Stack.ENCODER): prompt.ids,
+        Argument(Role.MASK, Stack.ENCODER): prompt.mask,
+        Argument(Role.TOKENS, Stack.DECODER): fed,
+    }
 
 
 def most_new_tokens(manifest: ArtifactManifest, tokens: int) -> int | None:
@@ -144,11 +158,12 @@ def _check_length(manifest: ArtifactManifest, tokens: int, wanted: int, encoder_
     fail(UsageError, "E622", message, help=help)
 
 
-def _known(name: str, known: Mapping[str, Value], entry: Entry) -> Value:
-    if name not in known:
+def _known(name: str, known: Mapping[str, Value | None], entry: Entry) -> Value:
+    value = known.get(name)
+    if value is None:
         message = f"the entry '{entry.name}' takes '{name}', which generating from tokens does not give"
         fail(UsageError, "E620", message, help="call the entries from Python with Artifact.load")
-    return known[name]
+    return value
 
 
 def _empty(entry: Entry, rows: int) -> dict[str, Value]:
@@ -165,7 +180,7 @@ def _empty(entry: Entry, rows: int) -> dict[str, Value]:
 
 
 def _vocabulary(manifest: ArtifactManifest) -> int:
-    logits = next(each for each in manifest.entries["prefill"].outputs if each.name == "logits")
+    logits = next(each for each in manifest.entries["prefill"].outputs if each.name == LOGITS)
     return logits.shape[-1].number
 
 

@@ -7,6 +7,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from peftc.grammar.diagnostics import CheckpointError, fail
+from peftc.passes.foreign.transformers import LOGITS
 from peftc.runtime.artifact.fields import Fields
 
 MANIFEST = "manifest.json"
@@ -234,7 +235,7 @@ def _check_generates(artifact: Fields, entries: Mapping[str, Entry]) -> None:
         artifact.wrong("entries", "an object with a 'prefill' and a 'decode'")
     decode = entries["decode"]
     for entry in (entries["prefill"], decode):
-        if not any(each.name == "logits" for each in entry.outputs) or not all(map(decode.takes, entry.state.values())):
+        if not any(each.name == LOGITS for each in entry.outputs) or not all(map(decode.takes, entry.state.values())):
             message = (
                 f"the entry '{entry.name}' cannot be generated with: it gives no logits, or what 'decode' cannot take"
             )

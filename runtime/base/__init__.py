@@ -1,1 +1,4 @@
-"""The user's model, which is never written to: shared, read, fingerprinted."""
+"""The user's model, which is never written to: shared, read, fingerprinted.
+
+Never here: a write to the user's model; an adapter.
+"""

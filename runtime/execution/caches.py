@@ -58,6 +58,14 @@ def kind_of(cache: Cache) -> tuple[str, bool]:
     return ("encoder-decoder", bool(cross.layers) and bool(cache.is_updated.get(0, False)))
 
 
+def cache_in(output: Any) -> Cache | None:
+    """The cache that a model returned, among whatever else; None where there is none. It is known by its type."""
+    if isinstance(output, dict):
+        output = tuple(output.values())
+    values = output if isinstance(output, tuple | list) else (output,)
+    return next((value for value in values if isinstance(value, Cache)), None)
+
+
 def layout_of(cache: Cache, filled: bool) -> Layout:
     """The layout of an initialised cache. Raises ModelError for a kind of layer that no graph can take."""
     if isinstance(cache, EncoderDecoderCache):

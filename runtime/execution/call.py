@@ -8,10 +8,9 @@ import torch
 from transformers.cache_utils import Cache
 
 from peftc.grammar.diagnostics import UsageError, fail
+from peftc.passes.foreign import transformers as contract
+from peftc.passes.ir.roles import Role, Stack
 from peftc.runtime.execution import caches, masks, nest
-
-COUNTS = ("num_items_in_batch",)
-FLAGS = ("use_cache", "output_attentions", "output_hidden_states", "return_dict", "_attn_implementation")
 
 
 @dataclass(frozen=True)
@@ -52,8 +51,21 @@ class Call:
     @property
     def wants_cache(self) -> bool:
         """Whether the call, or else the model's config, asks for a cache."""
-        given = dict(self.signature.arguments).get("use_cache")
-        return bool(given[1] if given is not None else self.signature.flags[FLAGS.index("use_cache")])
+        given = dict(self.signature.arguments).get(contract.USE_CACHE)
+        flag = self.signature.flags[contract.FLAGS.index(contract.USE_CACHE)]
+        return bool(given[1] if given is not None else flag)
+
+    def tensor(self, role: Role, stack: Stack = Stack.ONLY) -> torch.Tensor | None:
+        """The argument of this role, if it is given and a tensor."""
+        name = contract.name_of(role, stack)
+        named = zip(self.signature.tensor_names, self.tensors, strict=True)
+        return next((tensor for path, tensor in named if path == name), None)
+
+    @property
+    def text(self) -> torch.Tensor | None:
+        """The tokens of the call, `[rows, tokens]`, or their embeddings, `[rows, tokens, width]`."""
+        tokens = self.tensor(Role.TOKENS)
+        return self.tensor(Role.EMBEDDINGS) if tokens is None else tokens
 
     @property
     def rows(self) -> int:
@@ -64,30 +76,39 @@ class Call:
         return 1
 
 
-def read_call(entry: str, training: bool, config: object, arguments: Mapping[str, Any]) -> Call:
-    """Take a call apart. Arguments that are None are as good as not given. Raises UsageError."""
+def read_call(
+    entry: str,
+    training: bool,
+    config: object,
+    arguments: Mapping[str, Any],
+    forward: contract.Forward | None = None,
+) -> Call:
+    """Take a call apart. Arguments that are None are as good as not given; a cache is told by its type, and goes by the
+    name that `forward` has for it. Raises UsageError.
+    """
     forms: list[tuple[str, nest.Form]] = []
     tensors: list[torch.Tensor] = []
-    cache = _cache(arguments)
+    name, cache = _cache(arguments)
     kind = None if cache is None else caches.kind_of(cache)
     if cache is not None:
-        arguments = masks.fit(arguments, cache, bool(getattr(config, "is_encoder_decoder", False)))
+        arguments = arguments if forward is None else contract.renamed_cache(arguments, forward, name)
+        arguments = masks.fit(arguments, cache, contract.is_encoder_decoder(config))
     for name in sorted(arguments):
         value = arguments[name]
         if value is None:
             continue
-        if name in COUNTS and isinstance(value, int):
+        if name in contract.COUNTS and isinstance(value, int):
             value = torch.tensor(value)  # another number each step must not mean another graph
         forms.append((name, nest.flatten(value, tensors, name)))
-    flags = tuple(getattr(config, name, None) for name in FLAGS)
+    flags = tuple(getattr(config, name, None) for name in contract.FLAGS)
     return Call(Signature(entry, training, tuple(forms), kind, flags), tensors, cache)
 
 
-def _cache(arguments: Mapping[str, Any]) -> Cache | None:
+def _cache(arguments: Mapping[str, Any]) -> tuple[str, Cache | None]:
     found = [name for name, value in arguments.items() if isinstance(value, Cache)]
     if len(found) > 1:
         fail(UsageError, "E502", "a call can take one cache", where=sorted(found)[1])
-    return arguments[found[0]] if found else None
+    return (found[0], arguments[found[0]]) if found else ("", None)
 
 
 def tensor_names(form: nest.Form, name: str) -> list[str]:

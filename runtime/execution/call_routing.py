@@ -7,8 +7,11 @@ import torch
 from torch import nn
 
 from peftc.grammar.diagnostics import ModelError, UsageError, fail
+from peftc.passes.foreign import transformers as contract
+from peftc.passes.foreign.peft import TASK_IDS
+from peftc.passes.ir.roles import Role
 from peftc.passes.virtual_tokens.insert_heads import POSITIONS
-from peftc.runtime.execution import virtual
+from peftc.runtime.execution import caches, virtual
 from peftc.runtime.execution.call import Call
 from peftc.runtime.execution.virtual import Virtual
 
@@ -39,21 +42,21 @@ class Runner(Protocol):
         ...
 
     @property
-    def parameters(self) -> frozenset[str]:
-        """The names of what the model's forward takes."""
+    def forward(self) -> contract.Forward:
+        """What the model's forward takes."""
         ...
 
 
 def widened(engine: Runner, front: Virtual, entry: str, arguments: Mapping[str, Any]) -> Call:
     """The call as a graph with these virtual tokens takes it. Raises UsageError."""
-    tasks = virtual.tasks_of(arguments.get(virtual.TASKS), front.tasks)
-    arguments = {name: each for name, each in arguments.items() if name != virtual.TASKS}
+    tasks = virtual.tasks_of(arguments.get(TASK_IDS), front.tasks)
+    arguments = {name: each for name, each in arguments.items() if name != TASK_IDS}
     if front.compatible:
-        arguments.pop("position_ids", None)  # as PEFT
+        arguments.pop(contract.name_of(Role.POSITIONS), None)  # as PEFT
     if any(each.labels is not None for each in front.fronts):
         arguments = virtual.labelled(arguments)
     call = engine.plain_call(entry, arguments)
-    encoder_decoder = bool(getattr(getattr(engine.model, "config", None), "is_encoder_decoder", False))
+    encoder_decoder = contract.is_encoder_decoder(getattr(engine.model, "config", None))
     if front.of("cache"):
         return _prefixed(engine, front, call, entry, encoder_decoder)
     if front.of("prompt"):
@@ -71,9 +74,8 @@ def positions_of(model: nn.Module) -> int | None:
 
 def _check_positions(engine: Runner, front: Virtual, call: Call) -> None:
     """Raise ModelError where a text with the prefix before it is longer than the model has positions."""
-    given = dict(zip(call.signature.tensor_names, call.tensors, strict=True))
-    tokens = given.get("input_ids", given.get("inputs_embeds"))
-    if engine.positions is None or tokens is None or "position_ids" in given:
+    tokens = call.text
+    if engine.positions is None or tokens is None or call.tensor(Role.POSITIONS) is not None:
         return
     length, size = sum(each.length for each in front.of("cache")), tokens.shape[1]
     if length + size > engine.positions:
@@ -87,7 +89,8 @@ def _prefixed(engine: Runner, front: Virtual, call: Call, entry: str, encoder_de
     if call.cache is not None:
         return virtual.with_extra(call, virtual.PREFIX)
     if engine.takes_cache(call):
-        return virtual.with_extra(virtual.with_empty_cache(call, encoder_decoder), virtual.PREFIX)
+        assert engine.forward.cache is not None
+        return virtual.with_extra(virtual.with_empty_cache(call, engine.forward.cache, encoder_decoder), virtual.PREFIX)
     _check_positions(engine, front, call)
     return virtual.with_extra(call, virtual.HEADS)
 
@@ -102,18 +105,19 @@ def _prompted(
 ) -> Call:
     extra: tuple[torch.Tensor, ...] = () if tasks is None else (_rows(tasks, call),)
     if encoder_decoder:
-        given = extra if {"input_ids", "inputs_embeds"} & set(call.signature.tensor_names) else ()
+        given = () if call.text is None else extra
         return virtual.with_extra(call, virtual.START, given)
-    if "position_ids" in engine.parameters and not front.compatible and engine.takes_cache(call):
+    if engine.forward.takes(contract.name_of(Role.POSITIONS)) and not front.compatible and engine.takes_cache(call):
         call = virtual.with_positions(call)
     if call.cache is None or not call.cache.get_seq_length():
         return virtual.with_extra(call, virtual.START, extra, front.owner)
     carried = virtual.carried_by(call.cache, front.owner, call.rows)
     if carried is None:
         # The cache began without these virtual tokens: what they would have left in it does not depend on the text.
-        first = virtual.first_token(arguments) | ({} if tasks is None else {virtual.TASKS: tasks})
-        made = engine.run("", first)
-        carried = virtual.carried_by(made.past_key_values, front.owner, call.rows)
+        first = virtual.first_token(arguments) | ({} if tasks is None else {TASK_IDS: tasks})
+        made = caches.cache_in(engine.run("", first))
+        assert made is not None
+        carried = virtual.carried_by(made, front.owner, call.rows)
         assert carried is not None
         virtual.carry(call.cache, front.owner, carried)
     return virtual.with_extra(call, virtual.CARRY, carried)
@@ -124,5 +128,5 @@ def _rows(tasks: torch.Tensor, call: Call) -> torch.Tensor:
     rows, device = call.rows, call.tensors[0].device
     if len(tasks) not in (1, rows):
         message = f"{len(tasks)} tasks were given for {rows} rows"
-        fail(UsageError, "E563", message, help="give one for each row, or one for all", where=virtual.TASKS)
+        fail(UsageError, "E563", message, help="give one for each row, or one for all", where=TASK_IDS)
     return tasks.to(device, torch.int64).expand(rows)

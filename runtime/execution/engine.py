@@ -1,6 +1,5 @@
 """Keeps the traces and programs of one model, and finds the one that serves a call."""
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -10,14 +9,13 @@ from typing import Any, Protocol
 import torch
 from torch import fx, nn
 
-from peftc.grammar.spec.spec import AdapterSpec
 from peftc.passes.cost.cost import Choice, Lookup, choose
+from peftc.passes.foreign import transformers as contract
 from peftc.passes.insert.insert_delta import SlotValue
 from peftc.passes.ir.traced import Traced
 from peftc.passes.plan import structure as structures
-from peftc.passes.plan.plan import AdapterPlan
+from peftc.passes.plan.resolve import ModelSurvey
 from peftc.passes.plan.structure import Structure
-from peftc.passes.plan.vocabulary import Vocabulary
 from peftc.runtime.adapters.slots import Slots
 from peftc.runtime.execution.call import Call, Signature, read_call
 from peftc.runtime.execution.call_routing import positions_of, widened
@@ -56,12 +54,8 @@ class CompilerProtocol(Protocol):
         """Whether the model can be given keys and values that attention sees beside the call's own."""
         ...
 
-    def plan(self, spec: AdapterSpec, *, tokens: int | None = None) -> AdapterPlan:
-        """What an adapter puts where on this model, or on what it would be with a vocabulary of so many tokens."""
-        ...
-
-    def vocabulary(self) -> Vocabulary | None:
-        """The model's vocabulary, if the model says which module embeds tokens."""
+    def survey(self) -> ModelSurvey:
+        """What there is to adapt on the model, without what is merged."""
         ...
 
     def for_model(self, model: nn.Module) -> "CompilerProtocol":
@@ -104,7 +98,7 @@ class Engine:
         self.storage = Storage(model)
         self.recompute: Recompute | None = None  # how layers are recomputed in training, if they are
         self.model = model
-        self.parameters = frozenset(inspect.signature(model.forward).parameters)
+        self.forward = contract.forward_of(model.forward)
         self._fixed: Choice | None = None
         self._takes_cache: dict[str, bool] = {}
         self._traces: dict[Signature, Traced] = {}
@@ -146,7 +140,8 @@ class Engine:
 
     def plain_call(self, entry: str, arguments: Mapping[str, Any]) -> Call:
         """A call taken apart, without virtual tokens. Raises UsageError."""
-        return read_call(entry, self.model.training, getattr(self.model, "config", None), arguments)
+        forward = None if entry else self.forward
+        return read_call(entry, self.model.training, getattr(self.model, "config", None), arguments, forward)
 
     def takes_cache(self, call: Call) -> bool:
         """Whether the model can be given keys and values that attention sees beside the call's own."""
@@ -204,10 +199,16 @@ class Engine:
             each.programs.clear()
 
     def copy_for(self, model: nn.Module) -> "Engine":
-        """An engine for a copy of the model; traces are shared, programs are not."""
+        """An engine for a copy of the model; it has the traces that there are, programs are not shared."""
         engine = Engine(self.backend.for_model(model), model)
         engine._traces = dict(self._traces)
         engine.recompute = self.recompute
+        return engine
+
+    def beside(self, model: nn.Module, *, traces: bool) -> "Engine":
+        """An engine for a model that is like this one while both live, so that a trace of one can be of both."""
+        engine = self.copy_for(model)
+        engine._traces = self._traces if traces else {}
         return engine
 
     def find(self, owner: str) -> nn.Module:

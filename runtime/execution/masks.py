@@ -10,29 +10,28 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache
 
+from peftc.passes.foreign.transformers import WINDOWED, name_of
+from peftc.passes.ir.roles import Role, Stack
 from peftc.runtime.execution import cache_layers
-
-_TOKENS = ("input_ids", "inputs_embeds")
-_WINDOWED = ("sliding_attention", "chunked_attention")
 
 
 def fit(arguments: Mapping[str, Any], cache: Cache, is_encoder_decoder: bool = False) -> Mapping[str, Any]:
     """The call's arguments, its mask over the cached tokens cut or padded. Masks that fit are left as they are."""
-    role = "decoder_" if is_encoder_decoder else ""
-    name = f"{role}attention_mask"
-    mask, new = arguments.get(name), _new_tokens(arguments, role)
+    stack = Stack.DECODER if is_encoder_decoder else Stack.ONLY
+    name = name_of(Role.MASK, stack)
+    mask, new = arguments.get(name), _new_tokens(arguments, stack)
     if new is None or not len(cache):
         return arguments
     if isinstance(mask, dict):
-        return {**arguments, name: {kind: _fit(each, cache, new, kind in _WINDOWED) for kind, each in mask.items()}}
+        return {**arguments, name: {kind: _fit(each, cache, new, kind in WINDOWED) for kind, each in mask.items()}}
     if not isinstance(mask, torch.Tensor) or (mask.dim() == 2 and not cache.is_compileable):
         return arguments
     return {**arguments, name: _fit(mask, cache, new, all(cache.is_sliding))}
 
 
-def _new_tokens(arguments: Mapping[str, Any], role: str) -> int | None:
-    for name in _TOKENS:
-        found = arguments.get(role + name)
+def _new_tokens(arguments: Mapping[str, Any], stack: Stack) -> int | None:
+    for role in (Role.TOKENS, Role.EMBEDDINGS):
+        found = arguments.get(name_of(role, stack))
         if isinstance(found, torch.Tensor) and found.dim() > 1:
             return found.shape[1]
     return None

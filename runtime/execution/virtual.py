@@ -14,14 +14,14 @@ import torch
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 
 from peftc.grammar.diagnostics import UsageError, fail
+from peftc.passes.foreign import transformers as contract
+from peftc.passes.foreign.peft import TASK_IDS, TOKEN_TYPES
+from peftc.passes.ir.roles import Role
 from peftc.passes.plan.structure import VirtualTokens
 from peftc.runtime.execution import nest
 from peftc.runtime.execution.call import Call
 
-TASKS = "task_ids"
-TYPES = "input_type_mask"
-EXTRA_INPUTS = (TASKS,)  # what a call may give that no model takes
-CACHE = "past_key_values"
+EXTRA_INPUTS = (TASK_IDS,)  # what a call may give that no model takes
 _CARRIED = "_peftc_carried"
 IGNORED = -100  # the label that losses leave out
 
@@ -85,20 +85,20 @@ def tasks_of(value: Any, count: int) -> torch.Tensor | None:
     """The tasks of a call's rows, checked. Raises UsageError where they are missing, or none of the adapter's."""
     if not count:
         if value is not None:
-            fail(UsageError, "E563", "no active adapter has tasks", help=f"leave '{TASKS}' out", where=TASKS)
+            fail(UsageError, "E563", "no active adapter has tasks", help=f"leave '{TASK_IDS}' out", where=TASK_IDS)
         return None
     if value is None:
-        help = f"pass {TASKS}=..., a whole number from 0 to {count - 1} for every row"
-        fail(UsageError, "E563", "the active adapter has a prompt for each of its tasks", help=help, where=TASKS)
+        help = f"pass {TASK_IDS}=..., a whole number from 0 to {count - 1} for every row"
+        fail(UsageError, "E563", "the active adapter has a prompt for each of its tasks", help=help, where=TASK_IDS)
     try:
         found = torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError):
-        fail(UsageError, "E563", f"a task is a whole number for each row, not {value!r:.40}", where=TASKS)
+        fail(UsageError, "E563", f"a task is a whole number for each row, not {value!r:.40}", where=TASK_IDS)
     if found.dim() != 1 or found.is_floating_point() or found.dtype == torch.bool:
         message = f"a task is a whole number for each row, not a tensor {found.dtype} of shape {list(found.shape)}"
-        fail(UsageError, "E563", message, where=TASKS)
+        fail(UsageError, "E563", message, where=TASK_IDS)
     if not torch.compiler.is_compiling() and len(found) and not 0 <= int(found.min()) <= int(found.max()) < count:
-        fail(UsageError, "E563", f"tasks are numbered from 0 to {count - 1}, and one is not", where=TASKS)
+        fail(UsageError, "E563", f"tasks are numbered from 0 to {count - 1}, and one is not", where=TASK_IDS)
     return found
 
 
@@ -109,19 +109,19 @@ def labelled(arguments: Mapping[str, Any]) -> dict[str, Any]:
     answer, told apart by the sentence. Raises UsageError where there is not one for each label.
     """
     given = dict(arguments)
-    types, labels = given.pop(TYPES, None), given.get("labels")
+    types, labels = given.pop(TOKEN_TYPES, None), given.get(contract.LABELS)
     if types is None or labels is None:
         return given
     if types.shape != labels.shape:
         message = f"the types are of shape {list(types.shape)}, and the labels of shape {list(labels.shape)}"
-        fail(UsageError, "E567", message, help="give each label its token's type", where=TYPES)
-    return given | {"labels": labels.masked_fill((types <= 0) | (types % 4 != 0), IGNORED)}
+        fail(UsageError, "E567", message, help="give each label its token's type", where=TOKEN_TYPES)
+    return given | {contract.LABELS: labels.masked_fill((types <= 0) | (types % 4 != 0), IGNORED)}
 
 
-def with_empty_cache(call: Call, encoder_decoder: bool) -> Call:
-    """The call with a cache that holds nothing."""
+def with_empty_cache(call: Call, name: str, encoder_decoder: bool) -> Call:
+    """The call with a cache that holds nothing; `name` is what the forward calls it."""
     cache = EncoderDecoderCache(DynamicCache(), DynamicCache()) if encoder_decoder else DynamicCache()
-    arguments = tuple(sorted((*call.signature.arguments, (CACHE, (nest.CACHE,)))))
+    arguments = tuple(sorted((*call.signature.arguments, (name, (nest.CACHE,)))))
     kind = ("encoder-decoder" if encoder_decoder else "decoder", False)
     signature = replace(call.signature, arguments=arguments, cache=kind)
     return replace(call, signature=signature, cache=cache, keeps_cache=call.wants_cache)
@@ -133,18 +133,15 @@ def with_positions(call: Call) -> Call:
     Of a mask `[rows, tokens]`, the places before the first real token are not counted; so padding on the left does not
     move a text away from the virtual tokens. Other padding changes nothing.
     """
-    names = call.signature.tensor_names
-    given = dict(zip(names, call.tensors, strict=True))
-    mask, tokens = given.get("attention_mask"), given.get("input_ids", given.get("inputs_embeds"))
-    if "position_ids" in given or mask is None or mask.dim() != 2 or tokens is None:
+    mask, tokens = call.tensor(Role.MASK), call.text
+    if call.tensor(Role.POSITIONS) is not None or mask is None or mask.dim() != 2 or tokens is None:
         return call
     before = (mask != 0).to(torch.int64).cumsum(1).eq(0).sum(1, keepdim=True)
     places = torch.arange(mask.shape[1], device=mask.device) - before
     positions = places.clamp(min=0)[:, -tokens.shape[1] :]
-    form = (nest.TENSOR, positions.dtype, 2)
-    arguments = tuple(sorted((*call.signature.arguments, ("position_ids", form))))
-    signature = replace(call.signature, arguments=arguments)
-    given["position_ids"] = positions
+    form, name = (nest.TENSOR, positions.dtype, 2), contract.name_of(Role.POSITIONS)
+    signature = replace(call.signature, arguments=tuple(sorted((*call.signature.arguments, (name, form)))))
+    given = dict(zip(call.signature.tensor_names, call.tensors, strict=True)) | {name: positions}
     return replace(call, signature=signature, tensors=[given[each] for each in signature.tensor_names])
 
 
@@ -177,8 +174,6 @@ def carry(cache: Cache, owner: object, tensors: Sequence[torch.Tensor]) -> None:
 
 def first_token(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """A call of one token, from which only what virtual tokens leave in a cache is wanted."""
-    tokens = arguments.get("input_ids")
-    if tokens is None:
-        tokens = arguments["inputs_embeds"]
-        return {"inputs_embeds": tokens[:, :1], "use_cache": True}
-    return {"input_ids": tokens[:, :1], "use_cache": True}
+    names = (contract.name_of(role) for role in (Role.TOKENS, Role.EMBEDDINGS))
+    name = next(name for name in names if arguments.get(name) is not None)
+    return {name: arguments[name][:, :1], contract.USE_CACHE: True}

@@ -1,1 +1,4 @@
-"""First values of adapters' tensors: initialisers, calibration on data, texts, what quantization rounded away."""
+"""First values of adapters' tensors: initialisers, calibration on data, texts, what quantization rounded away.
+
+Never here: a checkpoint's format; a graph.
+"""

@@ -10,6 +10,7 @@ from torch import nn
 from peftc.grammar.diagnostics import UsageError, fail
 from peftc.grammar.method.initialisers import MEASURED
 from peftc.grammar.method.rule import Init
+from peftc.passes.foreign import transformers as contract
 from peftc.passes.plan.plan import AdapterPlan, PlannedSite
 from peftc.runtime.base.share import placement
 
@@ -118,7 +119,7 @@ def _run(model: nn.Module, names: Iterable[str], batches: Batches) -> dict[str, 
     for batch in batches:
         empty = False
         args, kwargs = _call(batch, device)
-        mask = kwargs.get("attention_mask")
+        mask = kwargs.get(contract.MASK)
         counted[:] = [mask] if isinstance(mask, torch.Tensor) else []
         model(*args, **kwargs)
     if empty:

@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 from peftc.grammar.diagnostics import CheckpointError, Diagnostic, SpecError, UsageError, did_you_mean, fail
 from peftc.grammar.source import Span
 from peftc.grammar.spec.spec import AdapterSpec
+from peftc.passes.foreign import transformers as contract
 from peftc.passes.plan.plan import AdapterPlan
 from peftc.passes.plan.vocabulary import Vocabulary
 
@@ -59,7 +60,7 @@ def text_ids(text: str, name: str, tokenizer: Any | None, size: int, **options: 
     if not callable(tokenizer):
         message = f"a value of type {type(tokenizer).__name__} is not a tokenizer"
         fail(UsageError, "E565", message, help="pass one of transformers, such as AutoTokenizer.from_pretrained(...)")
-    return _of_model(tokenizer(text, **options)["input_ids"], text, size)
+    return _of_model(tokenizer(text, **options)[contract.TOKENS], text, size)
 
 
 def chat_ids(text: str, tokenizer: Any, size: int) -> list[int] | None:
@@ -72,7 +73,7 @@ def chat_ids(text: str, tokenizer: Any, size: int) -> list[int] | None:
         return None
     messages = [{"role": "system", "content": text}]
     try:
-        found = tokenizer.apply_chat_template(messages, tokenize=True, add_generation_prompt=False, return_dict=False)
+        found = tokenizer.apply_chat_template(messages, **contract.CHAT_AS_IDS)
     except (TypeError, ValueError):
         return None
     except Exception as error:  # templates raise what they like
@@ -94,7 +95,7 @@ def _of_model(found: Any, text: str, size: int) -> list[int]:
 
 def imagined(text: str) -> dict[str, list[int]]:
     """What stands for a tokenizer where the numbers do not matter."""
-    return {"input_ids": [0]}
+    return {contract.TOKENS: [0]}
 
 
 def _loaded(name: str) -> Any:

@@ -27,9 +27,6 @@ Changes = dict[str, torch.Tensor | nn.Module]
 Terms = Sequence[tuple[AdapterParameters, float, PlannedSite]]
 """What is merged at one site: adapters, their weights, and what they put there."""
 
-Replaced = dict[str, torch.Tensor | nn.Module | None]
-"""Name of a tensor or module -> what was there: nothing, where a merge gave a module a bias."""
-
 
 @torch.no_grad()
 def merged_tensors(
@@ -112,30 +109,6 @@ def merged_rows(model: nn.Module, adapters: Sequence[AdapterParameters]) -> Merg
             made[key] = nn.Parameter(new, requires_grad=False)
         merged[name] = made[key]
     return merged
-
-
-def put(model: nn.Module, tensors: Mapping[str, torch.Tensor | nn.Module | None]) -> Replaced:
-    """Replace tensors and modules of the model by others. Nothing is written to.
-
-    Returns what was there, last things first: put again, it undoes this one.
-    """
-    before: Replaced = {}
-    for name, tensor in tensors.items():
-        owner, _, leaf = name.rpartition(".")
-        module = model.get_submodule(owner)
-        if isinstance(tensor, nn.Module):
-            before[name] = module._modules[leaf]
-            module._modules[leaf] = tensor.train(module.training)
-        elif leaf in module._parameters:
-            before[name] = module._parameters[leaf]
-            if tensor is None or isinstance(tensor, nn.Parameter):
-                module._parameters[leaf] = tensor
-            else:
-                module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
-        else:
-            before[name] = module._buffers[leaf]
-            module._buffers[leaf] = tensor
-    return dict(reversed(before.items()))
 
 
 def merged_sites(active: Sequence[tuple[AdapterParameters, float]]) -> Iterator[Terms]:

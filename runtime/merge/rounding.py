@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional
 from torch.utils import _pytree as pytree
 
+from peftc.passes.foreign.transformers import LOGITS
 from peftc.passes.plan.site import Site
 from peftc.passes.quantized.schemes.known import packed
 from peftc.runtime.adapters.bank import AdapterParameters
@@ -83,7 +84,7 @@ def in_evaluation(model: nn.Module, action: Callable[[], Any]) -> Any:
 
 
 def _logits(output: Any) -> torch.Tensor | None:
-    found = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    found = output.get(LOGITS) if isinstance(output, Mapping) else getattr(output, LOGITS, None)
     return found if isinstance(found, torch.Tensor) else None
 
 

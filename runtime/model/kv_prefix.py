@@ -3,150 +3,125 @@
 from typing import Any, NoReturn
 
 import torch
-from torch import nn
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 
 from peftc.grammar.diagnostics import UsageError, fail
 from peftc.passes.expression.materialise import Evaluator
 from peftc.passes.expression.scene import Eager
+from peftc.passes.foreign import transformers as contract
 from peftc.passes.plan.plan import PlannedSite
+from peftc.passes.plan.vocabulary import vocabulary
 from peftc.runtime.adapters.bank import AdapterParameters
-from peftc.runtime.execution import cache_layers, virtual
+from peftc.runtime.execution import cache_layers
 from peftc.runtime.init.tokens import chat_ids, text_ids
 from peftc.runtime.merge.rounding import in_evaluation
-from peftc.runtime.model.state import AdapterState
+from peftc.runtime.model.adapted_module import AdaptedModule
+from peftc.runtime.model.merging import disabled
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 KIND = "cache"
 
 
-class KvPrefix(nn.Module):
-    """The part of an adapted model that starts prefixes from keys and values."""
+def start_from_text(
+    model: AdaptedModule,
+    tokenizer: Any,
+    text: str,
+    adapter_name: str | None,
+    *,
+    use_chat_template: bool,
+    max_length: int | None,
+) -> torch.Tensor:
+    """Start a prefix as what a text leaves in the cache: see `AdaptedModel.initialize_kv_prefix_from_text`."""
+    adapter, at = _prefix(model, adapter_name)
+    size = _embedded(model, adapter)
+    if tokenizer is None:
+        help = "pass the model's own, such as AutoTokenizer.from_pretrained(...)"
+        fail(UsageError, "E565", "a text needs a tokenizer", help=help)
+    ids = chat_ids(text, tokenizer, size) if use_chat_template else None
+    if ids is None:
+        options = {} if max_length is None else {"truncation": True, "max_length": max_length}
+        ids = text_ids(text, "", tokenizer, size, **options)
+    ids, (length, *_) = ids[:max_length], at.front
+    if len(ids) < length:
+        message = f"the text has {_tokens(len(ids))}, and the prefix of adapter {adapter.plan.name!r} {length}"
+        fail(UsageError, "E571", message, help="give a longer text, or make the prefix shorter")
+    return _start(adapter, at, _seen(model, adapter, ids[:length]))
 
-    _adapter_state: AdapterState
 
-    def initialize_kv_prefix_from_text(
-        self,
-        tokenizer: Any,
-        *,
-        text: str,
-        adapter_name: str | None = None,
-        use_chat_template: bool = True,
-        max_length: int | None = None,
-    ) -> torch.Tensor:
-        """Start a prefix or cartridge as the keys and values of a text's first tokens, as peft's function of that name.
+def start_from_cache(model: AdaptedModule, past: Any, adapter_name: str | None) -> torch.Tensor:
+    """Start a prefix as a cache: see `AdaptedModel.initialize_kv_prefix_from_past_key_values`."""
+    adapter, at = _prefix(model, adapter_name)
+    return _start(adapter, at, past)
 
-        The model then goes on as if the text, as far as the prefix is long, stood in front. The base computes them, in
-        evaluation mode and without adapters; tokens beyond the prefix's length are not run, and windows that layers
-        slide over the text leave nothing out.
 
-        Args:
-            tokenizer: the model's, which makes tokens of the text.
-            text: what to start from, of at least as many tokens as the prefix has.
-            adapter_name: which adapter; left out, the only active one with a prefix.
-            use_chat_template: take the text as a system message, if the tokenizer has a template for one.
-            max_length: cut the text to so many tokens.
+def _prefix(model: AdaptedModule, name: str | None) -> tuple[AdapterParameters, PlannedSite]:
+    """The adapter meant, and its place in the cache."""
+    state = model._adapter_state
+    if name is None:
+        found = [each for each, _ in state.active if _in_cache(state.adapter(each))]
+        if len(found) != 1:
+            count = f"{len(found)} active adapters have" if found else "no active adapter has"
+            fail(UsageError, "E569", f"{count} a prefix", help="say which is meant with adapter_name")
+        name = found[0]
+    adapter = state.adapter(name)
+    places = _in_cache(adapter)
+    if not places:
+        message = f"adapter {name!r} puts nothing in front of the cache"
+        fail(UsageError, "E569", message, help="keys and values are what a prefix or cartridge is made of")
+    (at,) = places
+    if at.site.stacks > 1:
+        message = f"adapter {name!r} is for a decoder beside an encoder, whose layers share the places of a prefix"
+        fail(UsageError, "E570", message, help="no start gives each of them its own keys and values")
+    trained = [each.shape for each in at.bound.params if each.trained]
+    if trained != [at.front]:
+        _refuse(name)
+    return adapter, at
 
-        Returns:
-            The values, `[length, 2 * layers * heads * size]`, as the model computed them.
 
-        Raises:
-            UsageError: no one adapter is meant (E569), it cannot start from keys and values (E570), the text has too
-                few tokens (E571), or the tokenizer is not one, or not the model's (E565, E566).
-        """
-        adapter, at = self._prefix(adapter_name)
-        size = self._embedded(adapter)
-        if tokenizer is None:
-            help = "pass the model's own, such as AutoTokenizer.from_pretrained(...)"
-            fail(UsageError, "E565", "a text needs a tokenizer", help=help)
-        ids = chat_ids(text, tokenizer, size) if use_chat_template else None
-        if ids is None:
-            options = {} if max_length is None else {"truncation": True, "max_length": max_length}
-            ids = text_ids(text, "", tokenizer, size, **options)
-        ids, (length, *_) = ids[:max_length], at.front
-        if len(ids) < length:
-            message = f"the text has {_tokens(len(ids))}, and the prefix of adapter {adapter.plan.name!r} {length}"
-            fail(UsageError, "E571", message, help="give a longer text, or make the prefix shorter")
-        return self._start(adapter, at, self._seen(adapter, ids[:length]))
+def _embedded(model: AdaptedModule, adapter: AdapterParameters) -> int:
+    """How many tokens the model knows. Raises UsageError where a text leaves no keys and values in it."""
+    engine = model._adapter_state.engine
+    known = vocabulary(engine.backend.survey())
+    if known is None or not engine.takes_cache(engine.plain_call("", _texts(model, adapter, [0]))):
+        message = f"{type(model).__name__} keeps no cache of a text"
+        help = "pass its layers' keys and values to initialize_kv_prefix_from_past_key_values"
+        fail(UsageError, "E570", message, help=help)
+    return known.size
 
-    def initialize_kv_prefix_from_past_key_values(
-        self, *, past_key_values: Any, adapter_name: str | None = None
-    ) -> torch.Tensor:
-        """Start a prefix or cartridge as the first keys and values of a cache, as peft's function of that name.
 
-        `past_key_values` is a cache of transformers of any kind, or a pair `[1, heads, tokens, size]` for each layer;
-        `adapter_name` may be left out where only one active adapter has a prefix. Returns the values, `[length, 2 *
-        layers * heads * size]`. Raises UsageError, and changes nothing: no one adapter is meant (E569), it cannot start
-        from keys and values (E570), the cache has too few tokens, or not the first ones (E571), or is not one of a
-        single text and of this model's layers (E572).
-        """
-        adapter, at = self._prefix(adapter_name)
-        return self._start(adapter, at, past_key_values)
+def _texts(model: AdaptedModule, adapter: AdapterParameters, ids: list[int]) -> dict[str, torch.Tensor]:
+    tokens = torch.tensor([ids], device=next(adapter.parameters()).device)
+    given = {contract.TOKENS: tokens, contract.MASK: torch.ones_like(tokens)}
+    return model._adapter_state.engine.forward.only(given)
 
-    def _prefix(self, name: str | None) -> tuple[AdapterParameters, PlannedSite]:
-        """The adapter meant, and its place in the cache."""
-        state = self._adapter_state
-        if name is None:
-            found = [each for each, _ in state.active if _in_cache(state.adapter(each))]
-            if len(found) != 1:
-                count = f"{len(found)} active adapters have" if found else "no active adapter has"
-                fail(UsageError, "E569", f"{count} a prefix", help="say which is meant with adapter_name")
-            name = found[0]
-        adapter = state.adapter(name)
-        places = _in_cache(adapter)
-        if not places:
-            message = f"adapter {name!r} puts nothing in front of the cache"
-            fail(UsageError, "E569", message, help="keys and values are what a prefix or cartridge is made of")
-        (at,) = places
-        if at.site.stacks > 1:
-            message = f"adapter {name!r} is for a decoder beside an encoder, whose layers share the places of a prefix"
-            fail(UsageError, "E570", message, help="no start gives each of them its own keys and values")
-        trained = [each.shape for each in at.bound.params if each.trained]
-        if trained != [at.front]:
-            _refuse(name)
-        return adapter, at
 
-    def _embedded(self, adapter: AdapterParameters) -> int:
-        """How many tokens the model knows. Raises UsageError where a text leaves no keys and values in it."""
-        engine = self._adapter_state.engine
-        vocabulary = engine.backend.vocabulary()
-        if vocabulary is None or not engine.takes_cache(engine.plain_call("", self._texts(adapter, [0]))):
-            message = f"{type(self).__name__} keeps no cache of a text"
-            help = "pass its layers' keys and values to initialize_kv_prefix_from_past_key_values"
-            fail(UsageError, "E570", message, help=help)
-        return vocabulary.size
+@torch.no_grad()
+def _seen(model: AdaptedModule, adapter: AdapterParameters, ids: list[int]) -> Cache:
+    """What the base leaves in the cache of these tokens."""
+    cache = DynamicCache()  # without a config it holds every token, whatever the windows of layers
+    given = {**_texts(model, adapter, ids), str(model._adapter_state.engine.forward.cache): cache}
+    if not contract.uses_cache(getattr(model, "config", None)):
+        given[contract.USE_CACHE] = True
+    with disabled(model._adapter_state):
+        in_evaluation(model, lambda: model(**given))
+    return cache
 
-    def _texts(self, adapter: AdapterParameters, ids: list[int]) -> dict[str, torch.Tensor]:
-        tokens = torch.tensor([ids], device=next(adapter.parameters()).device)
-        given = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
-        return {name: each for name, each in given.items() if name in self._adapter_state.engine.parameters}
 
-    @torch.no_grad()
-    def _seen(self, adapter: AdapterParameters, ids: list[int]) -> Cache:
-        """What the base leaves in the cache of these tokens."""
-        cache = DynamicCache()  # without a config it holds every token, whatever the windows of layers
-        given = {**self._texts(adapter, ids), virtual.CACHE: cache}
-        if not getattr(getattr(self, "config", None), "use_cache", True):
-            given["use_cache"] = True
-        with self.disable_adapter():  # type: ignore[operator]
-            in_evaluation(self, lambda: self(**given))
-        return cache
-
-    def _start(self, adapter: AdapterParameters, at: PlannedSite, past: Any) -> torch.Tensor:
-        """Make the adapter's prompt these keys and values. Everything is checked before anything is written."""
-        length, *_ = at.front
-        values = flat_prefix(pairs_of(past, length), length, at)
-        keys = {each.role: at.key(adapter.plan.name, each) for each in at.bound.params}
-        tensors = {role: adapter.tensor(key).detach() for role, key in keys.items()}
-        (own,) = (each.role for each in at.bound.params if each.trained)
-        kept = values.to(tensors[own])
-        in_front = Evaluator(Eager(), tensors | {own: kept}, dict(at.bound.scalars))
-        assert at.bound.prompt is not None
-        with torch.no_grad():
-            if not torch.equal(in_front.of(at.bound.prompt), kept):
-                _refuse(adapter.plan.name)
-            tensors[own].copy_(kept)
-        return values
+def _start(adapter: AdapterParameters, at: PlannedSite, past: Any) -> torch.Tensor:
+    """Make the adapter's prompt these keys and values. Everything is checked before anything is written."""
+    length, *_ = at.front
+    values = flat_prefix(pairs_of(past, length), length, at)
+    keys = {each.role: at.key(adapter.plan.name, each) for each in at.bound.params}
+    tensors = {role: adapter.tensor(key).detach() for role, key in keys.items()}
+    (own,) = (each.role for each in at.bound.params if each.trained)
+    kept = values.to(tensors[own])
+    in_front = Evaluator(Eager(), tensors | {own: kept}, dict(at.bound.scalars))
+    assert at.bound.prompt is not None
+    with torch.no_grad():
+        if not torch.equal(in_front.of(at.bound.prompt), kept):
+            _refuse(adapter.plan.name)
+        tensors[own].copy_(kept)
+    return values
 
 
 def _refuse(name: str) -> NoReturn:

@@ -1,225 +1,363 @@
-"""The adapted model: the user's model class with its forward replaced by graphs."""
+"""The adapted model: the user's model class with its forward replaced by graphs, and adapters in them."""
 
-import copy
-import inspect
-from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from os import PathLike
+from typing import Any
 
 import torch
 from torch import nn
 
 from peftc.grammar.diagnostics import UsageError, fail
-from peftc.passes.quantized.schemes.known import packed
-from peftc.runtime.base.base import BANK
-from peftc.runtime.base.kbit import widened_tensors
-from peftc.runtime.base.share import placement, share
-from peftc.runtime.execution.engine import COMPILED
-from peftc.runtime.execution.virtual import EXTRA_INPUTS
-from peftc.runtime.merge.merge import Replaced, put
-from peftc.runtime.model.allocating import Allocating
-from peftc.runtime.model.kv_prefix import KvPrefix
-from peftc.runtime.model.lifecycle import Lifecycle
-from peftc.runtime.model.recomputing import Recomputing
-from peftc.runtime.model.saving import Saving
-from peftc.runtime.model.state import AdapterState
+from peftc.grammar.method.rule import Value
+from peftc.grammar.spec.spec import AdapterSpec
+from peftc.passes.plan.plan import AdapterPlan
+from peftc.passes.quantized.schemes.known import parameter_count
+from peftc.runtime.init.calibration import Batches
+from peftc.runtime.init.dense import Source
+from peftc.runtime.merge.drift import MergeDrift
+from peftc.runtime.merge.repack import Quantized
+from peftc.runtime.model.adapted_module import AdaptedModule
+from peftc.runtime.model.adding import add_fresh, plan_adapters
+from peftc.runtime.model.allocating import regularization_loss, update_and_allocate
+from peftc.runtime.model.base_weights import Active
+from peftc.runtime.model.kv_prefix import start_from_cache, start_from_text
+from peftc.runtime.model.loading import load_adapter
+from peftc.runtime.model.merging import disabled, measured_drift, merge, merged_model, unmerge
+from peftc.runtime.model.one_adapter import one_adapter
+from peftc.runtime.model.saving import adapter_tensors, save_adapters
+from peftc.runtime.peft_format.checkpoint import kept_masks
+from peftc.runtime.peft_format.load_options import LoadOptions
 
-STATE = "_adapter_state"
-ADAPTED = "_hf_peft_config_loaded"  # by which transformers knows that a quantized model has something to train
-COMPILED_CALLS = ("_compiled", "_compiled_call_impl", "_compiled_call")  # bound to this model, no other
-Root = TypeVar("Root", bound="AdaptedModel")
 
-
-class AdaptedModel(Lifecycle, Saving, Allocating, Recomputing, KvPrefix):
+class AdaptedModel(AdaptedModule):
     """A model with adapters in its graph. Made by `peftc.compiler.apply` and `load`, never directly.
 
     It is an instance of the user's model class too, with the same forward signature and output class, and shares the
     storage of the user's weights. Its parameters are the base's, frozen, and the adapters', under `adapter_bank`.
     """
 
-    _base_class: type[nn.Module]
+    # --- adding and removing ---
 
-    @property
-    def base_class(self) -> type[nn.Module]:
-        """The user's model class."""
-        return self._base_class
+    def add_adapter(
+        self,
+        adapter_config: Any,
+        adapter_name: str | None = None,
+        *,
+        calibration: Batches | None = None,
+        tokenizer: Any | None = None,
+        dense: Source | None = None,
+    ) -> None:
+        """Add a fresh adapter and activate it, as transformers' `add_adapter`.
 
-    def get_encoder(self, *args: Any, **kwargs: Any) -> Any:
-        """The encoder, adapted: `generate` runs it on its own."""
-        encoder = self._inherited("get_encoder")(*args, **kwargs)
-        for path, module in self.named_modules():
-            if module is encoder and path:
-                return EntryPoint(self, path, module)
-        return encoder
-
-    def create_masks_for_generate(self, *, attention_mask: torch.Tensor | None = None, **_: Any) -> torch.Tensor | None:
-        """The mask as it is: `generate` asks for finished ones for caches with buffers, and graphs make their own."""
-        return attention_mask
-
-    def get_compiled_call(self, compile_config: Any) -> Callable[..., Any]:
-        """The call itself, unless a compiler was asked for: `generate` compiles by itself for caches with buffers, for
-        sizes that stay, and here they follow the tokens.
+        `adapter_config` is a spec (a path, the text itself, a `Spec` or `AdapterSpec` with one adapter) or a PEFT
+        config (an object with `to_dict`, or a dict). PEFT's order, the name first, is understood too. `calibration` are
+        the batches that a method needs which starts from data, as in `apply`; the base runs on them. `tokenizer` is
+        for tokens that a spec names by their text, for new ones, and for a method that starts from a text. `dense` is
+        what a quantized base was made from, as in `apply`. Raises SpecError or UsageError and leaves the model as it
+        was.
         """
-        return self.__call__ if compile_config is None else self._inherited("get_compiled_call")(compile_config)
+        if isinstance(adapter_name, Mapping | AdapterSpec) or hasattr(adapter_name, "to_dict"):
+            adapter_config, adapter_name = adapter_name, adapter_config
+        spec, state = one_adapter(adapter_config, adapter_name), self._adapter_state
+        state.check_name(spec.name, help="choose another name")
+        planned = plan_adapters([spec], state.engine.backend.survey(), tokenizer)
+        active = ((spec.name, 1.0),)
+        add_fresh(self, planned, active, calibration=calibration, tokenizer=tokenizer, dense=dense)
+        self._unmerge_for_others(stacklevel=3)
 
-    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
-        """As transformers; afterwards the model is traced anew. Refused where an adapter holds the embedding's size."""
-        if self._adapter_state.merged:
-            fail(UsageError, "E530", "a merged model cannot be resized", help="call unmerge_adapter first")
-        resized = [self._inherited(f"get_{each}_embeddings")() for each in ("input", "output")]
-        for name, plan in self._adapter_state.plans().items():
-            held = [at.site.module for at in plan.sites if at.site.kind in ("embedding", "linear")]
-            held += [copy.module for copy in plan.copies]
-            for module in held:
-                found = self.get_submodule(module)
-                if any(each is not None and each in found.modules() for each in resized):
-                    message = f"adapter {name!r} adapts {module} and has its present size"
-                    fail(UsageError, "E530", message, help="resize the model before the adapter is added")
-        result = self._inherited("resize_token_embeddings")(*args, **kwargs)
-        for parameter in self._base_parameters():
-            parameter.requires_grad_(False)
-        self._adapter_state.engine.reset()
-        return result
+    def load_adapter(
+        self,
+        peft_model_id: str | PathLike[str],
+        adapter_name: str = "default",
+        *,
+        is_trainable: bool = False,
+        revision: str | None = None,
+        subfolder: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | PathLike[str] | None = None,
+        local_files_only: bool = False,
+        allow_pickle: bool = False,
+        autocast_adapter_dtype: bool = True,
+        use: str | PathLike[str] | None = None,
+        values: Mapping[str, Value] | None = None,
+    ) -> None:
+        """Load an adapter from a directory or the Hub beside the others; it becomes active if none is.
 
-    def _enlarge(self, size: int, *, drawn: bool = True) -> None:
-        """Make room for new tokens, here and not in the user's model; `drawn` if somebody may read their rows."""
-        facts = self._adapter_state.facts
-        before = facts.fingerprint or self.base_fingerprint()
-        self.resize_token_embeddings(size, mean_resizing=drawn)
-        facts.fingerprint = before
+        Everything is checked before anything changes: the config, every key and shape, the base. Raises
+        CheckpointError or UsageError. A manifest of another base only warns: the shapes fit, the user may know better.
+        float16 and bfloat16 adapters become float32 unless `autocast_adapter_dtype` is False, as in PEFT. `use` is an
+        `.adapter` file with methods of your own; what peftc saved needs none, the definition is in the checkpoint.
+        `values` are hyperparameters to be other than the file says, such as `{"peft_compatible": True}`.
+        """
+        options = LoadOptions(
+            is_trainable=is_trainable,
+            revision=revision,
+            subfolder=subfolder,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            allow_pickle=allow_pickle,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+            use=use,
+            values=values,
+        )
+        load_adapter(self, peft_model_id, adapter_name, options)
 
-    def compile(self, *args: Any, **kwargs: Any) -> None:
-        """As `nn.Module.compile`: in place."""
-        self._compiled = torch.compile(self, *args, **kwargs)
-        self._compiled_call_impl = lambda *call, **named: self._compiled(*call, **named)
+    def delete_adapter(self, adapter_names: str | Sequence[str]) -> None:
+        """Remove adapters. Refused while merged, as in PEFT. Unknown names are refused before anything is removed."""
+        if self._adapter_state.displaced:
+            help = "call unmerge_adapter first"
+            fail(UsageError, "E515", "adapters cannot be deleted while they are merged", help=help)
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        for name in names:
+            self._adapter_state.adapter(name)
+        for name in dict.fromkeys(names):
+            self._adapter_state.remove(name)
 
-    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
-        """As transformers, for `generate`; what adapters take of a call is no mistake."""
-        own = {name: value for name, value in model_kwargs.items() if name not in EXTRA_INPUTS}
-        self._inherited("_validate_model_kwargs")(own)
+    # --- activating ---
 
-    # torch.compile asks a module with these two, a lazy module, to make itself ready before it traces a call: that is
-    # when a signature met for the first time is traced. `nn.modules.lazy` has the protocol.
+    def set_adapter(
+        self, adapter_name: str | Sequence[str] | Mapping[str, float], inference_mode: bool = False
+    ) -> None:
+        """Activate one adapter, several in order, or several with weights; the others rest.
 
-    def _initialize_hook(self) -> None: ...
+        Gradients reach the active ones unless `inference_mode`. A merged model is unmerged first, with a warning, as
+        in PEFT. Switching between adapters of one structure rebinds tensors and does nothing else.
+        """
+        active = _as_active(adapter_name)
+        for name, _ in active:
+            self._adapter_state.adapter(name)
+        self._unmerge_for_others(stacklevel=3)
+        self._adapter_state.activate(active, trainable=not inference_mode)
 
-    def _infer_parameters(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
-        engine = self._adapter_state.engine
-        engine.program(engine.call("", self._named(args, kwargs or {})), COMPILED)
+    def active_adapters(self) -> list[str]:
+        """The names of the active adapters, in order."""
+        return [name for name, _ in self._adapter_state.active]
 
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "AdaptedModel":
-        before = placement(self)
-        self._inherited("_apply")(fn, recurse)
-        state: AdapterState = self._adapter_state
-        if placement(self) != before:
-            state.engine.reset()
-        state.refresh()
-        return self
+    def disable_adapters(self) -> None:
+        """Run as the base model until `enable_adapters`; trained copies of modules rest too."""
+        self._adapter_state.enable(False)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "AdaptedModel":
-        copied = self.__class__.__new__(self.__class__)
-        memo[id(self)] = copied
-        for module in [*self.modules(), *self._adapter_state.merged.values()]:
-            held = packed(module) if isinstance(module, nn.Module) else None
-            if held is not None and id(held.module) not in memo:
-                # A library's own copy refers to the original, or holds what it shares twice.
-                memo[id(held.module)] = held.scheme.share(copy.deepcopy(held.module, memo))
-        for name, value in self.__dict__.items():
-            if name != STATE and name not in COMPILED_CALLS:
-                copied.__dict__[name] = copy.deepcopy(value, memo)
-        copied.__dict__[STATE] = self._adapter_state.copy_for(copied, memo)
-        return copied
+    def enable_adapters(self) -> None:
+        """Undo `disable_adapters`."""
+        self._adapter_state.enable(True)
 
-    def _plain(self, tensors: Replaced) -> nn.Module:
-        """A model of the user's class over this one's weights, with these in the place of some."""
-        with self._holding(tensors):
-            return share(base_view(self))
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Run as the base model inside the context. What was enabled or merged before is so again after."""
+        with disabled(self._adapter_state):
+            yield
 
-    def _widen(self) -> None:
-        """Hold what a quantized base has beside its packed weights in float32, as training wants it."""
-        state: AdapterState = self._adapter_state
-        before = put(self, widened_tensors(base_view(self)))
-        if before:
-            types = {name: each.dtype for name, each in before.items() if isinstance(each, torch.Tensor)}
-            state.widened = {**types, **state.widened}
-            state.engine.reset()
+    # --- merging ---
 
-    def _base_parameters(self) -> list[nn.Parameter]:
-        adapters = {id(each) for each in self.get_submodule(BANK).parameters()}
-        return [each for each in self.parameters() if id(each) not in adapters]
+    def merge_adapter(
+        self,
+        adapter_names: Sequence[str] | None = None,
+        safe_merge: bool = False,
+        *,
+        quantized: Quantized | None = None,
+    ) -> None:
+        """Put the active adapters (or those named) into the weights, until `unmerge_adapter`.
 
-    def _inherited(self, name: str) -> Callable[..., Any]:
-        """A method of the user's class, bound to this model."""
-        return getattr(super(Saving, self), name)
+        The user's own weights are not written to: merged tensors take their place in this model only. Of a quantized
+        base `quantized` says what becomes of the weights: "requantize" rounds the merged ones as the base's were,
+        "dequantize" makes every packed weight of the model dense. Raises UsageError if already merged, if `quantized`
+        is not said and needed, or, with `safe_merge`, if a merged value is not finite.
+        """
+        merge(self._adapter_state, adapter_names, safe=safe_merge, quantized=quantized)
 
-    def _named(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        raise AssertionError("only classes that adapted_class makes have instances")
+    def unmerge_adapter(self) -> None:
+        """Give the base its own tensors back, bit for bit."""
+        if self._adapter_state.displaced:
+            unmerge(self._adapter_state)
+        else:
+            warnings.warn("the model is not merged, so there is nothing to unmerge", stacklevel=2)
+
+    def merge_drift(self, *args: Any, quantized: Quantized | None = None, **kwargs: Any) -> MergeDrift:
+        """What merging the active adapters would cost, measured; the model stays as it is.
+
+        For every tensor that merging would compute, its distance from the exact value of the formula (in float64): next
+        to nothing in float32, in bfloat16 the digits it has not, of a weight that is quantized again what that rounds
+        away. `quantized` is as in `merge_adapter`. Given the arguments of a call, the model is called
+        with them in evaluation mode, unmerged and merged, and the outputs are compared too: their differences and,
+        where there are logits, how far the distributions and the preferred tokens are apart.
+
+        Raises UsageError if the adapters are merged already or disabled, if none is active, or if `quantized` is not
+        said and needed.
+        """
+        return measured_drift(self, args, kwargs, quantized)
+
+    def merge_and_unload(
+        self,
+        safe_merge: bool = False,
+        adapter_names: Sequence[str] | None = None,
+        *,
+        quantized: Quantized | None = None,
+    ) -> nn.Module:
+        """A plain model of the user's class with the active adapters (or those named) in its weights.
+
+        It shares every other tensor with this model, which stays as it is. Where a tied weight was merged for one of
+        its uses only, the tie is broken, and the config says so. `quantized` is as in `merge_adapter`: after
+        "dequantize" the model is a dense one, for its config too.
+        """
+        return merged_model(self, adapter_names, safe=safe_merge, quantized=quantized)
+
+    def unload(self) -> nn.Module:
+        """A plain model of the user's class without adapters, sharing this model's weights."""
+        return self._adapter_state.base.unloaded()
+
+    def get_base_model(self) -> nn.Module:
+        """As `unload`: this model keeps its adapters."""
+        return self.unload()
+
+    # --- saving ---
+
+    def save_pretrained(
+        self,
+        save_directory: str | PathLike[str],
+        *,
+        selected_adapters: Sequence[str] | None = None,
+        safe_serialization: bool = True,
+        state_dict: Mapping[str, torch.Tensor] | None = None,
+        is_main_process: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        """Write adapters, not the base, in the format `peft` and transformers load.
+
+        As PEFT does, the adapter called `default`, or a lone one, goes into the directory itself and every other into
+        a subdirectory of its name. A manifest with the spec and the base's fingerprint lies beside each. Values come
+        from `state_dict` (of this model) if one is given. In a Trainer's checkpoint (a directory called
+        `checkpoint-<step>`) the adapters' part of the state dict is saved too, from which the Trainer resumes.
+
+        Raises UsageError for unknown adapters, `safe_serialization=False` and `push_to_hub`, CheckpointError if a file
+        cannot be written; files appear whole or not at all.
+        """
+        if not safe_serialization:
+            fail(UsageError, "E540", "adapters are saved as safetensors only", help="leave safe_serialization out")
+        if kwargs.get("push_to_hub"):
+            fail(UsageError, "E542", "save_pretrained does not upload", help="call push_to_hub")
+        if is_main_process:
+            save_adapters(self, save_directory, selected_adapters, state_dict)
+
+    def get_adapter_state_dict(
+        self, adapter_name: str | None = None, state_dict: Mapping[str, torch.Tensor] | None = None
+    ) -> dict[str, torch.Tensor]:
+        """As transformers': the tensors of an adapter, by default the active one, under the keys PEFT saves."""
+        active = self._adapter_state.active
+        if adapter_name is None and len(active) != 1:
+            fail(UsageError, "E545", f"{len(active)} adapters are active", help="say which with adapter_name")
+        return self.adapter_state_dict(adapter_name or active[0][0], state_dict)
+
+    def adapter_state_dict(
+        self, adapter_name: str, state_dict: Mapping[str, torch.Tensor] | None = None
+    ) -> dict[str, torch.Tensor]:
+        """An adapter's tensors under the keys PEFT saves them by."""
+        return adapter_tensors(self, adapter_name, state_dict)
+
+    def base_fingerprint(self) -> str:
+        """A digest of the base's names, shapes and sampled contents, without what is merged or room for new tokens."""
+        return self._adapter_state.base.fingerprint()
+
+    # --- looking ---
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """How many numbers are trained, and how many there are in all, as PEFT counts: packed or not."""
+        trainable = sum(each.numel() for each in self.parameters() if each.requires_grad)
+        return trainable, parameter_count(self)
+
+    def print_trainable_parameters(self) -> None:
+        """Print the counts in PEFT's format."""
+        trainable, total = self.get_nb_trainable_parameters()
+        share = 100 * trainable / total
+        print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")
+
+    def adapter_plan(self, adapter_name: str) -> AdapterPlan:
+        """Which rule with which values an adapter puts where. Raises UsageError for an unknown name."""
+        return self._adapter_state.adapter(adapter_name).plan
+
+    # --- budgets, and prefixes that start from a text ---
+
+    def update_and_allocate(self, global_step: int) -> None:
+        """Follow a training step of the active adapters that keep a budget, as PEFT's method of that name.
+
+        Importance is read off the parameters and their gradients, the budget follows the method's schedule, and what is
+        over it is masked. To be called after `optimizer.step()` and before `optimizer.zero_grad()`, with steps counted
+        from 0; with transformers' Trainer, `RankAllocation` calls it. Raises UsageError.
+        """
+        update_and_allocate(self._adapter_state, global_step)
+
+    def rank_pattern(self, adapter_name: str) -> dict[str, list[bool]]:
+        """Which entries of its budget an adapter keeps, by parameter, as PEFT's config field of that name.
+
+        Empty before any was dropped. Raises UsageError for an unknown adapter.
+        """
+        adapter = self._adapter_state.adapter(adapter_name)
+        return {} if adapter.allocator is None else kept_masks(adapter.plan, adapter.allocator.masks)
+
+    def regularization_loss(self) -> torch.Tensor:
+        """The regulariser of the active adapters, zero where their methods have none.
+
+        In training mode it is part of the loss that the model returns; a loss made from logits has to add it.
+        """
+        return regularization_loss(self._adapter_state)
+
+    def initialize_kv_prefix_from_text(
+        self,
+        tokenizer: Any,
+        *,
+        text: str,
+        adapter_name: str | None = None,
+        use_chat_template: bool = True,
+        max_length: int | None = None,
+    ) -> torch.Tensor:
+        """Start a prefix or cartridge as the keys and values of a text's first tokens, as peft's function of that name.
+
+        The model then goes on as if the text, as far as the prefix is long, stood in front. The base computes them, in
+        evaluation mode and without adapters; tokens beyond the prefix's length are not run, and windows that layers
+        slide over the text leave nothing out.
+
+        Args:
+            tokenizer: the model's, which makes tokens of the text.
+            text: what to start from, of at least as many tokens as the prefix has.
+            adapter_name: which adapter; left out, the only active one with a prefix.
+            use_chat_template: take the text as a system message, if the tokenizer has a template for one.
+            max_length: cut the text to so many tokens.
+
+        Returns:
+            The values, `[length, 2 * layers * heads * size]`, as the model computed them.
+
+        Raises:
+            UsageError: no one adapter is meant (E569), it cannot start from keys and values (E570), the text has too
+                few tokens (E571), or the tokenizer is not one, or not the model's (E565, E566).
+        """
+        return start_from_text(
+            self, tokenizer, text, adapter_name, use_chat_template=use_chat_template, max_length=max_length
+        )
+
+    def initialize_kv_prefix_from_past_key_values(
+        self, *, past_key_values: Any, adapter_name: str | None = None
+    ) -> torch.Tensor:
+        """Start a prefix or cartridge as the first keys and values of a cache, as peft's function of that name.
+
+        `past_key_values` is a cache of transformers of any kind, or a pair `[1, heads, tokens, size]` for each layer;
+        `adapter_name` may be left out where only one active adapter has a prefix. Returns the values, `[length, 2 *
+        layers * heads * size]`. Raises UsageError, and changes nothing: no one adapter is meant (E569), it cannot start
+        from keys and values (E570), the cache has too few tokens, or not the first ones (E571), or is not one of a
+        single text and of this model's layers (E572).
+        """
+        return start_from_cache(self, past_key_values, adapter_name)
+
+    def _unmerge_for_others(self, *, stacklevel: int) -> None:
+        if self._adapter_state.displaced:
+            warnings.warn("the merged adapters are unmerged before others are activated", stacklevel=stacklevel)
+            unmerge(self._adapter_state)
 
 
-class EntryPoint:
-    """A submodule of an adapted model, called through its graph; everything else is the submodule's own."""
-
-    def __init__(self, model: AdaptedModel, path: str, module: nn.Module):
-        self._model, self._path, self._module = model, path, module
-        self.__signature__ = inspect.signature(module.forward)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the submodule, adapters included."""
-        extra = {name: kwargs.pop(name) for name in EXTRA_INPUTS if name in kwargs}
-        bound = self.__signature__.bind(*args, **kwargs).arguments
-        for name, parameter in self.__signature__.parameters.items():
-            if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-                bound |= bound.pop(name, {})
-        return self._model._adapter_state.engine.run(self._path, bound | extra)
-
-    __call__ = forward
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._module, name)
-
-
-def adapted_class(base: type[nn.Module], root: type[Root]) -> type[Root]:
-    """The class of adapted models of a class: named like it, with its forward signature, deriving from `root` too."""
-    signature = inspect.signature(base.forward)
-    parameters = list(signature.parameters.values())[1:]
-    positional = tuple(
-        each.name for each in parameters if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)
-    )
-    known = frozenset(positional) | {each.name for each in parameters if each.kind is each.KEYWORD_ONLY}
-    takes_more = any(each.kind is each.VAR_KEYWORD for each in parameters)
-
-    def named(self: AdaptedModel, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        if len(args) > len(positional):
-            message = f"{base.__name__}.forward takes {len(positional)} positional arguments, {len(args)} were given"
-            raise TypeError(message)
-        arguments = dict(zip(positional, args, strict=False))
-        for name, value in kwargs.items():
-            if name in arguments:
-                raise TypeError(f"{base.__name__}.forward got two values for {name!r}")
-            if name not in known and not takes_more and name not in EXTRA_INPUTS:
-                raise TypeError(f"{base.__name__}.forward has no argument {name!r}")
-            arguments[name] = value
-        return arguments
-
-    def forward(self: AdaptedModel, *args: Any, **kwargs: Any) -> Any:
-        return self._adapter_state.engine.run("", self._named(args, kwargs))
-
-    forward.__signature__ = signature  # type: ignore[attr-defined]
-    forward.__doc__ = base.forward.__doc__
-    namespace = {
-        "forward": forward,
-        "_named": named,
-        "_base_class": base,
-        "__module__": base.__module__,
-        "__doc__": base.__doc__,
-    }
-    return type(base.__name__, (root, base), namespace)
-
-
-def base_view(model: AdaptedModel) -> nn.Module:
-    """The model as an object of the user's class: the same modules, without the adapters. Not to be kept."""
-    view = object.__new__(model.base_class)
-    view.__dict__.update({name: value for name, value in model.__dict__.items() if name not in (STATE, ADAPTED)})
-    view.__dict__["_modules"] = {name: module for name, module in model._modules.items() if name != BANK}
-    for name in COMPILED_CALLS:
-        view.__dict__.pop(name, None)
-    return view
+def _as_active(names: str | Sequence[str] | Mapping[str, float]) -> Active:
+    if isinstance(names, str):
+        return ((names, 1.0),)
+    if isinstance(names, Mapping):
+        return tuple((name, float(weight)) for name, weight in names.items())
+    return tuple((name, 1.0) for name in names)

@@ -8,7 +8,8 @@ from transformers.training_args import TrainingArguments
 
 from peftc.grammar.diagnostics import UsageError, fail
 from peftc.runtime.adapters.bank import AdapterParameters
-from peftc.runtime.model.allocating import Allocating, allocating
+from peftc.runtime.model.allocating import allocating
+from peftc.runtime.model.model import AdaptedModel
 
 
 class RankAllocation(TrainerCallback):  # type: ignore[misc] # transformers is untyped
@@ -48,9 +49,9 @@ class RankAllocation(TrainerCallback):  # type: ignore[misc] # transformers is u
                     adapter.allocator.update(adapter.tensor, state.global_step)
 
 
-def _adapted(model: Any) -> Allocating:
+def _adapted(model: Any) -> AdaptedModel:
     found = getattr(model, "_orig_mod", model)  # torch.compile wraps
-    if not isinstance(found, Allocating):
+    if not isinstance(found, AdaptedModel):
         message = f"the Trainer's model is a {type(found).__name__}, not an adapted model"
         fail(UsageError, "E546", message, help="give it what compiler.apply returns")
     return found

@@ -10,7 +10,7 @@ from peftc.grammar.method.rule import MethodRule, Value, Values
 from peftc.grammar.spec.spec import AdapterSpec, Target, Tokens
 from peftc.grammar.spec.values import complete
 from peftc.grammar.syntax import tree
-from peftc.runtime.peft_format import peft_fields as fields
+from peftc.passes.foreign import peft as fields
 from peftc.runtime.peft_format.json_fields import FieldReader, shown
 from peftc.runtime.peft_format.peft_config_write import write_config
 from peftc.runtime.peft_format.peft_names import (

@@ -7,9 +7,9 @@ from typing import NoReturn
 from peftc.grammar.diagnostics import CheckpointError, fail
 from peftc.grammar.method.peft_item import translated
 from peftc.grammar.method.rule import LAST, Value
+from peftc.passes.foreign import peft as fields
 from peftc.passes.plan.plan import AdapterPlan, PlannedSite
 from peftc.passes.plan.site import HELD, WHOLE, Site
-from peftc.runtime.peft_format import peft_fields as fields
 from peftc.runtime.peft_format.peft_names import minimal_endings, minimal_suffixes, suffixes, value_pattern
 from peftc.runtime.peft_format.peft_rule import (
     constant_fields,

@@ -22,11 +22,11 @@ from peftc.grammar.spec.write import to_tree
 from peftc.grammar.syntax import tree
 from peftc.grammar.syntax.format import format_file
 from peftc.grammar.syntax.parse import parse
+from peftc.passes.foreign.peft import OWN_TYPE
 from peftc.passes.plan.plan import AdapterPlan, ParamKey, PlannedSite
 from peftc.runtime.peft_format.adapter_files import CONFIG, MANIFEST
 from peftc.runtime.peft_format.json_fields import FieldReader, shown
 from peftc.runtime.peft_format.manifest import read_manifest, spec_digest
-from peftc.runtime.peft_format.peft_fields import OWN_TYPE
 
 FORMAT = 1  # raised when a reader of the format before would misunderstand the file
 

@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 
 from tests.compiler.commands.cli_help import SPEC, write_model
+from tests.shared_traces import shared_traces  # noqa: F401  (a fixture of every test here)
 
 
 @pytest.fixture

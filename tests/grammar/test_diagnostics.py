@@ -163,11 +163,16 @@ MISSES = {
 }
 
 
+def kind_of(name):
+    """The file that holds what a bad spec is told."""
+    return {"method": "methods", "place": "places"}.get(name.partition("_")[0], "specs")
+
+
 @pytest.mark.parametrize("name", BAD)
 def test_bad_specs(golden, name):
     with pytest.raises(SpecError) as caught:
         read_spec(BAD[name] + "\n" if BAD[name].endswith(".adapter") else BAD[name])
-    golden(f"diagnostics/{name}.txt", f"{caught.value}\n")
+    golden(f"diagnostics/{kind_of(name)}.txt", f"{caught.value}\n", name)
 
 
 # A method's items, and where it is put.
@@ -194,7 +199,7 @@ def test_sites_a_method_does_not_fit(golden, name):
     spec = read_spec(f"{method(f'    {items}' + chr(10) + f'    {primes}')} {{\n    on model.q\n}}").adapters[0]
     with pytest.raises(SpecError) as caught:
         bind(spec.rule, spec.values, place, span=spec.on[0].span)
-    golden(f"diagnostics/site_{name}.txt", f"{caught.value}\n")
+    golden("diagnostics/sites.txt", f"{caught.value}\n", name)
 
 
 @pytest.mark.parametrize("name", MISSES)
@@ -207,4 +212,11 @@ def test_selectors_that_choose_nothing(golden, name):
     )
     target = read_spec(f"adapter a = lora {{\n    on {MISSES[name]}\n}}").adapters[0].on[0]
     found = misses(target.selectors[0], target.where, universe)
-    golden(f"diagnostics/select_{name}.txt", "".join(f"{each.render()}\n" for each in found))
+    golden("diagnostics/selectors.txt", "".join(f"{each.render()}\n" for each in found), name)
+
+
+def test_no_text_is_left_of_a_case_that_is_gone(golden):
+    for kind in {kind_of(name) for name in BAD}:
+        golden.holds(f"diagnostics/{kind}.txt", [name for name in BAD if kind_of(name) == kind])
+    golden.holds("diagnostics/sites.txt", AT_SITES)
+    golden.holds("diagnostics/selectors.txt", MISSES)

@@ -22,8 +22,8 @@ from torch import nn
 from peftc import compiler
 from peftc.compiler.api import adapt
 from tests.parity.cases.case import MODELS, Case
+from tests.parity.method_cases import CASES, batch, moved, theirs
 from tests.parity.models import test_convolutions
-from tests.parity.test_methods import CASES, batch, moved, theirs
 
 Run = Callable[[nn.Module], torch.Tensor]
 
@@ -91,8 +91,7 @@ def main(methods: Sequence[str]) -> None:
     warnings.simplefilter("ignore")
     found: dict[str, dict[str, tuple[str, str]]] = {}
     for name, make in MODELS.items():
-        torch.manual_seed(0)
-        model = make().eval()
+        model = make()
         adapted = adapt(model)
         for case in CASES:
             if methods and case.method not in methods:

@@ -13,6 +13,15 @@ from torch import nn
 
 from peftc.compiler.api import adapt
 from peftc.runtime.model.model import AdaptedModel
+from tests.parity.peft_release import peft_as_oracle
+from tests.shared_traces import shared_traces  # noqa: F401  (a fixture of every test here)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def peft_computes_what_it_means() -> Iterator[None]:
+    with peft_as_oracle():
+        yield
+
 
 VOCABULARY = 128
 WINDOW = 6
@@ -118,7 +127,7 @@ class Zoo:
         try:
             yield host
         finally:
-            if host._adapter_state.merged:
+            if host._adapter_state.displaced:
                 host.unmerge_adapter()
             host.enable_adapters()
             host.delete_adapter([each for each in host._adapter_state.names() if each not in before])

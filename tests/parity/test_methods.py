@@ -1,4 +1,4 @@
-"""Every built-in method against peft: outputs both ways, gradients, merging, and the start is the base exactly."""
+"""Every built-in method against peft: outputs both ways, merging, and the start is the base exactly."""
 
 import copy
 from pathlib import Path
@@ -6,56 +6,26 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from torch import nn
 from torch.testing import assert_close
 
-from peftc import compiler
-from peftc.compiler.api import adapt
 from peftc.grammar.spec.library import builtin_methods
-from tests.matrix import wide
-from tests.parity.cases import low_rank, other, rotations
-from tests.parity.cases.case import MODELS, Case
-
-CASES = (*low_rank.CASES, *rotations.CASES, *other.CASES)
-
-Base = tuple[str, nn.Module, compiler.AdaptedModel]
-
-every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-
-
-def batch(rows: int = 2, length: int = 7) -> dict[str, torch.Tensor]:
-    torch.manual_seed(1)
-    ids = torch.randint(5, 64, (rows, length))
-    mask = torch.ones_like(ids)
-    mask[0, :2] = 0
-    return {"input_ids": ids, "attention_mask": mask}
+from tests.parity.cases import low_rank
+from tests.parity.cases.case import Case
+from tests.parity.method_cases import (
+    CASES,
+    Base,
+    batch,
+    make_base,
+    moved,
+    theirs,
+    where_it_has_not,
+    where_peft_has_it,
+)
 
 
-@torch.no_grad()
-def moved(model: nn.Module, part: str, std: float) -> nn.Module:
-    """Add noise to the trained tensors of a name: away from any start at which an adapter does nothing."""
-    torch.manual_seed(2)
-    found = [each for name, each in model.named_parameters() if part in name and each.requires_grad]
-    assert found, part
-    for each in found:
-        each.add_(torch.randn_like(each) * std)
-    return model
-
-
-def theirs(case: Case, name: str, model: nn.Module) -> nn.Module:
-    torch.manual_seed(3)
-    wrapped = peft.get_peft_model(copy.deepcopy(model), case.config(target_modules=case.targets_of(name))).eval()
-    return moved(wrapped, case.prefix or wrapped.base_model.prefix, case.std)
-
-
-@pytest.fixture(scope="module", params=wide(MODELS, ("llama",)))
+@pytest.fixture(scope="module")
 def base(request: pytest.FixtureRequest) -> Base:
-    """A model, and an adapted model of it that every case puts its adapter into: one trace serves them all."""
-    torch.manual_seed(0)
-    model = MODELS[request.param]().eval()
-    for parameter in model.parameters():
-        parameter.data.add_(torch.randn_like(parameter) * 0.05)  # no bias is zero, no norm is one
-    return request.param, model, adapt(model)
+    return make_base(request.param)
 
 
 def close(found: torch.Tensor, wanted: torch.Tensor, case: Case) -> None:
@@ -72,11 +42,9 @@ def test_every_method_is_here() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-@every_case
+@where_peft_has_it
 def test_both_ways(case: Case, base: Base, tmp_path: Path) -> None:
     name, model, adapted = base
-    if name not in case.models:
-        return  # test_where_peft_has_none shows that there is nothing to compare with
     inputs = batch()
     with torch.no_grad():
         plain = model(**inputs).logits
@@ -106,32 +74,8 @@ def test_both_ways(case: Case, base: Base, tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-@every_case
-def test_gradients_are_pefts(case: Case, base: Base, tmp_path: Path) -> None:
-    name, model, adapted = base
-    if name not in case.models:
-        return
-    inputs = batch()
-    wrapped = theirs(case, name, model)
-    wrapped.save_pretrained(tmp_path)
-    adapted.load_adapter(tmp_path, "loaded", is_trainable=True)
-    try:
-        for each in (wrapped, adapted):
-            each(**inputs).logits.square().sum().backward()
-        mine = sorted(float(each.grad.norm()) for each in adapted.parameters() if each.requires_grad)
-        its = sorted(float(each.grad.norm()) for each in wrapped.parameters() if each.requires_grad)
-    finally:
-        adapted.delete_adapter("loaded")
-    same = torch.allclose(torch.tensor(mine), torch.tensor(its), rtol=1e-4, atol=1e-5)
-    assert same == case.gradients, (mine, its)
-    assert max(mine) > 0
-
-
-@pytest.mark.filterwarnings("ignore")
-@every_case
+@where_it_has_not
 def test_where_peft_has_none(case: Case, base: Base) -> None:
     name, model, _ = base
-    if name in case.models or case.targets:
-        return
     with pytest.raises((NotImplementedError, TypeError, ValueError)):
         theirs(case, name, model)

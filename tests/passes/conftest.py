@@ -1,6 +1,7 @@
 """A bench for passes: small traced graphs, texts a person can read, and graphs run on real tensors."""
 
 import inspect
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -15,7 +16,10 @@ from transformers.pytorch_utils import Conv1D
 from peftc.compiler.pipeline.lower import copy_graph
 from peftc.compiler.trace.trace import Tracer
 from peftc.grammar.spec.elaborate import read_spec
+from peftc.passes.foreign.transformers import argument_of
 from peftc.passes.ir.emit import Origin, fake_like
+from peftc.passes.ir.inputs import CacheSlot, InputSpec, describe
+from peftc.passes.ir.roles import Role
 from peftc.passes.ir.traced import Traced
 from peftc.passes.plan.plan import IDS, ORDER, ROWS, AdapterPlan
 from peftc.passes.plan.resolve import resolve, survey
@@ -385,7 +389,10 @@ class Lab:
             with torch.random.fork_rng():
                 torch.manual_seed(3)
                 model = MODELS[name]().train(training)
-            self._traces[name, training] = model, Tracer(model).trace(self._call(model, INPUTS[name]))
+            traced = Tracer(model).trace(self._call(model, INPUTS[name]))
+            for node in traced.graph.find_nodes(op="placeholder"):
+                described(node)
+            self._traces[name, training] = model, traced
         return self._traces[name, training]
 
     def _call(self, model: nn.Module, args: tuple[torch.Tensor, ...]) -> Any:
@@ -415,6 +422,21 @@ def _origin(origin: Origin) -> str:
     return " ".join(each for each in (origin.made_by, origin.site, position, origin.role) if each)
 
 
+PAST = re.compile(r"past_(\d+)_(key|value)")
+
+
+def described(node: fx.Node) -> fx.Node:
+    """Say of an input what its name says: these models take the tensors of a cache one by one."""
+    name = str(node.target)
+    past = PAST.fullmatch(name)
+    if past is not None:
+        describe(node, InputSpec(name, Role.CACHE, slot=CacheSlot(int(past[1]), past[2])))
+    else:
+        argument = argument_of(name, encoder_decoder=name.startswith("decoder_"))
+        describe(node, InputSpec(name, argument.role, argument.stack))
+    return node
+
+
 class Hand:
     """Builds a graph node by node, with fake values."""
 
@@ -423,7 +445,7 @@ class Hand:
         self.graph = fx.Graph()
 
     def placeholder(self, name: str, *shape: int, dtype: torch.dtype = torch.float32) -> fx.Node:
-        return self._valued(self.graph.placeholder(name), shape, dtype)
+        return described(self._valued(self.graph.placeholder(name), shape, dtype))
 
     def attribute(self, target: str, *shape: int, dtype: torch.dtype = torch.float32) -> fx.Node:
         return self._valued(self.graph.create_node("get_attr", target), shape, dtype)

@@ -1,12 +1,11 @@
 """Tiny models, PEFT's adapters on them, and the plans that say the same."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
-import torch
-import transformers
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -17,6 +16,11 @@ from peftc.grammar.spec.spec import AdapterSpec
 from peftc.grammar.spec.values import complete
 from peftc.passes.plan.plan import AdapterPlan, PlannedCopy, PlannedSite
 from peftc.passes.plan.site import Site
+from tests import zoo
+from tests.shared_traces import shared_traces  # noqa: F401  (a fixture of every test here)
+
+# Files are spelled out in these tests, shapes and all: they are small, and two layers show names that differ.
+SIZES = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
 
 
 def _site(model: nn.Module, name: str) -> Site:
@@ -73,65 +77,19 @@ class Planner:
         return PlannedCopy(module, tuple((name, tuple(each.shape), True) for name, each in tensors))
 
 
-def _small(**more: int) -> dict[str, int]:
-    return {"vocab_size": 40, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, **more}
-
-
-def _llama(tied: bool = False, attention_bias: bool = False) -> nn.Module:
-    config = transformers.LlamaConfig(
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=tied,
-        attention_bias=attention_bias,
-        **_small(),
-    )
-    return transformers.LlamaForCausalLM(config)
-
-
-def _gpt2() -> nn.Module:
-    return transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(n_embd=16, n_layer=2, n_head=2, n_positions=32, **_small())
-    )
-
-
-def _bert() -> nn.Module:
-    config = transformers.BertConfig(
-        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, **_small()
-    )
-    return transformers.BertForSequenceClassification(config)
-
-
-def _qwen3_moe() -> nn.Module:
-    config = transformers.Qwen3MoeConfig(
-        hidden_size=16,
-        intermediate_size=32,
-        moe_intermediate_size=8,
-        num_experts=4,
-        num_experts_per_tok=2,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=4,
-        **_small(),
-    )
-    return transformers.Qwen3MoeForCausalLM(config)
-
-
 @pytest.fixture
 def tiny() -> SimpleNamespace:
     """Makers of tiny random models, the same weights at every call."""
 
-    def seeded(make: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
-        def made(**options: bool) -> nn.Module:
-            torch.manual_seed(0)
-            return make(**options).eval()
+    def llama(*, tied: bool = False, attention_bias: bool = False) -> nn.Module:
+        return zoo.make("llama", **SIZES, tie_word_embeddings=tied, attention_bias=attention_bias)
 
-        return made
-
-    return SimpleNamespace(llama=seeded(_llama), gpt2=seeded(_gpt2), bert=seeded(_bert), qwen3_moe=seeded(_qwen3_moe))
+    return SimpleNamespace(
+        llama=llama,
+        gpt2=partial(zoo.make, "gpt2", vocab_size=40, n_embd=16, n_layer=2, n_head=2, n_positions=32),
+        bert=partial(zoo.make, "bert", **{**SIZES, "num_attention_heads": 2}),
+        qwen3_moe=partial(zoo.make, "moe", **SIZES, moe_intermediate_size=8, head_dim=4),
+    )
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from transformers.cache_utils import Cache, LinearAttentionLayer, StaticCache
 from peftc import compiler
 from peftc.compiler.load_model.models import find_model
 from peftc.passes.quantized.schemes import known
+from tests.golden_files import Golden
 from tests.passes.quantized.storages import STORES
 
 SPEC = "adapter a = lora(rank = 2) { on q_proj, v_proj }"
@@ -582,12 +583,31 @@ def test_the_ground_is_good(ground: Ground) -> None:
     assert len(CASES) >= 40
 
 
+# The files that hold what is said, by the first word of a case's name; the rest is in one.
+KINDS = frozenset(
+    {
+        *("adapter", "checkpoint", "export", "front", "model", "quantize"),
+        *("quantized", "start", "tasks", "tokens", "train"),
+    }
+)
+
+
+def kind_of(name: str) -> str:
+    word = name.partition("_")[0]
+    return word if word in KINDS else "other"
+
+
+def test_no_text_is_left_of_a_case_that_is_gone(golden: Golden) -> None:
+    for kind in {*KINDS, "other"}:
+        golden.holds(f"bad_inputs/{kind}.txt", [name for name in CASES if kind_of(name) == kind])
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", CASES)
-def test_bad_input(name: str, ground: Ground, golden: Callable[[str, str], None]) -> None:
+def test_bad_input(name: str, ground: Ground, golden: Golden) -> None:
     before = {key: value.clone() for key, value in ground.model.state_dict().items()}
     with pytest.raises(compiler.AdapterError) as caught:
         CASES[name](ground)
     text = str(caught.value).replace(str(ground.directory), "DIR").replace(str(Path.cwd()), "CWD")
-    golden(f"bad_inputs/{name}.txt", text + "\n")
+    golden(f"bad_inputs/{kind_of(name)}.txt", text + "\n", name)
     assert all(torch.equal(value, before[key]) for key, value in ground.model.state_dict().items())

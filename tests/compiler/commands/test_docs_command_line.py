@@ -42,6 +42,7 @@ def test_examples_are_true(stdin, line, shown, monkeypatch):
         "inspect",
         "decompile",
         "methods",
+        "doctor",
     ],
 )
 def test_every_option_in_a_synopsis_exists(command):

@@ -7,7 +7,7 @@ import transformers
 
 from peftc import compiler
 from peftc.compiler import diagram
-from peftc.compiler.export import output
+from peftc.compiler.export_model import output
 from peftc.compiler.jobs import builds
 from peftc.grammar.diagnostics import AdapterError, UsageError
 from tests.compiler.commands.cli_help import SPEC, peftc

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from peftc.runtime.artifact.text import Stream, Tokenizer
 from tests import artifacts
 from tests.artifacts import GENERATION, LOGITS, TOKENS, VOCABULARY, WIDTH, tensor
 from tests.compiler.commands.cli_help import peftc
+from tests.golden_files import Golden
 
 WORDS = [f"w{index}" for index in range(VOCABULARY)]
 PROMPT = "w5 w6 w7"
@@ -103,10 +103,10 @@ MISTAKES: dict[str, tuple[str, ...]] = {
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_mistakes(name: str, place: Path, monkeypatch: pytest.MonkeyPatch, golden: Callable[[str, str], None]) -> None:
+def test_mistakes(name: str, place: Path, monkeypatch: pytest.MonkeyPatch, golden: Golden) -> None:
     monkeypatch.chdir(place)
     done = peftc(*MISTAKES[name])
-    golden(f"artifacts/cli_{name}.txt", f"{done.err}exit code {done.code}\n")
+    golden("artifacts/command_line.txt", f"{done.err}exit code {done.code}\n", name)
     assert done.out == ""
     assert peftc(*MISTAKES[name], "--json").codes
 

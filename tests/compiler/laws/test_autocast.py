@@ -6,21 +6,17 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-import transformers
 from torch.testing import assert_close
 
 from peftc import compiler
+from tests import zoo
 
 INPUTS = {"input_ids": torch.arange(5, 17).reshape(2, 6), "attention_mask": torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6])}
 
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[torch.nn.Module, torch.nn.Module, Path]:
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4
-    )
-    model = transformers.LlamaForCausalLM(config).eval()
+    model = zoo.make("llama")
     theirs = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(r=4, target_modules="all-linear")).eval()
     for name, parameter in theirs.named_parameters():
         if "lora_" in name:

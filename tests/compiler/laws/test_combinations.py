@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 
 from peftc.compiler.api import adapt
 from peftc.grammar.diagnostics import CheckpointError, UsageError
 from peftc.passes.plan.plan import ParamKey
 from peftc.runtime.merge.merge import merged_tensors
+from tests import zoo
 
 IDS = torch.arange(3, 11).reshape(2, 4)
 
@@ -50,9 +50,7 @@ ORDERED |= {("prompt", "prompt"), ("prompt", "multitask"), ("multitask", "multit
 @pytest.fixture(scope="module")
 def adapted() -> Any:
     """A model with two adapters of every kind, away from where they start."""
-    torch.manual_seed(0)
-    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, vocab_size=64)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, attention_bias=True)).eval()
+    model = zoo.make("llama", attention_bias=True)
     with torch.no_grad():
         for name, each in model.named_parameters():
             if name.endswith("bias"):
@@ -91,13 +89,13 @@ def _upon(adapted: Any, first: str, second: str) -> torch.Tensor:
     """What the second adapter makes of a base into which the first is merged."""
     state = adapted._adapter_state
     adapted.set_adapter([])
-    before = adapted._put(merged_tensors(adapted, [(state.adapter(first), 1.0)]))
+    before = state.base.swap(merged_tensors(adapted, [(state.adapter(first), 1.0)]))
     try:
         adapted.set_adapter(second)
         return _call(adapted)
     finally:
         adapted.set_adapter([])
-        adapted._put(before)
+        state.base.swap(before)
 
 
 @pytest.mark.parametrize(("first", "second"), PAIRS)

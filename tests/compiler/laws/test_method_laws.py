@@ -142,7 +142,7 @@ def net(site: str) -> tuple[nn.Module, compiler.AdaptedModel]:
 def nets(site: str) -> Iterator[tuple[nn.Module, compiler.AdaptedModel]]:
     model, adapted = net(site)
     yield model, adapted
-    if adapted._adapter_state.merged:
+    if adapted._adapter_state.displaced:
         adapted.unmerge_adapter()
     adapted.delete_adapter(adapted._adapter_state.names())
 

@@ -3,6 +3,7 @@
 import copy
 import functools
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 import torch
@@ -13,19 +14,12 @@ from peftc import compiler
 from peftc.compiler.api import adapt
 from peftc.grammar.spec.library import builtin_methods
 from peftc.runtime.adapters.bank import AdapterParameters
+from tests import zoo
 from tests.matrix import wide
 
 SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
 MODELS: dict[str, Callable[[], nn.Module]] = {
-    "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES)),
-    "gpt2": lambda: transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=2, bos_token_id=1, eos_token_id=2)
-    ),
-    "t5": lambda: transformers.T5ForConditionalGeneration(
-        transformers.T5Config(
-            vocab_size=64, d_model=32, d_kv=16, d_ff=48, num_layers=1, num_heads=2, decoder_start_token_id=0
-        )
-    ),
+    **{name: partial(zoo.make, name) for name in ("llama", "gpt2", "t5")},
     "bert": lambda: transformers.BertModel(transformers.BertConfig(**SIZES)),
     "vit": lambda: transformers.ViTModel(
         transformers.ViTConfig(

@@ -84,7 +84,7 @@ class Bases:
     def restore(self) -> None:
         """Take every adapter away."""
         for each in self.both:
-            if each._adapter_state.merged:
+            if each._adapter_state.displaced:
                 each.unmerge_adapter()
             each.delete_adapter(each._adapter_state.names())
             each.eval()

@@ -2,19 +2,17 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 import peft
-import transformers
 from torch import nn
 
-SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+from tests import zoo
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
-    "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, num_key_value_heads=2)),
-    "bert": lambda: transformers.BertForSequenceClassification(transformers.BertConfig(**SIZES)),
-    "gpt2": lambda: transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2)
-    ),
+    "llama": partial(zoo.make, "llama", num_hidden_layers=2),
+    "bert": partial(zoo.make, "bert", num_hidden_layers=2),
+    "gpt2": partial(zoo.make, "gpt2", n_layer=2),
 }
 TARGETS = {"llama": ["q_proj", "down_proj"], "bert": ["query", "dense"], "gpt2": ["c_attn", "c_proj"]}
 EMBEDDINGS = {"llama": "embed_tokens", "bert": "word_embeddings", "gpt2": "wte"}

@@ -148,7 +148,7 @@ def bench(way: str) -> Iterator[tuple[nn.Module, compiler.AdaptedModel]]:
 
 
 def cleared(adapted: compiler.AdaptedModel) -> None:
-    if adapted._adapter_state.merged:
+    if adapted._adapter_state.displaced:
         adapted.unmerge_adapter()
     adapted.delete_adapter(adapted._adapter_state.names())
     adapted.eval()

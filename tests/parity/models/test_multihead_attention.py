@@ -81,7 +81,7 @@ def seeded() -> Iterator[None]:
     yield
     for name in KINDS:
         adapted = ready(name)[-1]
-        if adapted._adapter_state.merged:
+        if adapted._adapter_state.displaced:
             adapted.unmerge_adapter()
         adapted.delete_adapter(adapted._adapter_state.names())
         adapted.eval()

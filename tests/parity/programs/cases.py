@@ -4,56 +4,29 @@ import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-import transformers as hf
 from torch import nn
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import BaseModelOutput
 
 from peftc.compiler.api import adapt
+from tests import zoo
 
-VOCABULARY = 64
-WIDTHS = dict(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4)
-ENDLESS = dict(pad_token_id=0, bos_token_id=1, eos_token_id=None)
 LARGE = dict(initializer_range=0.3)  # so that tokens differ
+ENDLESS = dict(eos_token_id=None)
 
-MODELS: dict[str, Callable[[], nn.Module]] = {
-    "llama": lambda: hf.LlamaForCausalLM(
-        hf.LlamaConfig(**WIDTHS, **ENDLESS, **LARGE, num_key_value_heads=2, max_position_embeddings=64)
-    ),
-    "gpt2": lambda: hf.GPT2LMHeadModel(
-        hf.GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=1, n_head=4, n_positions=64, **ENDLESS, **LARGE)
-    ),
-    "bert": lambda: hf.BertForSequenceClassification(hf.BertConfig(**WIDTHS, **LARGE, max_position_embeddings=64)),
-    "t5": lambda: hf.T5ForConditionalGeneration(
-        hf.T5Config(
-            vocab_size=VOCABULARY,
-            d_model=32,
-            d_kv=8,
-            d_ff=48,
-            num_layers=1,
-            num_heads=4,
-            initializer_factor=1.0,
-            tie_word_embeddings=False,  # it would say the same token over and over
-            decoder_start_token_id=0,
-            pad_token_id=0,
-            eos_token_id=None,
-        )
-    ),
-    "vit": lambda: hf.ViTForImageClassification(
-        hf.ViTConfig(
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=1,
-            num_attention_heads=4,
-            image_size=16,
-            patch_size=4,
-            initializer_range=0.3,
-        )
-    ),
+FIELDS: dict[str, dict[str, Any]] = {
+    "llama": dict(**ENDLESS, **LARGE),
+    "gpt2": dict(**ENDLESS, **LARGE),
+    "bert": dict(**LARGE),
+    # Tied, it would say the same token over and over.
+    "t5": dict(**ENDLESS, initializer_factor=1.0, tie_word_embeddings=False),
+    "vit": dict(**LARGE),
 }
+MODELS: dict[str, Callable[[], nn.Module]] = {name: partial(zoo.make, name, **FIELDS[name]) for name in FIELDS}
 SPEAKERS = ("llama", "gpt2", "t5")
 GENERATE = ("LlamaConfig", "GPT2Config", "T5Config")
 
@@ -119,7 +92,7 @@ def move(adapted: Any, name: str, seed: int, std: float = 0.2) -> None:
 def text(rows: int, length: int, padded: bool = False, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens and their mask; all rows but the last begin with padding if asked for."""
     generator = torch.Generator().manual_seed(100 * rows + length + seed)
-    ids = torch.randint(3, VOCABULARY, (rows, length), generator=generator)
+    ids = torch.randint(3, zoo.VOCABULARY, (rows, length), generator=generator)
     mask = torch.ones_like(ids)
     for row in range(rows - 1 if padded else 0):
         mask[row, : 1 + row % 2] = 0

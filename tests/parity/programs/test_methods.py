@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from peftc.compiler.export import entries, programs
+from peftc.compiler.export_model import entries, programs
 from peftc.grammar.spec.library import builtin_methods
 from tests.matrix import wide
 from tests.parity.cases import low_rank, other, rotations

@@ -21,16 +21,20 @@ ALWAYS = (
     "gpt2 dora inputs generate",
     "gpt2 ia3 routed generate",
     "bert oft inputs forward",
-    "vit dora merged forward",
+    "vit lora merged forward",
     "vit prefix inputs forward",
 )
+# Merged, methods of the weights leave the same program. A program that generates is the plain one and more.
+MERGED = ("lora", "prefix", "tokens")
 CELLS = [
     f"{model} {method} {adapters} {entry}"
     for model in MODELS
     for method in METHODS
     for adapters in ("merged", "inputs", "routed")
     for entry in ("generate", "forward")
-    if (entry == "forward" or model in SPEAKERS) and (model, method) != ("vit", "tokens")
+    if (entry == "generate") == (model in SPEAKERS) or model == "llama"
+    if adapters != "merged" or method in MERGED
+    if (model, method) != ("vit", "tokens")
 ]
 
 

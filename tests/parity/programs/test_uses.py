@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-import transformers as hf
 from torch import nn
 from torch.testing import assert_close
 from transformers.exporters import ExportedModel
 
 from peftc import compiler
 from peftc.compiler import ModelError, UsageError
+from tests import zoo
 from tests.matrix import wide
 from tests.parity.programs import cases as cases
 from tests.parity.programs.cases import SPECS
@@ -86,7 +86,7 @@ class Before:
 
     def _read(self) -> tuple[Any, ...]:
         state, adapted = self._adapted._adapter_state, self._adapted
-        return state.active, state.merged, state.names(), adapted.training, copy.deepcopy(adapted.config.to_dict())
+        return state.active, state.displaced, state.names(), adapted.training, copy.deepcopy(adapted.config.to_dict())
 
     def _count(self) -> int:
         return len(self._adapted._adapter_state.engine._traces)
@@ -224,10 +224,8 @@ def test_merged_as_they_are_combined(case: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("adapters", wide(("merged", "inputs", "routed"), ()))
 def test_a_tied_embedding(adapters: str, tmp_path: Path) -> None:
     """The head is adapted, and the embedding, which has the same weight, is not."""
-    torch.manual_seed(0)
-    config = hf.LlamaConfig(**cases.WIDTHS, **cases.LARGE, tie_word_embeddings=True, max_position_embeddings=64)
     spec = "lora(rank = 2) { on lm_head, q_proj }"
-    model = hf.LlamaForCausalLM(config).eval()
+    model = zoo.make("llama", **cases.LARGE, tie_word_embeddings=True)
     adapted = compiler.apply(model, f"adapter a = {spec}  adapter b = {spec}  activate a").eval()
     for seed, name in enumerate("ab"):
         cases.move(adapted, name, seed)

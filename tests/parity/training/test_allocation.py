@@ -44,7 +44,7 @@ def load(zoo: Any) -> Iterator[Callable[..., Any]]:
 
 
 def _clear(host: Any) -> None:
-    if host._adapter_state.merged:
+    if host._adapter_state.displaced:
         host.unmerge_adapter()
     host.delete_adapter(list(host._adapter_state.names()))
     host.eval().zero_grad()

@@ -22,7 +22,7 @@ def copied(lab, spec=SPEC):
 def test_golden(lab, golden):
     graph, _, _, change = copied(lab)
     assert change.made == 2
-    golden("passes/insert_copy.txt", lab.show(graph))
+    golden("passes/insert/insert_copy.txt", lab.show(graph))
 
 
 def test_numbers(lab):

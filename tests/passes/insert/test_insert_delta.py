@@ -25,17 +25,17 @@ def adapted(lab, name, *specs, training=False):
 def test_golden(lab, golden):
     graph, _, _, change = adapted(lab, "Two", FIRST)
     assert change.made == 7
-    golden("passes/insert_delta.txt", lab.show(graph))
+    golden("passes/insert/insert_delta.txt", lab.show(graph))
 
 
 def test_golden_where_the_weight_itself_is_replaced(lab, golden):
     graph, *_ = adapted(lab, "Lookup", "adapter a = lora(rank = 2, alpha = 6) { on bag.table }")
-    golden("passes/insert_delta_value.txt", lab.show(graph))
+    golden("passes/insert/insert_delta_value.txt", lab.show(graph))
 
 
 def test_golden_while_training(lab, golden):
     graph, *_ = adapted(lab, "Two", "adapter a = lora(rank = 2, dropout = 0.5) { on second }", training=True)
-    golden("passes/insert_delta_dropout.txt", lab.show(graph))
+    golden("passes/insert/insert_delta_dropout.txt", lab.show(graph))
 
 
 def test_numbers(lab):

@@ -46,7 +46,7 @@ def run(lab, graph, active, ids=IDS, name="Tied"):
 def test_golden(lab, golden):
     graph, _, _, change = inserted(lab, TOKENS)
     assert change.made > 0
-    golden("passes/insert_tokens.txt", lab.show(graph))
+    golden("passes/insert/insert_tokens.txt", lab.show(graph))
 
 
 def test_numbers(lab):

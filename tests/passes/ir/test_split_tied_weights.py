@@ -28,7 +28,7 @@ def split():
 def test_golden(lab, golden):
     graph = tied(lab)
     pass_manager.run(graph, [split()])
-    golden("passes/split_owners.txt", lab.show(graph))
+    golden("passes/ir/split_owners.txt", lab.show(graph))
 
 
 def test_numbers(lab):

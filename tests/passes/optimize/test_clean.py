@@ -26,7 +26,7 @@ def test_golden(lab, golden):
     graph = cluttered(lab)
     change = pass_manager.run(graph, [Clean()]).changes["clean"]
     assert change == pass_manager.Change(removed=4)
-    golden("passes/clean.txt", lab.show(graph))
+    golden("passes/optimize/clean.txt", lab.show(graph))
 
 
 def test_numbers(lab):

@@ -31,7 +31,7 @@ def inputs():
 def test_golden(lab, golden):
     graph = attention(lab)
     assert pass_manager.run(graph, [FloatMask()]).changes["float-mask"].made == 1
-    golden("passes/float_mask.txt", lab.show(graph))
+    golden("passes/optimize/float_mask.txt", lab.show(graph))
 
 
 @pytest.mark.parametrize("by_name", [False, True])

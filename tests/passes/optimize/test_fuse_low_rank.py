@@ -35,7 +35,7 @@ def sum_of(graph):
 
 def test_golden(lab, golden):
     graph, *_ = fused(lab, TWO)
-    golden("passes/fuse_low_rank.txt", lab.show(graph))
+    golden("passes/optimize/fuse_low_rank.txt", lab.show(graph))
 
 
 @pytest.mark.parametrize("specs", [(ONE,), (ONE, TWO), (TWO, ONE)], ids=["one", "two", "two the other way"])

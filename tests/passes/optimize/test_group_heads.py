@@ -31,7 +31,7 @@ def inputs():
 def test_golden(lab, golden):
     graph = attention(lab)
     assert pass_manager.run(graph, [GroupHeads()]).changes["group-heads"].made == 1
-    golden("passes/group_heads.txt", lab.show(graph))
+    golden("passes/optimize/group_heads.txt", lab.show(graph))
 
 
 def test_numbers(lab):

@@ -25,13 +25,13 @@ def hoisted(lab, name, *specs, transient=(), dense=()):
 def test_golden(lab, golden):
     graph, prologue, _, change = hoisted(lab, "Two", FIRST)
     assert (change.made, change.removed) == (1, 7)
-    golden("passes/hoist.txt", f"{lab.show(graph)}\n{lab.show(prologue)}")
+    golden("passes/optimize/hoist.txt", f"{lab.show(graph)}\n{lab.show(prologue)}")
 
 
 def test_golden_where_the_whole_weight_is_kept(lab, golden):
     graph, prologue, _, change = hoisted(lab, "Two", FIRST, dense=("first",))
     assert change.made == 1
-    golden("passes/hoist_weight.txt", f"{lab.show(graph)}\n{lab.show(prologue)}")
+    golden("passes/optimize/hoist_weight.txt", f"{lab.show(graph)}\n{lab.show(prologue)}")
 
 
 @pytest.mark.parametrize("spec", [FIRST, BOTH])

@@ -32,7 +32,7 @@ def test_golden(lab, golden):
     graph = behind(lab)
     change = pass_manager.run(graph, [JoinCats()]).changes["join-cats"]
     assert change.removed == 4, "the inner one, and three sizes of it"
-    golden("passes/join_cats.txt", lab.show(graph))
+    golden("passes/optimize/join_cats.txt", lab.show(graph))
 
 
 @pytest.mark.parametrize(("axis", "outer"), [(2, 2), (-2, 2), (2, -2)])

@@ -147,7 +147,7 @@ def test_a_copy_is_a_copy_and_a_view_a_view():
 def test_golden(lab, golden):
     graph = lab.graph("Two")
     assert pass_manager.run(graph, [Clean(), NativeCalls()]).changes["native-calls"].made == 3
-    golden("passes/native_calls.txt", "".join(f"{node.name} = {_name(node)}\n" for node in graph.nodes))
+    golden("passes/optimize/native_calls.txt", "".join(f"{node.name} = {_name(node)}\n" for node in graph.nodes))
 
 
 def _name(node):

@@ -33,7 +33,7 @@ def stops(graph):
 def test_golden(lab, golden):
     """The norm is computed of what has no gradient."""
     graph, *_ = stopped(lab)
-    golden("passes/stop_early.txt", lab.show(graph))
+    golden("passes/optimize/stop_early.txt", lab.show(graph))
 
 
 @pytest.mark.parametrize("dense", [(), ("first",)], ids=["pushed", "dense"])

@@ -244,7 +244,7 @@ adapter a = m {
     model = nn.ModuleDict({"q": nn.Linear(4, 4), "v": nn.Linear(3, 5)})
     with pytest.raises(SpecError) as caught:
         resolve(read_spec(text).adapters[0], survey(model))
-    golden("diagnostics/site_shared.txt", f"{caught.value}\n")
+    golden("diagnostics/shared_parameter.txt", f"{caught.value}\n")
 
 
 # --- places that are no weight ---

@@ -32,12 +32,12 @@ def test_a_convolutions_weight_is_one_row_for_each_output_channel():
 
 def test_golden_at_a_convolution(lab, golden):
     graph, *_ = adapted(lab, "Scan", "adapter a = lora(rank = 2, alpha = 6) { on grouped }")
-    golden("passes/insert_delta_convolution.txt", lab.show(graph))
+    golden("passes/plan/insert_delta_convolution.txt", lab.show(graph))
 
 
 def test_golden_at_a_convolution_while_training(lab, golden):
     graph, *_ = adapted(lab, "Scan", "adapter a = lora(rank = 2, dropout = 0.5) { on strided }", training=True)
-    golden("passes/insert_delta_convolution_training.txt", lab.show(graph))
+    golden("passes/plan/insert_delta_convolution_training.txt", lab.show(graph))
 
 
 @pytest.mark.parametrize("training", [False, True])

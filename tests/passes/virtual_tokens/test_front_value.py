@@ -40,7 +40,7 @@ def fronted(lab):
 
 
 def test_golden(fronted, lab, golden):
-    golden("passes/front_value.txt", lab.show(fronted(PROMPT, TASKS, tasks=torch.tensor([0, 1]))[2]))
+    golden("passes/virtual_tokens/front_value.txt", lab.show(fronted(PROMPT, TASKS, tasks=torch.tensor([0, 1]))[2]))
 
 
 def test_one_prompt_is_of_one_row(fronted):

@@ -55,7 +55,7 @@ def split(x):
 def test_golden(lab, golden):
     graph, _, _, change = inserted(lab, LAST)
     assert change.made > 0
-    golden("passes/insert_attention.txt", lab.show(graph))
+    golden("passes/virtual_tokens/insert_attention.txt", lab.show(graph))
 
 
 @pytest.mark.parametrize(("specs", "layers"), [((SPEC,), (0, 1)), ((LAST,), (1,)), ((SPEC, LORA), (0, 1))])

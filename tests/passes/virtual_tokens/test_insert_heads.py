@@ -43,7 +43,7 @@ def by_hand(model, prefix, ids, mask):
 def test_golden(lab, golden):
     graph, _, _, change = inserted(lab)
     assert change.made > 0
-    golden("passes/insert_heads.txt", lab.show(graph))
+    golden("passes/virtual_tokens/insert_heads.txt", lab.show(graph))
 
 
 @pytest.mark.parametrize("specs", [(SPEC,), (SPEC, "adapter b = prefix(length = 2)")])

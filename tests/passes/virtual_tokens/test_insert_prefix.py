@@ -63,7 +63,7 @@ def as_heads(prefix):
 def test_golden(run, file, lab, golden):
     graph, _, _, change = run(lab)
     assert change.made > 0
-    golden(f"passes/{file}.txt", lab.show(graph))
+    golden(f"passes/virtual_tokens/{file}.txt", lab.show(graph))
 
 
 @pytest.mark.parametrize("past", [0, 4])

@@ -69,7 +69,7 @@ def prompt_of(active):
 def test_golden(lab, golden):
     graph, _, _, change = inserted(lab, TASKS)
     assert change.made > 0
-    golden("passes/insert_prompt.txt", lab.show(graph))
+    golden("passes/virtual_tokens/insert_prompt.txt", lab.show(graph))
 
 
 @pytest.mark.parametrize("name", ["Reader", "Judge"])

@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from peftc.compiler.export.output import seal
+from peftc.compiler.export_model.output import seal
 from peftc.grammar.diagnostics import AdapterError
 from peftc.runtime.artifact.artifact import Artifact
 from peftc.runtime.artifact.tensors import read_tensors
 from peftc.runtime.files.tensor_file import Entry, write_tensors
 from tests import artifacts
 from tests.artifacts import HEADS, LOGITS, SIZE, SPEAKING, TOKENS, WIDTH, tensor
+from tests.golden_files import Golden
 
 Case = Callable[["Ground"], object]
 
@@ -240,10 +241,24 @@ def test_the_ground_is_good(ground: Ground) -> None:
     ground.route(torch.tensor([1, 0]))
 
 
+# The files that hold what is said, by the first word of a case's name; the rest is in one.
+KINDS = frozenset({"adapter", "file", "generate", "input", "manifest"})
+
+
+def kind_of(name: str) -> str:
+    word = name.partition("_")[0]
+    return word if word in KINDS else "other"
+
+
+def test_no_text_is_left_of_a_case_that_is_gone(golden: Golden) -> None:
+    for kind in {*KINDS, "other"}:
+        golden.holds(f"artifacts/{kind}.txt", [name for name in CASES if kind_of(name) == kind])
+
+
 @pytest.mark.parametrize("name", CASES)
-def test_bad_input(name: str, ground: Ground, golden: Callable[[str, str], None]) -> None:
+def test_bad_input(name: str, ground: Ground, golden: Golden) -> None:
     with pytest.raises(AdapterError) as caught:
         CASES[name](ground)
     text = str(caught.value).replace(str(ground.directory), "DIR")
     text = re.sub(r"[\d,]+ were written", "N were written", text)  # versions of torch write other sizes
-    golden(f"artifacts/{name}.txt", text + "\n")
+    golden(f"artifacts/{kind_of(name)}.txt", text + "\n", name)

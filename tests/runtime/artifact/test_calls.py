@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from peftc.compiler.export.output import seal
+from peftc.compiler.export_model.output import seal
 from peftc.grammar.diagnostics import CheckpointError, UsageError
 from peftc.runtime.artifact.artifact import Artifact
 from peftc.runtime.artifact.checks import Checks

@@ -5,6 +5,8 @@ import torch
 from transformers import DynamicCache, EncoderDecoderCache
 
 from peftc.grammar.diagnostics import UsageError
+from peftc.passes.foreign.transformers import Forward
+from peftc.passes.ir.roles import Role, Stack
 from peftc.runtime.execution.call import read_call, tensor_names
 
 IDS = torch.ones(2, 3, dtype=torch.long)
@@ -104,3 +106,22 @@ def test_two_caches_are_refused():
 def test_an_argument_that_cannot_be_traced_is_named():
     with pytest.raises(UsageError, match=r"E501.*images is of type object"):
         read_call("", False, None, {"images": object()})
+
+
+CACHED = Forward(frozenset({"ids", "cache"}), "cache")
+
+
+def test_a_cache_under_an_earlier_name_is_the_same_call():
+    now, before = (read_call("", False, None, {"ids": IDS, name: DynamicCache()}, CACHED) for name in ("cache", "past"))
+    assert now.signature == before.signature
+    assert dict(before.signature.arguments)["cache"] == ("cache",)
+    other = read_call("", False, None, {"ids": IDS, "past": DynamicCache()}, Forward(frozenset({"ids"}), None))
+    assert other.signature != now.signature, "a forward that takes none keeps the name, and says what it thinks of it"
+
+
+def test_arguments_by_role():
+    call = read_call("", False, None, {"decoder_input_ids": IDS + 1, "inputs_embeds": MASK, "attention_mask": None})
+    assert call.tensor(Role.TOKENS) is call.tensor(Role.MASK) is None
+    assert torch.equal(call.tensor(Role.TOKENS, Stack.DECODER), IDS + 1)
+    assert call.text is MASK
+    assert read_call("", False, None, {"input_ids": IDS, "inputs_embeds": MASK}).text is IDS

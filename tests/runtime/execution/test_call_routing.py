@@ -11,6 +11,7 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from peftc.grammar.algebra import algebra
 from peftc.grammar.diagnostics import ModelError, UsageError
+from peftc.passes.foreign.transformers import Forward
 from peftc.passes.plan.site import Site
 from peftc.passes.plan.structure import Term, VirtualTokens
 from peftc.runtime.execution import virtual
@@ -20,6 +21,7 @@ from peftc.runtime.execution.virtual import Virtual
 
 IDS = torch.tensor([[0, 0, 5, 6], [3, 4, 5, 6]])
 MASK = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
+CACHING = Forward(frozenset({"input_ids", "attention_mask", "position_ids", "cache"}), "cache")
 
 
 @dataclass
@@ -29,7 +31,7 @@ class Runner:
     caches: bool = True
     encoder_decoder: bool = False
     positions: int | None = None
-    parameters: frozenset[str] = frozenset({"input_ids", "attention_mask", "position_ids"})
+    forward: Forward = CACHING
     owner: object = "us"
     ran: list[Any] = field(default_factory=list)
 
@@ -49,7 +51,7 @@ class Runner:
         self.ran.append(arguments)
         cache = filled()
         virtual.carry(cache, self.owner, (torch.full((2, 1, 3, 4), 7.0),))
-        return SimpleNamespace(past_key_values=cache)
+        return {"logits": None, "whatever it is called": cache}
 
 
 def filled(rows=2, length=4):
@@ -133,7 +135,7 @@ def test_a_prompt_begins_a_text():
 
 @pytest.mark.parametrize(
     "engine",
-    [Runner(parameters=frozenset({"input_ids", "attention_mask"})), Runner(caches=False)],
+    [Runner(forward=Forward(frozenset({"input_ids", "attention_mask", "cache"}), "cache")), Runner(caches=False)],
     ids=["none", "text"],
 )
 def test_positions_are_left_to_models_that_take_none_or_generate_nothing(engine):

@@ -102,13 +102,13 @@ def test_labels_that_types_leave_out():
 @pytest.mark.parametrize("encoder_decoder", [False, True])
 def test_an_empty_cache_is_given(encoder_decoder):
     plain, kind = call(input_ids=IDS), EncoderDecoderCache if encoder_decoder else DynamicCache
-    found = virtual.with_empty_cache(plain, encoder_decoder)
+    found = virtual.with_empty_cache(plain, "cache", encoder_decoder)
     assert isinstance(found.cache, kind)
     assert found.cache.get_seq_length() == 0
-    asked = call(input_ids=IDS, past_key_values=found.cache)
+    asked = call(input_ids=IDS, cache=found.cache)
     assert found.signature == asked.signature, "one graph serves both"
     assert found.keeps_cache
-    assert not virtual.with_empty_cache(call(input_ids=IDS, use_cache=False), encoder_decoder).keeps_cache
+    assert not virtual.with_empty_cache(call(input_ids=IDS, use_cache=False), "cache", encoder_decoder).keeps_cache
     assert plain.cache is None
 
 

@@ -38,7 +38,7 @@ def unmerged() -> Iterator[None]:
     """A test that fails leaves the models that are shared as it found them."""
     yield
     for _, adapted in map(pair, ("nf4", "int8")):
-        if adapted._adapter_state.merged:
+        if adapted._adapter_state.displaced:
             adapted.unmerge_adapter()
 
 
@@ -77,7 +77,7 @@ def test_merging_asks_what_becomes_of_packed_weights(kind, golden):
         adapted.merge_adapter(quantized="dequantise")
     golden(f"quantized/{kind}_merge.txt", f"{said.pop()}\n{misspelt.value}\n")
     assert_same(stored(adapted), before)
-    assert not adapted._adapter_state.merged
+    assert not adapted._adapter_state.displaced
 
 
 @pytest.mark.parametrize("how", HOW)

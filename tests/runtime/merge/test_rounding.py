@@ -58,7 +58,7 @@ def everything(model):
         "tensors": {name: (id(each), each.clone()) for name, each in model.state_dict(keep_vars=True).items()},
         "parameters": [(name, each.requires_grad) for name, each in model.named_parameters()],
         "modes": [module.training for module in model.modules()],
-        "state": (state.active, state.enabled, dict(state.merged), state.merged_active),
+        "state": (state.active, state.enabled, dict(state.displaced), state.base.merged),
     }
 
 

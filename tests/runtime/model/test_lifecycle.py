@@ -47,7 +47,7 @@ def snapshot(model):
         "names": state.names(),
         "active": state.active,
         "enabled": state.enabled,
-        "merged": sorted(state.merged),
+        "merged": sorted(state.displaced),
         "output": model(X),
     }
 
@@ -122,7 +122,7 @@ def test_merging_what_is_not_finite(adapted):
     before = snapshot(adapted)
     with pytest.raises(UsageError, match=r"E520.*NaN or infinite values into first\.weight"):
         adapted.merge_adapter(safe_merge=True)
-    assert adapted._adapter_state.merged == {}
+    assert adapted._adapter_state.displaced == {}
     assert_close(adapted(X), before["output"], equal_nan=True)
     with pytest.raises(UsageError, match="E520"):
         adapted.merge_and_unload(safe_merge=True)

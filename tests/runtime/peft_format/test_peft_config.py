@@ -15,7 +15,7 @@ from peftc.grammar.spec.library import builtin_methods
 from peftc.grammar.spec.spec import Target
 from peftc.grammar.spec.values import complete
 from peftc.grammar.syntax import tree
-from peftc.runtime.peft_format import peft_fields
+from peftc.passes.foreign import peft as peft_fields
 from peftc.runtime.peft_format.peft_config import read_config, write_config
 from peftc.runtime.peft_format.peft_names import layered_selector, minimal_endings, minimal_suffixes, value_pattern
 

@@ -7,9 +7,9 @@ from torch import nn
 from peftc.grammar.diagnostics import CheckpointError, UsageError
 from peftc.grammar.spec.elaborate import read_spec
 from peftc.grammar.spec.library import builtin_methods
+from peftc.passes.foreign.peft import task_of
 from peftc.passes.plan.resolve import resolve, survey
 from peftc.runtime.peft_format.peft_config import read_config, write_config
-from peftc.runtime.peft_format.peft_fields import task_of
 from peftc.runtime.peft_format.peft_rule import (
     constant_fields,
     decided_fields,

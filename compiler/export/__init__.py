@@ -1,1 +1,0 @@
-"""From an adapted model to a directory that needs no peftc: programs, formats, manifests, measured drift."""

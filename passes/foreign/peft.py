@@ -1,0 +1,87 @@
+"""What PEFT calls things: fields of adapter_config.json beyond a method's own, and arguments that it adds to calls."""
+
+import re
+from collections.abc import Sequence
+
+PEFT_VERSION = "0.21.2"  # the version whose format is written
+TASK_IDS = "task_ids"  # of rows, for prompts by task
+TOKEN_TYPES = "input_type_mask"  # of tokens, for context-aware prompts
+
+OWN_TYPE = "PEFTC"  # the type of a method that PEFT has not: the file holds the spec's text
+
+# Read by peft_config itself, for every method.
+HANDLED = frozenset(
+    {
+        "peft_type",
+        "task_type",
+        "base_model_name_or_path",
+        "revision",
+        "inference_mode",
+        "auto_mapping",
+        "target_modules",
+        "exclude_modules",
+        "target_parameters",
+        "layers_to_transform",
+        "layers_pattern",
+        "modules_to_save",
+        "bias",
+        "rank_pattern",
+        "alpha_pattern",
+        "ensure_weight_tying",
+    }
+)
+
+# Whatever they say, the outputs of a loaded adapter are the same.
+HARMLESS = frozenset(
+    {
+        "peft_version",
+        "fan_in_fan_out",  # sites know how their weight is stored
+        "runtime_config",
+        "megatron_core",  # read only beside megatron_config
+    }
+)
+
+# Features of PEFT that methods share and that change what an adapter computes.
+UNSUPPORTED = frozenset(
+    {
+        *("layer_replication", "trainable_token_indices", "megatron_config", "use_qalora"),
+        *("alora_invocation_tokens", "velora_config", "monteclora_config", "use_bdlora", "arrow_config", "kasa_config"),
+    }
+)
+
+# Whether parameters were set to zero at the start matters to no loaded adapter.
+INIT_FIELD = re.compile(r"init_(\w+_)?weights")
+
+# The types with a field that says that what is tied stays so.
+TYING = frozenset({"LORA", "ADALORA"})
+
+ALL_LINEAR = "all-linear"
+NO_MODULES = "dummy-target-modules"  # how PEFT says that no module is adapted
+
+# The modules PEFT trains unasked for a task, by string suffix.
+TASK_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+
+
+def only_adapter_bias(peft_type: str) -> str:
+    """How PEFT spells "the biases of adapted modules" for a type: `lora_only`."""
+    return f"{peft_type.lower()}_only"
+
+
+# What PEFT calls the task of a model class, by the end of its name. Prompts and prefixes need one.
+TASKS = {
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+}
+
+
+def task_of(classes: Sequence[str]) -> str:
+    """The task of a model of these classes, the most derived first."""
+    return next((task for name in classes for end, task in TASKS.items() if name.endswith(end)), "FEATURE_EXTRACTION")

@@ -1,0 +1,250 @@
+"""The adapters of one model: which there are, which are active."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import fx, nn
+
+from peftc.grammar.diagnostics import UsageError, did_you_mean, fail
+from peftc.grammar.method.rule import COMPATIBLE
+from peftc.passes.ir.emit import fake_like
+from peftc.passes.plan.plan import IDS, ORDER, ROWS, AdapterPlan, ParamKey
+from peftc.passes.plan.site import WHOLE
+from peftc.passes.plan.structure import structure_of, weighted
+from peftc.runtime.adapters.bank import AdapterParameters
+from peftc.runtime.adapters.slots import Binding, bind
+from peftc.runtime.base.overlay import BANK
+from peftc.runtime.base.replaced import Replaced
+from peftc.runtime.execution.engine import ActiveAdapters, Engine
+from peftc.runtime.execution.virtual import Owner, Virtual
+from peftc.runtime.model.base_weights import Active, BaseWeights
+
+
+@dataclass
+class AdapterSet:
+    """Owns the adapters of a model and which are active. Every change goes through `activate`, which checks first and
+    then cannot fail.
+    """
+
+    engine: Engine
+    bank: nn.Module
+    base: BaseWeights
+    active: Active = ()
+    enabled: bool = True
+    _prepared: dict[Active, tuple[ActiveAdapters, list[Binding]]] = field(default_factory=dict)
+
+    @property
+    def displaced(self) -> Replaced:
+        """What is merged has the place of these; empty where nothing is."""
+        return self.base.displaced
+
+    def adapter(self, name: str) -> AdapterParameters:
+        """The adapter of that name. Raises UsageError with the nearest names."""
+        found = self.bank._modules.get(name)
+        if not isinstance(found, AdapterParameters):
+            known = tuple(self.bank._modules)
+            help = did_you_mean(name, known) or (f"the adapters are {', '.join(known)}" if known else "there is none")
+            fail(UsageError, "E510", f"there is no adapter {name!r}", help=help)
+        return found
+
+    def names(self) -> tuple[str, ...]:
+        """All adapters, in the order they were added."""
+        return tuple(self.bank._modules)
+
+    def plans(self) -> dict[str, AdapterPlan]:
+        """Every adapter's plan."""
+        return {name: self.adapter(name).plan for name in self.names()}
+
+    def check_name(self, name: str, help: str = "choose another name or delete it") -> None:
+        """Raise UsageError if no adapter can be added under this name."""
+        if name in self.bank._modules:
+            fail(UsageError, "E511", f"there already is an adapter {name!r}", help=help)
+        if hasattr(self.bank, name):  # the adapters are modules, and reached by their names
+            help = "choose another name; in a spec, or by adapter_name"
+            fail(UsageError, "E575", f"an adapter cannot be called {name!r}: modules of torch have that", help=help)
+
+    def add(
+        self, adapters: Sequence[AdapterParameters], active: Active | None = None, *, trainable: bool | None = None
+    ) -> None:
+        """Put adapters beside the others, and activate these if any are said: all of it, or nothing on an error.
+
+        Raises UsageError if a name is taken, and as `activate`.
+        """
+        before = self.active
+        trained = {} if trainable is None else {name: self.adapter(name).is_trainable for name in self.names()}
+        added: list[str] = []
+        try:
+            for adapter in adapters:
+                self.check_name(adapter.plan.name)
+                self.bank.add_module(adapter.plan.name, adapter)
+                added.append(adapter.plan.name)
+            if active is not None:
+                self.activate(active, trainable=trainable)
+        except BaseException:
+            self._forget(added)
+            for name, is_trained in trained.items():
+                self.adapter(name).train_only(is_trained)
+            self.activate(before)
+            raise
+
+    def remove(self, name: str) -> None:
+        """Take an adapter away; if it was active, the others that were stay active."""
+        self.adapter(name)
+        self._forget([name])
+        self.activate(tuple(each for each in self.active if each[0] != name))
+
+    def activate(self, active: Active, *, trainable: bool | None = None) -> None:
+        """Make exactly these adapters active. `trainable` sets whether gradients reach them; None leaves that.
+
+        Raises UsageError, before anything changes, for an unknown name, a name twice, a weight its method cannot
+        carry, or two adapters that train a copy of the same tensor.
+        """
+        tenant, bindings = self._prepared.get(active) or self._prepare(active)
+        chosen = {name for name, _ in active}
+        self.active = active
+        if trainable is not None:
+            for name in self.names():
+                self.adapter(name).train_only(trainable and name in chosen)
+        if self.enabled and not self.displaced:
+            bind(bindings)
+            can_train = any(self.adapter(name).is_trainable for name in chosen)
+            self.engine.activate(tenant if can_train == tenant.trainable else self._retrained(active, can_train))
+        else:
+            self.engine.activate(self.engine.plain)
+
+    def refresh(self) -> None:
+        """Look at every tensor again: they were moved or replaced."""
+        self.engine.storage.refresh()
+        self._prepared.clear()
+        self.activate(self.active)
+
+    def enable(self, enabled: bool) -> None:
+        """Whether the active adapters are used, or rest."""
+        self.enabled = enabled
+        self.activate(self.active)
+
+    def copy_for(self, model: nn.Module, memo: dict[int, object]) -> "AdapterSet":
+        """That of a deep copy of the model."""
+        engine = self.engine.copy_for(model)
+        base = self.base.copy_for(model, engine, memo)
+        copied = AdapterSet(engine, model.get_submodule(BANK), base, enabled=self.enabled)
+        copied.activate(self.active)
+        return copied
+
+    def _forget(self, names: Sequence[str]) -> None:
+        for name in names:
+            self.bank._modules.pop(name, None)
+        if names:
+            self._prepared.clear()
+            self.engine.slots.clear()
+
+    def _retrained(self, active: Active, trainable: bool) -> ActiveAdapters:
+        """The same adapters where they can, or can no longer, be trained: another choice of lowerings."""
+        before, bindings = self._prepared[active]
+        tenant = replace(before, trainable=trainable, choices={})
+        self._prepared[active] = (tenant, bindings)
+        return tenant
+
+    def _prepare(self, active: Active) -> tuple[ActiveAdapters, list[Binding]]:
+        adapters = [self.adapter(name) for name, _ in active]
+        _check(active, adapters)
+        weights = [weight for _, weight in active]
+        structure = structure_of([(each.plan, each.dtypes()) for each in adapters], weights)
+        specialisation = self.engine.specialisation(structure)
+        bindings: list[Binding] = []
+        for position, (adapter, (_, weight)) in enumerate(zip(adapters, active, strict=True)):
+            bindings += self.engine.slots.bindings(position, adapter, weight)
+
+        def lookup(position: int, site: str, role: str) -> torch.Tensor:
+            adapter = adapters[position]
+            return adapter.at_site(site)[role]
+
+        def slot_value(position: int, site: str, role: str, near: fx.Node) -> torch.Tensor:
+            if role in (ROWS, IDS, ORDER):
+                own = adapters[position].tensor(ParamKey(adapters[position].plan.name, site, role))
+                return fake_like(own.shape, own.dtype, near)
+            tensors = adapters[position].at_site(site)
+            if role in tensors:
+                return fake_like(tensors[role].shape, tensors[role].dtype, near)
+            kinds = [each.dtype for each in tensors.values() if each.is_floating_point()]
+            return fake_like((), kinds[0] if kinds else torch.float32, near)
+
+        penalties = tuple(each.penalty for each in adapters if each.allocator is not None)
+        virtual = Virtual(specialisation.structure.fronts, owner=Owner(active, adapters))
+        tenant = ActiveAdapters(specialisation, slot_value, lookup, penalties=penalties, virtual=virtual)
+        self._prepared[active] = (tenant, bindings)
+        return self._prepared[active]
+
+
+def _check(active: Active, adapters: Sequence[AdapterParameters]) -> None:
+    names = [name for name, _ in active]
+    for name in names:
+        if names.count(name) > 1:
+            fail(UsageError, "E512", f"adapter {name!r} is activated twice", help="give it one weight")
+    _check_fronts(active, adapters)
+    copied: dict[str, str] = {}
+    for (name, weight), adapter in zip(active, adapters, strict=True):
+        for at in adapter.plan.sites:
+            in_cache = at.site.kind == "cache"
+            if weight != 1.0 and not in_cache and weighted(at.bound.weight, at.bound.bias)[1] is None:
+                message = f"method {at.bound.rule.name!r} of adapter {name!r} cannot be weighted"
+                fail(UsageError, "E513", message, help="activate it with weight 1")
+        for copy in adapter.plan.copies:
+            if weight != 1.0:
+                message = f"adapter {name!r} trains {copy.module} as a whole, which cannot be weighted"
+                fail(UsageError, "E513", message, help="activate it with weight 1")
+            for tensor, _, _ in copy.tensors:
+                for full in copy.names(tensor):
+                    if full in copied:
+                        message = f"adapters {copied[full]!r} and {name!r} both train their own {full}"
+                        fail(UsageError, "E514", message, help="activate one of them at a time")
+                    copied[full] = name
+    _check_rows(active, adapters, copied)
+
+
+def _check_rows(active: Active, adapters: Sequence[AdapterParameters], copied: Mapping[str, str]) -> None:
+    trained: dict[tuple[str, int], str] = {}
+    for (name, weight), adapter in zip(active, adapters, strict=True):
+        for rows in adapter.plan.rows:
+            if weight != 1.0:
+                message = f"adapter {name!r} trains tokens of {rows.module}, whose rows cannot be weighted"
+                fail(UsageError, "E513", message, help="activate it with weight 1")
+            for module in rows.modules:
+                other = copied.get(f"{module}.weight")
+                if other is not None:
+                    message = f"adapter {name!r} trains tokens of {module}, and {other!r} the whole of it"
+                    fail(UsageError, "E559", message, help="activate one of them at a time")
+                shared = [each for each in rows.ids if (module, each) in trained]
+                if shared:
+                    what = f"token{'s' * (len(shared) > 1)} {', '.join(map(str, shared[:8]))}"
+                    what += ", ..." if len(shared) > 8 else ""
+                    other = trained[module, shared[0]]
+                    message = f"adapters {other!r} and {name!r} both train {what} of {module}"
+                    fail(UsageError, "E558", message, help="activate one of them at a time")
+                trained |= {(module, each): name for each in rows.ids}
+
+
+def _check_fronts(active: Active, adapters: Sequence[AdapterParameters]) -> None:
+    """Raise UsageError where virtual tokens of different kinds, or counted in different ways, would stand in a row."""
+    first: dict[str, tuple[str, bool]] = {}
+    for (name, weight), adapter in zip(active, adapters, strict=True):
+        for at in adapter.plan.sites:
+            if at.bound.prompt is None or at.site.kind not in WHOLE:
+                continue
+            compatible = bool(dict(at.bound.values).get(COMPATIBLE, False))
+            for kind, (other, counted) in first.items():
+                message = f"adapters {other!r} and {name!r} both put virtual tokens in front"
+                if kind != at.site.kind:
+                    help = "which of them comes first is not said: activate one of them at a time"
+                    fail(UsageError, "E564", f"{message}, one of the cache and one of the text", help=help)
+                if counted is not compatible:
+                    fail(UsageError, "E564", f"{message}, and differ in '{COMPATIBLE}'", help="give both the same")
+            first.setdefault(at.site.kind, (name, compatible))
+            if at.site.kind == "cache" and not 0 <= weight < math.inf:
+                message = f"attention to the prefix of adapter {name!r} cannot be multiplied by {weight:g}"
+                fail(UsageError, "E513", message, help="activate it with a weight from 0 on")
+            if at.site.kind != "cache" and weight != 1.0:
+                message = f"adapter {name!r} puts virtual tokens in front, which cannot be weighted"
+                fail(UsageError, "E513", message, help="activate it with weight 1")

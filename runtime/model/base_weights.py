@@ -1,0 +1,166 @@
+"""What the user's model has and the adapted one holds something else in place of."""
+
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from peftc.passes.foreign import transformers as contract
+from peftc.passes.quantized.schemes.known import packed
+from peftc.passes.quantized.schemes.packing import Packing
+from peftc.runtime.base.kbit import widened_tensors
+from peftc.runtime.base.overlay import BANK, Overlay
+from peftc.runtime.base.replaced import Replaced, put
+from peftc.runtime.execution.engine import Engine
+from peftc.runtime.peft_format.manifest import fingerprint
+
+STATE = "_adapter_state"
+ADAPTED = contract.HAS_ADAPTERS
+COMPILED_CALLS = ("_compiled", "_compiled_call_impl", "_compiled_call")  # bound to this model, no other
+
+Active = tuple[tuple[str, float], ...]
+"""Adapter names with their activation weights, in order."""
+
+
+@dataclass
+class BaseProvenance:
+    """What a checkpoint says of its base and origin, kept to be saved again."""
+
+    base_name: str | None = None
+    base_revision: str | None = None
+    task_type: str | None = None
+    fingerprint: str | None = None  # of the base before its vocabulary was enlarged for an adapter
+
+
+@dataclass
+class BaseWeights:
+    """Owns what differs between the user's model and the base that an adapted model holds: merged, or widened.
+
+    Whoever reads the base reads an overlay of it. Only `swap`, for merging and unmerging, and `widen` change modules.
+    """
+
+    model: nn.Module
+    engine: Engine
+    displaced: Replaced = field(default_factory=dict)  # full name -> the base's own tensor, not there while merged
+    merged: Active = ()
+    widened: Mapping[str, torch.dtype] = field(default_factory=dict)  # held in float32, for the types of before
+    requires_grad: Mapping[str, bool] = field(default_factory=dict)  # the user's model's own, given back on unload
+    facts: BaseProvenance = field(default_factory=BaseProvenance)
+
+    # --- reading ---
+
+    def own(self) -> Overlay:
+        """The user's model: without what is merged, in its own types.
+
+        What is widened is rounded to what it was, anew each time: to hold on to it would take half as much again.
+        """
+        made: dict[int, nn.Parameter] = {}
+        narrowed: Replaced = {}
+        for name, dtype in self.widened.items():
+            wide = self._unmerged_tensor(name)
+            narrowed[name] = made.setdefault(id(wide), nn.Parameter(wide.detach().to(dtype), requires_grad=False))
+        return Overlay(base_view(self.model), {**self.displaced, **narrowed})
+
+    def unmerged(self) -> Overlay:
+        """The base without what is merged, in the types it is held in."""
+        return Overlay(base_view(self.model), self.displaced)
+
+    def traceable(self) -> Overlay:
+        """The base as it is, but packed modules, with the biases of now, for those that a merge made dense.
+
+        A trace serves both: how a weight is stored is bound later.
+        """
+        before: Replaced = {}
+        for name, module in self.displaced.items():
+            held = packed(module) if isinstance(module, nn.Module) else None
+            if held is not None and packed(self.model.get_submodule(name)) is None:
+                made = held.scheme.share(held.module)
+                made._parameters["bias"] = self.model.get_submodule(name)._parameters["bias"]
+                before[name] = made
+        return Overlay(base_view(self.model), before)
+
+    def fingerprint(self) -> str:
+        """A digest of the user's model: of what it had before room was made for new tokens."""
+        return self.facts.fingerprint or fingerprint(self.own().identity())
+
+    def unloaded(self) -> nn.Module:
+        """A model like the user's, sharing its weights."""
+        plain = self.own().copy()
+        restore_requires_grad(plain, self.requires_grad)
+        return plain
+
+    # --- changing ---
+
+    def swap(self, tensors: Mapping[str, torch.Tensor | nn.Module | None]) -> Replaced:
+        """Put these into the model. Returns what was there; what was made for the model before is made anew."""
+        before = put(self.model, tensors)
+        if has_other_biases(before, tensors):
+            self.engine.reset()
+        elif has_other_packing(before, tensors):
+            self.engine.reset(traces=False)
+        else:
+            self.engine.storage.refresh()
+        return before
+
+    def widen(self) -> None:
+        """Hold what a quantized base has beside its packed weights in float32, as training wants it."""
+        before = put(self.model, widened_tensors(base_view(self.model)))
+        if before:
+            types = {name: each.dtype for name, each in before.items() if isinstance(each, torch.Tensor)}
+            self.widened = {**types, **self.widened}
+            self.engine.reset()
+
+    def copy_for(self, model: nn.Module, engine: Engine, memo: dict[int, object]) -> "BaseWeights":
+        """Those of a deep copy of the model."""
+        displaced = deepcopy(self.displaced, memo)
+        return replace(self, model=model, engine=engine, displaced=displaced, facts=replace(self.facts))
+
+    def _unmerged_tensor(self, name: str) -> torch.Tensor:
+        owner, _, leaf = name.rpartition(".")
+        module, tensor = self.displaced.get(owner), self.displaced.get(name)
+        if isinstance(tensor, torch.Tensor):
+            return tensor
+        found = module if isinstance(module, nn.Module) else self.model.get_submodule(owner)
+        return found.get_parameter(leaf)
+
+
+def base_view(model: nn.Module) -> nn.Module:
+    """An adapted model as an object of the user's class: the same modules, without the adapters. Not to be kept."""
+    user_class: Any = model.base_class
+    view: nn.Module = object.__new__(user_class)
+    view.__dict__.update({name: value for name, value in model.__dict__.items() if name not in (STATE, ADAPTED)})
+    view.__dict__["_modules"] = {name: module for name, module in model._modules.items() if name != BANK}
+    for name in COMPILED_CALLS:
+        view.__dict__.pop(name, None)
+    return view
+
+
+def restore_requires_grad(plain: nn.Module, requires_grad: Mapping[str, bool]) -> None:
+    """Give the parameters of a plain model back what they had of it; others can be trained."""
+    for name, parameter in plain.named_parameters(remove_duplicate=False):
+        parameter.requires_grad_(requires_grad.get(name, True) and parameter.is_floating_point())
+
+
+def has_other_biases(before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:
+    """Whether a bias came or went: a trace reads one only where there was one when it was made."""
+    return any(bias_came_or_went(old, after[name]) for name, old in before.items())
+
+
+def has_other_packing(before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:
+    """Whether a weight is stored in another way."""
+    return any(_packing(old) != _packing(after[name]) for name, old in before.items())
+
+
+def bias_came_or_went(old: Any, new: Any) -> bool:
+    """Whether one of these, in the place of the other, gives a module a bias or takes it away."""
+    if isinstance(old, nn.Module) and isinstance(new, nn.Module):
+        return (old._parameters.get("bias") is None) != (new._parameters.get("bias") is None)
+    return (old is None) != (new is None)
+
+
+def _packing(value: Any) -> Packing | None:
+    held = packed(value) if isinstance(value, nn.Module) else None
+    return None if held is None else held.packing

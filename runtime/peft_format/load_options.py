@@ -1,0 +1,32 @@
+"""How a checkpoint is loaded, as one value: what `load` and `load_adapter` take as arguments. Needs no torch."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+
+from peftc.grammar.method.rule import Value
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """Where a checkpoint lies, how it is read, and what becomes of its adapter.
+
+    Every field is an argument of `load`, which says what it means.
+    """
+
+    is_trainable: bool = False
+    revision: str | None = None
+    subfolder: str | None = None
+    token: str | bool | None = None
+    cache_dir: str | PathLike[str] | None = None
+    local_files_only: bool = False
+    allow_pickle: bool = False
+    autocast_adapter_dtype: bool = True
+    use: str | PathLike[str] | None = None
+    values: Mapping[str, Value] | None = None
+
+    @property
+    def cache(self) -> Path | None:
+        """Where downloads are kept, if not where the Hub's library has it."""
+        return None if self.cache_dir is None else Path(self.cache_dir)

@@ -1,0 +1,144 @@
+"""Merged copies, and merging that is interrupted: the model stays what it was."""
+
+import pytest
+import torch
+from torch import nn
+
+from peftc import compiler
+from peftc.grammar.diagnostics import UsageError
+from peftc.runtime.merge.merge import merged_tensors
+from peftc.runtime.model import merging
+from peftc.runtime.model.adapter_set import AdapterSet
+from peftc.runtime.model.merging import merged_copy
+
+SPECS = {
+    "one by one": "adapter a = lora(rank = 2) { on all linear }",
+    "with a copy": 'adapter a = lora(rank = 2) {\n on "0"\n train "1"\n}',
+    "a bias comes": 'adapter a = lora(rank = 2, bias = true) { on "0" }',
+}
+X = torch.linspace(-1, 1, 8).reshape(2, 4)
+
+
+def adapted_by(spec):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5, bias=False), nn.LayerNorm(5), nn.Linear(5, 3)).eval()
+    adapted = compiler.apply(model, spec).eval()
+    for parameter in adapted.adapter_bank.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    return adapted
+
+
+def everything(model):
+    state = model._adapter_state
+    named = [*model.state_dict(keep_vars=True).items(), *model.named_modules()]
+    return {name: id(each) for name, each in named}, state.active, dict(state.displaced), state.base.merged
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+@torch.no_grad()
+def test_a_merged_copy_is_what_merging_gives(spec, tmp_path):
+    adapted = adapted_by(spec)
+    before, unmerged = everything(adapted), adapted(X)
+    copied = merged_copy(adapted, tmp_path, safe=False, quantized=None)
+    given = copied(X)
+    assert everything(adapted) == before
+    assert torch.equal(adapted(X), unmerged)
+    with adapted.disable_adapter():
+        assert not torch.allclose(given, adapted(X))
+    adapted.merge_adapter()
+    assert torch.equal(given, adapted(X))
+    assert merged_copy(adapted, tmp_path, safe=False, quantized=None) is adapted
+    adapted.unmerge_adapter()
+    assert torch.equal(adapted(X), unmerged)
+
+
+def test_a_merged_copy_has_the_traces_of_the_model_unless_a_bias_came(tmp_path):
+    for spec in SPECS.values():
+        adapted = adapted_by(spec)
+        adapted(X)
+        copied = merged_copy(adapted, tmp_path, safe=False, quantized=None)
+        alike = (copied[0].bias is None) is (adapted[0].bias is None)
+        traces = adapted._adapter_state.engine._traces
+        assert traces
+        assert (copied._adapter_state.engine._traces is traces) is alike
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_computing_that_fails_merges_nothing(error, monkeypatch):
+    adapted = adapted_by(SPECS["with a copy"])
+    before, unmerged = everything(adapted), adapted(X)
+
+    def fails(*_, **__):
+        raise error("ours")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(merging, "merged_tensors", fails)
+        with pytest.raises(error, match="ours"):
+            adapted.merge_adapter()
+    assert everything(adapted) == before
+    assert torch.equal(adapted(X), unmerged)
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+@pytest.mark.parametrize("action", ["merge", "unmerge"])
+def test_a_swap_that_is_interrupted_is_undone(action, error, monkeypatch):
+    adapted = adapted_by(SPECS["with a copy"])
+    if action == "unmerge":
+        adapted.merge_adapter()
+    before, output = everything(adapted), adapted(X)
+    known, calls = AdapterSet.activate, []
+
+    def fails_at_first(*args, **options):
+        calls.append(args)
+        if len(calls) == 1:
+            raise error("ours")
+        return known(*args, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(AdapterSet, "activate", fails_at_first)
+        with pytest.raises(error, match="ours"):
+            adapted.merge_adapter() if action == "merge" else adapted.unmerge_adapter()
+    assert everything(adapted) == before
+    assert torch.equal(adapted(X), output)
+
+
+def test_disabling_a_merged_model_nests_and_comes_back_after_an_error():
+    adapted = adapted_by(SPECS["one by one"])
+    adapted.disable_adapters()
+    base = adapted(X)
+    adapted.enable_adapters()
+    adapted.merge_adapter()
+    before, merged = everything(adapted), adapted(X)
+
+    def fails():
+        with adapted.disable_adapter(), adapted.disable_adapter():
+            assert torch.equal(adapted(X), base)
+            raise ValueError("ours")
+
+    with pytest.raises(ValueError, match="ours"):
+        fails()
+    assert everything(adapted) == before
+    assert torch.equal(adapted(X), merged)
+
+
+def test_measured_outputs_are_those_of_a_real_merge():
+    adapted = adapted_by(SPECS["one by one"]).to(torch.bfloat16)
+    given = torch.linspace(-2, 2, 400).reshape(100, 4).to(torch.bfloat16)
+    before = everything(adapted)
+    drift = adapted.merge_drift(given)
+    assert everything(adapted) == before
+    with torch.no_grad(), adapted._adapter_state.engine.unmerged():
+        unmerged = adapted(given).double()
+        adapted.merge_adapter()
+        merged = adapted(given).double()
+    assert drift.outputs.largest == float((unmerged - merged).abs().max()) > 0
+
+
+def test_nothing_is_merged_twice(tmp_path):
+    adapted = adapted_by(SPECS["one by one"])
+    adapted.merge_adapter()
+    with pytest.raises(UsageError, match="E516"):
+        merging.mergeable(adapted._adapter_state, None)
+    adapted.unmerge_adapter()
+    adapters = [(adapted._adapter_state.adapter("a"), 1.0)]
+    assert merged_tensors(adapted, adapters).keys() == {"0.weight", "2.weight"}
