@@ -22,6 +22,7 @@ def explain(
         list[int],
         typer.Option("--tokens", metavar="N", min=1, help="Of a call, batch times sequence; may be repeated."),
     ] = [1, 32, 1024],  # noqa: B006 - typer reads it
+    why: Annotated[bool, typer.Option("--why", help="Trace, and tell what each pass left as it is, and why.")] = False,
     train: Annotated[bool, typer.Option("--train", help="With gradients, not for inference.")] = False,
     seed: arguments.Seed = 0,
     revision: arguments.Revision = None,
@@ -29,8 +30,10 @@ def explain(
     local_files_only: arguments.Offline = False,
     json: arguments.Json = False,
 ) -> None:
-    """Tell how each site is lowered, and what others would cost; or what an error code means. Nothing is traced."""
+    """Tell how each site is lowered, and what others would cost; or what an error code means. Only --why traces."""
     if model is None:
+        if why:
+            raise typer.BadParameter("--why tells of a spec and a model: an error code has an entry and no refusals")
         explain_code(spec, json)
         return
     meant = compiler.read_spec(Path(spec))
@@ -42,7 +45,7 @@ def explain(
         local_files_only=local_files_only,
         quantize=meant.quantize,
     )
-    facts = compiler.explain(meant, found, tokens=tokens, training=train)
+    facts = compiler.explain(meant, found, tokens=tokens, training=train, why=why)
     for each in facts.warnings:
         console.warn(each)
     if json:

@@ -13,15 +13,15 @@ from transformers import PreTrainedModel
 from peftc.compiler.export_model import entries
 from peftc.compiler.export_model.entries import EntryCall
 from peftc.compiler.export_model.export_options import Adapters
+from peftc.compiler.pipeline import managed
 from peftc.compiler.pipeline.lower import compilable
 from peftc.grammar.diagnostics import ModelError, fail
 from peftc.passes.export.exported import ADAPTER, exported_program
-from peftc.passes.export.fold import drop_unused, fold
-from peftc.passes.export.lift import BoundError, Dimension, Given, Lifted, lift
-from peftc.passes.export.route import route
+from peftc.passes.export.fold import Fold, drop_unused
+from peftc.passes.export.lift import BoundError, Dimension, Given, Lift, Lifted
+from peftc.passes.export.route import Route
 from peftc.passes.export.start_empty import StartEmpty
 from peftc.passes.foreign import transformers as contract
-from peftc.passes.ir import pass_manager
 from peftc.passes.ir.emit import Origin
 from peftc.passes.ir.roles import Role
 from peftc.passes.ir.traced import Traced
@@ -99,10 +99,10 @@ def make(
             taken = dict(sorted(own.items(), key=lambda each: in_file(each[0], lifted.tensors[each[1]].dtype)))
             lifted.move_to_inputs({f"{ADAPTER}.{name}": node for name, node in taken.items()})
         elif adapters == "routed":
-            bank = [dict(tensors) for tensors in _bank(adapted, names, slots, own)]
-            route(lifted, frozenset(own.values()), bank, IDS)
+            bank = tuple(_bank(adapted, names, slots))
+            managed.run(lifted, [Route(frozenset(map(_state_name, slots)), IDS, bank)])
         elif own:
-            fold(lifted, frozenset(own.values()), {node: lifted.tensors[node] for node in own.values()})
+            managed.run(lifted, [Fold(frozenset(map(_state_name, slots)))])
         drop_unused(lifted)
         lifted.drop_inputs(contract.ENCODER_OUTPUT)
     except BoundError as error:
@@ -116,7 +116,9 @@ def make(
 def _lifted(graph: fx.Graph, values: "_Values", given: Sequence[Given], ranges: tuple[Dimension, ...]) -> Lifted:
     """The graph lifted, its dimensions no larger than it holds for: a table of positions ends somewhere."""
     try:
-        return lift(graph, values, given, ranges)
+        lifted = managed.run(graph, [Lift(tuple(given), ranges, values)]).subject
+        assert isinstance(lifted, Lifted)
+        return lifted
     except BoundError as error:
         limits = error.limits
         if limits is None or any(each.high == limits.get(each.name) for each in ranges if each.name in limits):
@@ -128,7 +130,7 @@ def _start_empty(graph: fx.Graph, entered: EntryCall, traced: Traced) -> None:
     """A prefix stands in front of a cache; a plain forward has one, and it is empty."""
     pasts = tuple(spec.name for spec in traced.inputs if spec.role == Role.CACHE)
     if pasts:
-        pass_manager.run(graph, [StartEmpty(pasts, traced.inputs[0].name)])
+        managed.run(graph, [StartEmpty(pasts, traced.inputs[0].name)])
 
 
 def own_tensors(adapted: AdaptedModel, made: BuiltProgram, name: str) -> dict[str, torch.Tensor]:
@@ -160,11 +162,11 @@ def alone(adapted: AdaptedModel, name: str) -> Iterator[None]:
 
 
 def _bank(
-    adapted: AdaptedModel, names: Sequence[str], slots: Mapping[str, str], own: Mapping[str, fx.Node]
-) -> Iterator[Mapping[fx.Node, torch.Tensor]]:
+    adapted: AdaptedModel, names: Sequence[str], slots: Mapping[str, str]
+) -> Iterator[Mapping[str, torch.Tensor]]:
     for name in names:
         found = in_slots(adapted, slots, name)
-        yield {node: found[each] for each, node in own.items()}
+        yield {_state_name(slot): found[slot] for slot in slots}
 
 
 class _Values:

@@ -84,14 +84,14 @@ def draw(
 
 def graphs(adapted: AdaptedModel, inputs: Inputs) -> tuple[fx.Graph, fx.Graph]:
     """The graph for calls like this one, without adapters and with the active ones. Raises ModelError."""
-    call = call_like(adapted, _with_tasks(adapted, inputs))
+    call = call_like(adapted, with_tasks(adapted, inputs))
     engine = adapted._adapter_state.engine
     traced = engine.traced(call)
     before = specialise(traced, Structure(), _no_slot, training=call.signature.training, autocast=False)
     return before, engine.graph(call)
 
 
-def _with_tasks(adapted: AdaptedModel, inputs: Inputs) -> Inputs:
+def with_tasks(adapted: AdaptedModel, inputs: Inputs) -> Inputs:
     """The inputs, and the first task for every row where the active adapters have tasks and the inputs name none."""
     plans = [adapted.adapter_plan(name) for name in active_names(adapted)]
     has_tasks = any(len(at.front) > PLAIN for plan in plans for at in plan.sites)

@@ -1,4 +1,4 @@
-"""explain: how each site of a spec would be lowered, and what the alternatives would cost. Nothing is traced."""
+"""explain: how each site of a spec would be lowered, and what the alternatives would cost."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from os import PathLike
@@ -8,10 +8,19 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from peftc.compiler.jobs.drawing import as_found
+from peftc.compiler.jobs.refusing import refusals
 from peftc.compiler.load_model.models import FoundModel
 from peftc.compiler.load_model.quantizing import quantized_copy
 from peftc.compiler.load_model.tokenizers import tokenizer_for
-from peftc.compiler.report.facts import CallFacts, CostFacts, ExplainFacts, GroupFacts, TermFacts, TogetherFacts
+from peftc.compiler.report.facts import (
+    CallFacts,
+    CostFacts,
+    ExplainFacts,
+    GroupFacts,
+    RefusalFacts,
+    TermFacts,
+    TogetherFacts,
+)
 from peftc.compiler.report.inserted import inserted
 from peftc.grammar.algebra import algebra
 from peftc.grammar.diagnostics import UsageError, fail
@@ -37,8 +46,9 @@ def explain(
     *,
     tokens: Sequence[int] = TOKENS,
     training: bool = False,
+    why: bool = False,
 ) -> ExplainFacts:
-    """How the adapters of a spec are lowered at every site of a model, and what each way costs. Nothing is traced.
+    """How the adapters of a spec are lowered at every site of a model, and what each way costs.
 
     The adapters that start active are explained as they run, together; where none does, each is explained by itself.
 
@@ -48,10 +58,11 @@ def explain(
         tokens: Of a call: batch times sequence. One answer for each number.
         training: With gradients. Otherwise the adapters are taken to be loaded for inference: what depends on them and
             the weights alone is computed once.
+        why: Also tell what each pass left as it is, and why. The model is traced for that, and else it is not.
 
     Raises:
         SpecError: the spec is wrong, in itself or for this model.
-        ModelError: the model cannot be found or loaded.
+        ModelError: the model cannot be found or loaded, or with `why` not traced.
         UsageError: a number of tokens is below one.
     """
     for count in tokens:
@@ -64,6 +75,9 @@ def explain(
     planned = plan_adapters(meant.adapters, survey(stored), tokenizer_for(meant, found))
     plans = {each.name: each for each in planned.plans}
     together = [tuple(name for name, _ in meant.active)] if meant.active else [(name,) for name in plans]
+    told: Sequence[tuple[RefusalFacts, ...] | None] = [None] * len(together)
+    if why:
+        told = refusals(meant, found, together, training=training)
     return ExplainFacts(
         model=found.name,
         architecture=type(found.model).__name__,
@@ -74,8 +88,9 @@ def explain(
                 names,
                 tuple(_groups(stored, [plans[name] for name in names], tokens, training)),
                 tuple(each for name in names for each in inserted(plans[name])),
+                refused,
             )
-            for names in together
+            for names, refused in zip(together, told, strict=True)
         ),
         warnings=found.warnings,
     )

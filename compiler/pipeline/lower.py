@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from torch import fx
 
+from peftc.compiler.pipeline import managed
 from peftc.grammar.diagnostics import ModelError, fail
 from peftc.grammar.method.rule import PLACES
 from peftc.passes.cost.cost import Choice
@@ -65,7 +66,7 @@ def specialise(
         pipeline.append(InsertCopy(structure))
     pipeline += [StopEarly(), LowerQuantized(packed or {}, training)]
     try:
-        pass_manager.run(graph, pipeline)
+        managed.run(graph, pipeline)
     except UnfitError as error:
         if error.site.kind in PLACES:
             what = f"the attention of {error.site.module}" if error.site.module else f"the model's {error.site.kind}"
@@ -107,18 +108,18 @@ def lower(graph: fx.Graph, *, autocast: bool, choice: Choice = PUSHED) -> Lowere
     """
     traceable = compilable(graph)
     plain = copy_graph(traceable)
-    prologue = fx.Graph()
     steps: list[pass_manager.Pass] = [] if autocast else [FuseLowRank(), AddInPlace()]
     if choice.frozen and not autocast:
-        steps.append(Hoist(choice.dense, prologue))
-    pass_manager.run(plain, [*steps, NativeCalls()])
-    return Lowered(traceable, plain, prologue if len(prologue.nodes) > 1 else None)
+        steps.append(Hoist(choice.dense))
+    result = managed.run(plain, [*steps, NativeCalls()])
+    hoisted = result.changes.get(Hoist.name)
+    return Lowered(traceable, plain, None if hoisted is None else hoisted.prologue)
 
 
 def compilable(graph: fx.Graph) -> fx.Graph:
     """A copy of a specialised graph for other compilers: nothing writes in place, and operators are torch's own."""
     copied = copy_graph(graph)
-    pass_manager.run(copied, [JoinCats(), GroupHeads(), FloatMask()])
+    managed.run(copied, [JoinCats(), GroupHeads(), FloatMask()])
     return copied
 
 

@@ -160,12 +160,26 @@ class InsertedFacts:
 
 
 @dataclass(frozen=True)
+class RefusalFacts:
+    """What a pass left as it is: the pass, the site (empty where it is the model's own), a node there, and why."""
+
+    made_by: str
+    site: str
+    node: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class TogetherFacts:
-    """Adapters that are active together, in this order, the sites they reach, and what they insert beside those."""
+    """Adapters that are active together, in this order, the sites they reach, and what they insert beside those.
+
+    `refusals` are what passes left as it is, or None where this was not asked.
+    """
 
     adapters: tuple[str, ...]
     groups: tuple[GroupFacts, ...]
     inserted: tuple[InsertedFacts, ...] = ()
+    refusals: tuple[RefusalFacts, ...] | None = None
 
 
 @dataclass(frozen=True)

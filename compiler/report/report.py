@@ -14,6 +14,7 @@ from peftc.compiler.report.facts import (
     ExplainFacts,
     GroupFacts,
     InsertedFacts,
+    RefusalFacts,
 )
 from peftc.compiler.report.names import collapse, places
 from peftc.grammar.method.rule import MethodRule
@@ -137,7 +138,20 @@ def explain_report(facts: ExplainFacts) -> RenderableType:
         for group in each.groups:
             parts.append(_group(group))
             parts.append(_costs(group))
+        if each.refusals is not None:
+            parts.append(_refusals(each.refusals))
     return Group(*parts)
+
+
+def _refusals(refusals: Sequence[RefusalFacts]) -> RenderableType:
+    """What passes left as it is: alike ones of several sites in a row of their own."""
+    sites: dict[tuple[str, str], list[str]] = {}
+    for each in refusals:
+        sites.setdefault((each.made_by, each.reason), []).append(each.site or each.node)
+    rows = [("\n".join(places(dict.fromkeys(names))), *reason) for reason, names in sites.items()]
+    if not rows:
+        return Text("\nnothing is refused")
+    return Group(Text(""), _table(("left as it is", "by", "because"), rows))
 
 
 def _inserted(inserted: InsertedFacts, *, several: bool) -> RenderableType:

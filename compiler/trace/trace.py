@@ -18,11 +18,11 @@ from transformers.exporters.exporter_dynamo import DynamoConfig, DynamoExporter
 from transformers.exporters.utils import patch_attributes
 from transformers.utils import logging as transformers_logging
 
+from peftc.compiler.pipeline import managed
 from peftc.compiler.trace.samples import SIZES, Sample, Sampler, plain_sample
 from peftc.compiler.trace.twin import Twin
 from peftc.grammar.diagnostics import AdapterError, Diagnostic, ModelError, fail
 from peftc.passes.foreign import transformers as contract
-from peftc.passes.ir import pass_manager
 from peftc.passes.ir.inputs import BATCH, PAST, SOURCE, CacheSlot, InputSpec, Size, describe, inputs_of, sizes_by
 from peftc.passes.ir.roles import Role, Stack
 from peftc.passes.ir.split_tied_weights import SplitOwners
@@ -67,7 +67,7 @@ class Tracer:
         with _apart(call):
             module, guards = _export(twin.model, forward, inputs, type(self._source).__name__)
         graph = _flat_graph(module, inputs)
-        pass_manager.run(graph, [SplitOwners(aliases)])
+        managed.run(graph, [SplitOwners(aliases)])
         return Traced(
             graph=graph,
             inputs=tuple(inputs_of(graph).values()),

@@ -1,13 +1,16 @@
 """Computes what depends on adapters and weights alone, for one adapter or for several."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
 from peftc.passes.export.lift import Lifted
+from peftc.passes.ir.pass_manager import Change
+from peftc.passes.ir.stages import Stage
 
 Values = Mapping[fx.Node, torch.Tensor]
 """The tensors of one adapter, by their placeholders."""
@@ -44,6 +47,22 @@ def computed(
                 args, kwargs = fx.map_arg((node.args, node.kwargs), known.__getitem__)
                 known[node] = node.target(*args, **kwargs)  # type: ignore[operator]
         yield {node: known[node] for node in wanted}
+
+
+@dataclass(frozen=True)
+class Fold:
+    """f(x, g(A))  ->  f(x, c), c = g(A), with the values that the lifted graph has for its tensors `slots`"""
+
+    slots: frozenset[str]
+    name: ClassVar[str] = "fold"
+    leaves: ClassVar[Stage] = Stage.CLOSED
+
+    def run(self, lifted: Lifted) -> Change:
+        """Rewrite in place."""
+        before, held = len(lifted.graph.nodes), len(lifted.tensors)
+        slots = lifted.tensors_named(self.slots)
+        fold(lifted, slots, {node: lifted.tensors[node] for node in slots})
+        return Change(max(len(lifted.tensors) - held, 0), max(before - len(lifted.graph.nodes), 0))
 
 
 def fold(lifted: Lifted, slots: frozenset[fx.Node], values: Values) -> None:

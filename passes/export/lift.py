@@ -7,7 +7,7 @@ is a sum of dimensions with a name and a range (`batch`, `past + sequence`), and
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import fx, nn
@@ -18,6 +18,9 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.utils._sympy.numbers import int_oo
 from torch.utils._sympy.value_ranges import ValueRanges
+
+from peftc.passes.ir.pass_manager import Change
+from peftc.passes.ir.stages import Stage
 
 _VIEWS = frozenset((torch.ops.aten.view.default, torch.ops.aten.reshape.default))
 
@@ -98,6 +101,10 @@ class Lifted:
             made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
         return nn.Parameter(made, requires_grad=False) if isinstance(tensor, nn.Parameter) else made
 
+    def tensors_named(self, names: frozenset[str]) -> frozenset[fx.Node]:
+        """The placeholders of the tensors of these names."""
+        return frozenset(node for node, name in self.names.items() if name in names)
+
     def add_tensor(self, name: str, value: torch.Tensor) -> fx.Node:
         """A placeholder for one more tensor, in front of the inputs."""
         with self.graph.inserting_before(next(iter(self.inputs.values()))):
@@ -155,9 +162,33 @@ class Lifted:
         return node
 
 
+ValueOf = Callable[[str], tuple[str, torch.Tensor]]
+"""The path of an attribute -> the name and the value of the tensor there."""
+
+
+@dataclass(frozen=True)
+class Lift:
+    """f(x), which reads W  ->  f(W, x), under sizes that have names
+
+    `inputs` are those of the graph's placeholders, in their order; attributes of one name become one placeholder. What
+    it leaves is a graph of its own, with its tensors beside it.
+    """
+
+    inputs: tuple[Given, ...]
+    dimensions: tuple[Dimension, ...]
+    value_of: ValueOf = field(repr=False, compare=False)
+    name: ClassVar[str] = "lift"
+    leaves: ClassVar[Stage] = Stage.LIFTED
+
+    def run(self, graph: fx.Graph) -> Change:
+        """A copy of the graph, lifted. Raises BoundError where an operator accepts only some of the sizes."""
+        lifted = lift(graph, self.value_of, self.inputs, self.dimensions)
+        return Change(made=len(lifted.tensors), subject=lifted)
+
+
 def lift(
     graph: fx.Graph,
-    value_of: Callable[[str], tuple[str, torch.Tensor]],
+    value_of: ValueOf,
     inputs: Sequence[Given],
     dimensions: Sequence[Dimension],
 ) -> Lifted:

@@ -5,9 +5,9 @@ on the call, the operator is given each row's own: a handful of laws, whatever t
 """
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
@@ -15,7 +15,9 @@ from torch import fx
 from peftc.passes.export.fold import Values, computed, drop_unused, fixed_nodes, frontier
 from peftc.passes.export.lift import Given, Lifted, check_unbound, propagate
 from peftc.passes.ir.emit import Emit, Origin
-from peftc.passes.virtual_tokens import widen
+from peftc.passes.ir.infer import is_same_size
+from peftc.passes.ir.pass_manager import Change
+from peftc.passes.ir.stages import Stage
 
 aten = torch.ops.aten
 
@@ -32,6 +34,29 @@ class UnroutedError(Exception):
         self.site = _site(node)
         self.reason = reason
         super().__init__(reason)
+
+
+@dataclass(frozen=True)
+class Route:
+    """f(x, g(A))  ->  f(x, bank[ids]), bank = stack(g(A_1), g(A_2), ...)
+
+    `adapters` are the values of each for the lifted graph's tensors `slots`, by name.
+    """
+
+    slots: frozenset[str]
+    ids: str
+    adapters: tuple[Mapping[str, torch.Tensor], ...] = field(repr=False, compare=False)
+    name: ClassVar[str] = "route"
+    leaves: ClassVar[Stage] = Stage.CLOSED
+
+    def run(self, lifted: Lifted) -> Change:
+        """Rewrite in place. Raises UnroutedError, and BoundError as `check_unbound`."""
+        before = set(lifted.graph.nodes)
+        slots = lifted.tensors_named(self.slots)
+        banks = [{node: each[lifted.names[node]] for node in slots} for each in self.adapters]
+        route(lifted, slots, banks, self.ids)
+        after = set(lifted.graph.nodes)
+        return Change(len(after - before), len(before - after))
 
 
 def route(lifted: Lifted, slots: frozenset[fx.Node], adapters: Sequence[Values], ids: str) -> None:
@@ -320,7 +345,7 @@ def _has_sizes(made: Any, node: fx.Node) -> bool:
     if not isinstance(made, fx.Node):
         return True
     shapes = [each.meta["val"].shape for each in (made, node)]
-    return all(map(widen.same_size, *shapes))
+    return all(map(is_same_size, *shapes))
 
 
 def _operator(node: fx.Node) -> Callable[..., Any]:

@@ -9,6 +9,8 @@ from torch import fx
 
 from peftc.passes.ir.emit import Emit, Origin
 from peftc.passes.ir.pass_manager import Change
+from peftc.passes.ir.stages import Stage
+from peftc.passes.ir.values import refresh
 
 aten = torch.ops.aten
 
@@ -23,6 +25,7 @@ class StartEmpty:
     pasts: Sequence[str]
     like: str
     name: ClassVar[str] = "start-empty"
+    leaves: ClassVar[Stage] = Stage.PORTABLE
 
     def run(self, graph: fx.Graph) -> Change:
         """Rewrite in place."""
@@ -38,8 +41,9 @@ class StartEmpty:
             sizes = [rows, int(value.shape[1]), 0, int(value.shape[3])]
             node.replace_all_uses_with(emit.call(aten.new_zeros.default, like, sizes, dtype=value.dtype))
             graph.erase_node(node)
+        refresh(graph)
         return Change(made=len(emit.made), removed=len(found))
 
-    def legal(self, node: fx.Node) -> bool:
-        """None of the inputs is left."""
-        return node.op != "placeholder" or node.target not in self.pasts
+    def removes(self, node: fx.Node) -> bool:
+        """The inputs."""
+        return node.op == "placeholder" and node.target in self.pasts

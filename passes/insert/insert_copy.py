@@ -8,6 +8,7 @@ from torch import fx
 
 from peftc.passes.ir.emit import Emit, Origin
 from peftc.passes.ir.pass_manager import Change
+from peftc.passes.ir.stages import Stage
 from peftc.passes.plan.structure import Structure, copy_role, copy_slot
 
 
@@ -20,6 +21,7 @@ class InsertCopy:
 
     structure: Structure
     name: ClassVar[str] = "insert-copy"
+    leaves: ClassVar[Stage] = Stage.ADAPTED
 
     def run(self, graph: fx.Graph) -> Change:
         """Rewrite in place."""
@@ -40,6 +42,6 @@ class InsertCopy:
             made += 1
         return Change(made=made)
 
-    def legal(self, node: fx.Node) -> bool:
-        """No replaced tensor is read any more."""
-        return node.op != "get_attr" or node.target not in {copy.target for copy in self.structure.copies}
+    def removes(self, node: fx.Node) -> bool:
+        """Reads of the tensors that are replaced."""
+        return node.op == "get_attr" and node.target in {copy.target for copy in self.structure.copies}

@@ -1,7 +1,7 @@
 """Puts the active adapters' weight expressions into a graph."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -15,6 +15,7 @@ from peftc.passes.insert.uses import WeightUse, use_of
 from peftc.passes.ir.emit import Emit, Origin
 from peftc.passes.ir.pass_manager import Change, Miss
 from peftc.passes.ir.split_tied_weights import module_path
+from peftc.passes.ir.stages import Stage
 from peftc.passes.plan.site import Site
 from peftc.passes.plan.structure import AdaptedSite, Structure, Term, site_slot, slot_role
 
@@ -37,27 +38,24 @@ class InsertDelta:
     training: bool
     dense: frozenset[str] = frozenset()
     name: ClassVar[str] = "insert-delta"
+    leaves: ClassVar[Stage] = Stage.ADAPTED
 
     def run(self, graph: fx.Graph) -> Change:
         """Rewrite every use of every planned site. Raises DropoutError where dropout cannot be honoured."""
         weights: dict[str, list[fx.Node]] = {}
         for node in graph.find_nodes(op="get_attr"):
             weights.setdefault(str(node.target), []).append(node)
-        made = 0
+        made, misses = 0, list[Miss]()
         for adapted in self.structure.sites:
             for weight in weights.get(adapted.site.weight, ()):
-                made += self._adapt(graph, weight, adapted)
-        return Change(made=made)
-
-    def legal(self, node: fx.Node) -> bool:
-        """Anything the cleaned trace holds."""
-        return True
+                made += self._adapt(graph, weight, adapted, misses)
+        return Change(made=made, misses=tuple(misses))
 
     def check(self, use: fx.Node, weight: fx.Node, site: Site) -> WeightUse | Miss:
         """How a node uses the weight."""
         return use_of(use, weight, site)
 
-    def _adapt(self, graph: fx.Graph, weight: fx.Node, adapted: AdaptedSite) -> int:
+    def _adapt(self, graph: fx.Graph, weight: fx.Node, adapted: AdaptedSite, misses: list[Miss]) -> int:
         ours = [user for user in weight.users if "peftc" not in user.meta and not _is_adapted(user, adapted.site)]
         # A functional use by another module is not this site's: PEFT reaches what the named module computes.
         uses = [user for user in ours if adapted.site.kind == "parameter" or adapted.site.user in module_path(user)]
@@ -70,6 +68,7 @@ class InsertDelta:
                 made += self._rewrite(graph, found, weight, primes, adapted)
                 continue
             if isinstance(found, Miss):
+                misses.append(replace(found, site=adapted.site.name))
                 _refuse_dropout(primes[0], found, adapted.site, self.training)
                 if primes[1] is not None:
                     raise UnfitError(adapted.site, f"its bias is adapted, and {found.reason}")

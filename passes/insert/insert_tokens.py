@@ -1,7 +1,7 @@
 """Lets trained rows take the place of a weight's own, without another weight of its size."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -10,6 +10,7 @@ from torch import fx
 from peftc.passes.insert.insert_delta import SlotValue
 from peftc.passes.ir.emit import Emit, Origin
 from peftc.passes.ir.pass_manager import Change, Miss
+from peftc.passes.ir.stages import Stage
 from peftc.passes.plan.plan import IDS, ORDER, ROWS
 from peftc.passes.plan.structure import ReplacedRows, Structure, rows_role, rows_slot
 
@@ -47,21 +48,18 @@ class InsertTokens:
     slot_value: SlotValue
     autocast: bool = False
     name: ClassVar[str] = "insert-tokens"
+    leaves: ClassVar[Stage] = Stage.ADAPTED
 
     def run(self, graph: fx.Graph) -> Change:
         """Rewrite in place."""
         found: dict[str, list[ReplacedRows]] = {}
         for each in self.structure.rows:
             found.setdefault(each.target, []).append(each)
-        made = 0
+        made, misses = 0, list[Miss]()
         for weight in graph.find_nodes(op="get_attr"):
             if str(weight.target) in found:
-                made += self._replace(graph, weight, found[str(weight.target)])
-        return Change(made=made)
-
-    def legal(self, node: fx.Node) -> bool:
-        """Anything that was legal before."""
-        return True
+                made += self._replace(graph, weight, found[str(weight.target)], misses)
+        return Change(made=made, misses=tuple(misses))
 
     def check(self, use: fx.Node, weight: fx.Node) -> Lookup | Head | Miss:
         """How a node uses the weight."""
@@ -74,12 +72,13 @@ class InsertTokens:
             case _:
                 return Miss(f"the weight is used by {use.target}", use)
 
-    def _replace(self, graph: fx.Graph, weight: fx.Node, rows: Sequence[ReplacedRows]) -> int:
+    def _replace(self, graph: fx.Graph, weight: fx.Node, rows: Sequence[ReplacedRows], misses: list[Miss]) -> int:
         made = 0
         whole: fx.Node | None = None
         for use in [each for each in weight.users if not self._is_ours(each)]:
             found = self.check(use, weight)
             if isinstance(found, Miss):
+                misses.append(replace(found, site=rows[0].module))
                 if whole is None:
                     whole, count = self._whole(graph, weight, rows)
                     made += count

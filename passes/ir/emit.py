@@ -10,6 +10,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.node import Argument
 from torch.utils import _pytree as pytree
 
+from peftc.passes.ir.infer import infer
+
 
 @dataclass(frozen=True)
 class Origin:
@@ -23,7 +25,7 @@ class Origin:
 
 @dataclass
 class Emit:
-    """Appends nodes to a graph before a given node, propagating fake values as it goes.
+    """Appends nodes to a graph before a given node, propagating fake values as it goes (see `infer`).
 
     `like` is the node whose place in the module tree the new ones take.
     """
@@ -39,8 +41,7 @@ class Emit:
         with self.graph.inserting_before(self.before):
             node = self.graph.call_function(op, args, kwargs)
         values = fx.map_arg((args, kwargs), value_of)
-        with mode_of(args, kwargs) or mode_of(self.like):
-            node.meta["val"] = op(*values[0], **values[1])
+        node.meta["val"] = infer(op, *values, mode_of(args, kwargs) or mode_of(self.like))
         return self._mark(node, self.origin)
 
     def cast(self, node: fx.Node, dtype: torch.dtype) -> fx.Node:

@@ -7,6 +7,7 @@ from typing import ClassVar
 from torch import fx
 
 from peftc.passes.ir.pass_manager import Change
+from peftc.passes.ir.stages import Stage
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class SplitOwners:
 
     names: Mapping[str, tuple[str, ...]] = field(hash=False)
     name: ClassVar[str] = "split-owners"
+    leaves: ClassVar[Stage] = Stage.TRACED
 
     def run(self, graph: fx.Graph) -> Change:
         """Rewrite in place."""
@@ -40,10 +42,6 @@ class SplitOwners:
             if not node.users:
                 graph.erase_node(node)
         return Change(made=made)
-
-    def legal(self, node: fx.Node) -> bool:
-        """Anything the trace holds."""
-        return True
 
 
 def module_path(node: fx.Node) -> tuple[str, ...]:

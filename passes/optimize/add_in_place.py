@@ -8,6 +8,7 @@ from torch import fx
 
 from peftc.passes.ir.emit import Origin
 from peftc.passes.ir.pass_manager import Change
+from peftc.passes.ir.stages import Stage
 from peftc.passes.quantized.packed_operators import PACKED_LINEAR
 
 aten = torch.ops.aten
@@ -25,6 +26,7 @@ class AddInPlace:
     """
 
     name: ClassVar[str] = "add-in-place"
+    leaves: ClassVar[Stage] = Stage.FUSED
 
     def run(self, graph: fx.Graph) -> Change:
         """Rewrite in place."""
@@ -40,7 +42,3 @@ class AddInPlace:
         into = node.args[0]
         ours = isinstance(node.meta.get("peftc"), Origin)
         return ours and isinstance(into, fx.Node) and into.target in OWN and len(into.users) == 1
-
-    def legal(self, node: fx.Node) -> bool:
-        """Anything that was legal before, and the in-place addition."""
-        return True

@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from peftc.passes.ir.pass_manager import Change
+from peftc.passes.ir.stages import Stage
 
 aten = torch.ops.aten
 
@@ -26,6 +27,7 @@ class Clean:
     keep_casts: bool = False
 
     name: ClassVar[str] = "clean"
+    leaves: ClassVar[Stage] = Stage.CLEANED
 
     def run(self, graph: fx.Graph) -> Change:
         """Rewrite in place."""
@@ -38,10 +40,6 @@ class Clean:
                 graph.erase_node(node)
         graph.eliminate_dead_code(_is_impure)
         return Change(removed=before - len(graph.nodes))
-
-    def legal(self, node: fx.Node) -> bool:
-        """No check is left, and no module is called."""
-        return not is_check(node) and node.op != "call_module"
 
 
 def is_check(node: fx.Node) -> bool:

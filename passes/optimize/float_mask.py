@@ -8,6 +8,7 @@ from torch import fx
 
 from peftc.passes.ir.emit import Emit, Origin
 from peftc.passes.ir.pass_manager import Change
+from peftc.passes.ir.stages import Stage
 
 aten = torch.ops.aten
 
@@ -20,6 +21,7 @@ class FloatMask:
     """
 
     name: ClassVar[str] = "float-mask"
+    leaves: ClassVar[Stage] = Stage.PORTABLE
 
     def run(self, graph: fx.Graph) -> Change:
         """Rewrite in place."""
@@ -37,9 +39,9 @@ class FloatMask:
             _replace(node, mask, made[mask, dtype])
         return Change(made=len(made))
 
-    def legal(self, node: fx.Node) -> bool:
-        """No attention takes a boolean mask."""
-        return node.target is not aten.scaled_dot_product_attention.default or _boolean_mask(node) is None
+    def removes(self, node: fx.Node) -> bool:
+        """Attention under a boolean mask."""
+        return node.target is aten.scaled_dot_product_attention.default and _boolean_mask(node) is not None
 
 
 def _boolean_mask(attention: fx.Node) -> fx.Node | None:

@@ -1,6 +1,6 @@
 """Lets a low-rank term add itself into the base linear's output, for graphs that run as they are."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
@@ -8,6 +8,7 @@ from torch import fx
 
 from peftc.passes.ir.emit import Emit, Origin
 from peftc.passes.ir.pass_manager import Change, Miss
+from peftc.passes.ir.stages import Stage
 from peftc.passes.plan.structure import float_of
 from peftc.passes.quantized.packed_operators import PACKED_LINEAR
 
@@ -35,20 +36,19 @@ class FuseLowRank:
     """
 
     name: ClassVar[str] = "fuse-low-rank"
+    leaves: ClassVar[Stage] = Stage.FUSED
 
     def run(self, graph: fx.Graph) -> Change:
         """Rewrite in place."""
-        made, rows = 0, _Rows(graph)
+        made, misses, rows = 0, list[Miss](), _Rows(graph)
         for node in graph.find_nodes(op="call_function", target=aten.add.Tensor):
             term = self.check(node)
             if isinstance(term, _Term):
                 made += self._rewrite(graph, term, rows)
+            elif isinstance(origin := node.meta.get("peftc"), Origin):
+                misses.append(replace(term, site=origin.site))
         graph.eliminate_dead_code()
-        return Change(made=made)
-
-    def legal(self, node: fx.Node) -> bool:
-        """Anything that was legal before, and the in-place addmm of ours."""
-        return True
+        return Change(made=made, misses=tuple(misses))
 
     def check(self, total: fx.Node) -> _Term | Miss:
         """Take an addition apart."""

@@ -8,6 +8,7 @@ from torch import fx
 
 from peftc.passes.ir.emit import Emit, Origin
 from peftc.passes.ir.pass_manager import Change
+from peftc.passes.ir.stages import Stage
 
 aten = torch.ops.aten
 
@@ -21,6 +22,7 @@ class GroupHeads:
     """
 
     name: ClassVar[str] = "group-heads"
+    leaves: ClassVar[Stage] = Stage.PORTABLE
 
     def run(self, graph: fx.Graph) -> Change:
         """Rewrite in place."""
@@ -39,10 +41,6 @@ class GroupHeads:
         if made:
             graph.eliminate_dead_code()
         return Change(made=made)
-
-    def legal(self, node: fx.Node) -> bool:
-        """Anything that was legal before."""
-        return True
 
 
 def repeated(node: object) -> fx.Node | None:

@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import fx
 
 from peftc.passes.ir.emit import Origin
 from peftc.passes.ir.pass_manager import Change
+from peftc.passes.ir.stages import Stage
 from peftc.passes.ir.views import is_view
 from peftc.passes.quantized.packed_operators import PACKED_LINEAR, UNPACK
 from peftc.passes.quantized.schemes.packing import from_text
@@ -23,35 +24,31 @@ class Hoist:
 
     For adapters that are not trained. At the sites of `transient` a whole weight would be kept for every call to save
     little: there the graph stays as it is. Where the base stores its weight packed, only what is small beside it is
-    kept. `prologue` receives the graph that computes the pieces, in order.
+    kept. The graph that computes the pieces, in order, is the change's prologue.
     """
 
     transient: frozenset[str]
-    prologue: fx.Graph = field(hash=False, compare=False)
     name: ClassVar[str] = "hoist"
+    leaves: ClassVar[Stage] = Stage.FUSED
 
     def run(self, graph: fx.Graph) -> Change:
         """Rewrite in place."""
         fixed, kept = _fixed(graph, self.transient)
         roots = [each for each in graph.nodes if each in kept and any(user not in kept for user in each.users)]
-        copied: dict[fx.Node, fx.Node] = {}
+        prologue, copied = fx.Graph(), dict[fx.Node, fx.Node]()
         for node in graph.nodes:
             if node in fixed:
-                copied[node] = self.prologue.node_copy(node, lambda each: copied[each])
+                copied[node] = prologue.node_copy(node, lambda each: copied[each])
         for index, root in enumerate(roots):
             with graph.inserting_before(root):
                 piece = graph.create_node("get_attr", f"{PIECES}.p{index}")
             piece.meta = dict(root.meta)
             root.replace_all_uses_with(piece, delete_user_cb=lambda user: user not in kept)
-        self.prologue.output(tuple(copied[each] for each in roots))
-        self.prologue.eliminate_dead_code()
+        prologue.output(tuple(copied[each] for each in roots))
+        prologue.eliminate_dead_code()
         removed = len(graph.nodes)
         graph.eliminate_dead_code()
-        return Change(made=len(roots), removed=removed - len(graph.nodes))
-
-    def legal(self, node: fx.Node) -> bool:
-        """Anything that was legal before."""
-        return True
+        return Change(len(roots), removed - len(graph.nodes), prologue=prologue if roots else None)
 
 
 def kept_nodes(graph: fx.Graph, transient: frozenset[str] = frozenset()) -> set[fx.Node]:

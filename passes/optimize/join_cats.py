@@ -9,6 +9,7 @@ from torch import fx
 
 from peftc.passes.ir.emit import Emit, Origin
 from peftc.passes.ir.pass_manager import Change
+from peftc.passes.ir.stages import Stage
 
 aten = torch.ops.aten
 
@@ -21,6 +22,7 @@ class JoinCats:
     """
 
     name: ClassVar[str] = "join-cats"
+    leaves: ClassVar[Stage] = Stage.PORTABLE
 
     def run(self, graph: fx.Graph) -> Change:
         """Rewrite in place."""
@@ -50,10 +52,6 @@ class JoinCats:
             for user in node.users
         )
 
-    def legal(self, node: fx.Node) -> bool:
-        """Anything that was legal before."""
-        return True
-
     def _measure(self, graph: fx.Graph, user: fx.Node, node: fx.Node, axis: int) -> int:
         """Put the size that `user` asks for in its place."""
         emit = Emit(graph, user, Origin(self.name), like=node)
@@ -61,7 +59,6 @@ class JoinCats:
         size = emit.call(aten.sym_size.int, parts[-1], wanted)
         for part in parts[:-1] if wanted == axis else ():
             size = emit.call(operator.add, size, _size(part, axis) or emit.call(aten.sym_size.int, part, axis))
-        size.meta["val"] = user.meta["val"]
         user.replace_all_uses_with(size)
         return len(emit.made)
 

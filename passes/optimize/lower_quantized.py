@@ -9,6 +9,7 @@ from torch import fx
 
 from peftc.passes.ir.emit import Emit, Origin, fake_like
 from peftc.passes.ir.pass_manager import Change
+from peftc.passes.ir.stages import Stage
 from peftc.passes.plan.structure import storage_slot
 from peftc.passes.quantized.packed_operators import PACKED_LINEAR, QUANTIZED_LINEAR, UNPACK
 from peftc.passes.quantized.schemes.known import Packed
@@ -28,6 +29,7 @@ class LowerQuantized:
     packed: Mapping[str, Packed] = field(hash=False)
     training: bool
     name: ClassVar[str] = "lower-quantized"
+    leaves: ClassVar[Stage] = Stage.BOUND
 
     def run(self, graph: fx.Graph) -> Change:
         """Rewrite in place."""
@@ -42,10 +44,10 @@ class LowerQuantized:
             made += _dense(graph, node)
         return Change(made=made)
 
-    def legal(self, node: fx.Node) -> bool:
-        """No quantized linear is left, and none of the weights of packed modules is read as it would be dense."""
+    def removes(self, node: fx.Node) -> bool:
+        """Reads of the weights of packed modules, as they would be dense."""
         module, _, leaf = str(node.target).rpartition(".")
-        return node.target is not QUANTIZED_LINEAR and not (leaf == "weight" and module in self.packed)
+        return node.op == "get_attr" and leaf == "weight" and module in self.packed
 
     def _bind(self, graph: fx.Graph, weight: fx.Node, module: str, held: Packed, order: Mapping[fx.Node, int]) -> int:
         like = next(iter(weight.users))

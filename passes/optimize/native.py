@@ -8,7 +8,9 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
+from peftc.passes.ir.infer import OPERATOR
 from peftc.passes.ir.pass_manager import Change
+from peftc.passes.ir.stages import Stage
 from peftc.passes.quantized.packed_operators import PACKED_LINEAR, UNPACK, packed_linear, unpacked
 
 aten = torch.ops.aten
@@ -64,6 +66,7 @@ class NativeCalls:
     """torch.ops.aten.f(x)  ->  torch.f(x)"""
 
     name: ClassVar[str] = "native-calls"
+    leaves: ClassVar[Stage] = Stage.NATIVE
 
     def run(self, graph: fx.Graph) -> Change:
         """Rewrite in place."""
@@ -71,13 +74,14 @@ class NativeCalls:
         for op, native in NATIVE.items():
             for node in graph.find_nodes(op="call_function", target=op):
                 if _is_expressible(node):
+                    node.meta[OPERATOR] = op
                     node.target = native
                     made += 1
         return Change(made=made)
 
-    def legal(self, node: fx.Node) -> bool:
-        """No operator that has a short way is called the long way."""
-        return node.target not in NATIVE or not _is_expressible(node)
+    def removes(self, node: fx.Node) -> bool:
+        """Operators that have a short way, called the long way."""
+        return node.target in NATIVE and _is_expressible(node)
 
 
 def _is_expressible(node: fx.Node) -> bool:

@@ -1,6 +1,6 @@
 """Stops gradients where values come from, and not where they arrive."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -8,6 +8,7 @@ from torch import fx
 
 from peftc.passes.ir.emit import Emit, Origin
 from peftc.passes.ir.pass_manager import Change, Miss
+from peftc.passes.ir.stages import Stage
 
 aten = torch.ops.aten
 
@@ -21,15 +22,18 @@ class StopEarly:
     """
 
     name: ClassVar[str] = "stop-early"
+    leaves: ClassVar[Stage] = Stage.ADAPTED
 
     def run(self, graph: fx.Graph) -> Change:
         """Rewrite in place."""
-        made = removed = 0
+        made, removed, misses = 0, 0, list[Miss]()
         waiting = graph.find_nodes(op="call_function", target=aten.detach.default)
         while waiting:
             stop = waiting.pop()
             found = self.check(stop)
             if isinstance(found, Miss):
+                if isinstance(origin := stop.meta.get("peftc"), Origin):
+                    misses.append(replace(found, site=origin.site))
                 continue
             emit = Emit(graph, found, found.meta["peftc"], like=found)
             for operand in found.all_input_nodes:
@@ -39,11 +43,7 @@ class StopEarly:
             graph.erase_node(stop)
             waiting += emit.made
             made, removed = made + len(emit.made), removed + 1
-        return Change(made, removed)
-
-    def legal(self, node: fx.Node) -> bool:
-        """Anything that was legal before."""
-        return True
+        return Change(made, removed, tuple(misses))
 
     def check(self, stop: fx.Node) -> fx.Node | Miss:
         """What to stop the operands of, in place of its result."""

@@ -13,6 +13,7 @@ from peftc.passes.insert.insert_delta import SlotValue, UnfitError
 from peftc.passes.ir.emit import Emit, Origin
 from peftc.passes.ir.pass_manager import Change, Miss
 from peftc.passes.ir.split_tied_weights import module_path
+from peftc.passes.ir.stages import Stage
 from peftc.passes.plan.structure import Structure, VirtualTokens
 from peftc.passes.virtual_tokens import widen
 from peftc.passes.virtual_tokens.attention import Attention, attentions
@@ -35,6 +36,7 @@ class InsertAttention:
     structure: Structure
     slot_value: SlotValue
     name: ClassVar[str] = "insert-attention"
+    leaves: ClassVar[Stage] = Stage.ADAPTED
 
     def run(self, graph: fx.Graph) -> Change:
         """Rewrite in place. Raises UnfitError where a module's attention is not found."""
@@ -55,10 +57,6 @@ class InsertAttention:
             for each in found:
                 made += self._insert(graph, front, each, weights)
         return Change(made=made)
-
-    def legal(self, node: fx.Node) -> bool:
-        """Anything the cleaned trace holds."""
-        return True
 
     def check(self, attention: Attention | Miss, front: VirtualTokens) -> Attention:
         """An attention that is understood. Raises UnfitError."""

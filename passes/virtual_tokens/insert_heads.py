@@ -10,9 +10,12 @@ from torch import fx
 
 from peftc.passes.insert.insert_delta import SlotValue, UnfitError
 from peftc.passes.ir.emit import Emit, Origin
+from peftc.passes.ir.infer import is_same_size
 from peftc.passes.ir.inputs import with_role
 from peftc.passes.ir.pass_manager import Change, Miss
 from peftc.passes.ir.roles import Role
+from peftc.passes.ir.stages import Stage
+from peftc.passes.ir.values import refresh
 from peftc.passes.optimize.group_heads import repeated
 from peftc.passes.plan.site import Site
 from peftc.passes.plan.structure import Structure
@@ -37,6 +40,7 @@ class InsertHeads:
     structure: Structure
     slot_value: SlotValue
     name: ClassVar[str] = "insert-heads"
+    leaves: ClassVar[Stage] = Stage.WIDENED
 
     def run(self, graph: fx.Graph) -> Change:
         """Rewrite in place. Raises UnfitError where the attention of the layers is not found."""
@@ -52,15 +56,13 @@ class InsertHeads:
         putting = _Putting(emit, length)
         for layer, each in enumerate(found):
             putting.at(each, prefix, 2 * layer)
+        refresh(graph)
         if weighted(fronts):
             Weighing(emit, fronts, self.slot_value, near).all(found)
         if any(with_role(graph, Role.TOKENS)) or any(with_role(graph, Role.EMBEDDINGS)):
             _shift_positions(graph, emit, site, length)
+            refresh(graph)
         return Change(made=len(emit.made))
-
-    def legal(self, node: fx.Node) -> bool:
-        """Anything the cleaned trace holds."""
-        return True
 
 
 def check(graph: fx.Graph, site: Site) -> list[Attention]:
@@ -96,7 +98,7 @@ class _Putting:
         self._lead(attention.value, attention.value_user, prefix, slot + 1)
         for mask in attention.masks:
             axis = mask.node.meta["val"].dim() - 1
-            if axis < 0 or widen.same_size(mask.node.meta["val"].shape[axis], 1):
+            if axis < 0 or is_same_size(mask.node.meta["val"].shape[axis], 1):
                 continue  # it says the same of every key
             if mask.node not in self.wider:
                 emit = self._before(mask.user)

@@ -12,6 +12,8 @@ from peftc.passes.ir.emit import Emit, Origin
 from peftc.passes.ir.inputs import BATCH, InputSpec, describe, own_cache, spec_of, with_role
 from peftc.passes.ir.pass_manager import Change
 from peftc.passes.ir.roles import Role, Stack
+from peftc.passes.ir.stages import Stage
+from peftc.passes.ir.values import refresh
 from peftc.passes.plan.site import Site
 from peftc.passes.plan.structure import Structure
 from peftc.passes.virtual_tokens import widen
@@ -39,6 +41,7 @@ class InsertPrefix:
     cached: int
     encoder_decoder: bool = False
     name: ClassVar[str] = "insert-prefix"
+    leaves: ClassVar[Stage] = Stage.WIDENED
 
     def run(self, graph: fx.Graph) -> Change:
         """Rewrite in place. Raises UnfitError where the cache is another than the config says."""
@@ -61,10 +64,6 @@ class InsertPrefix:
         Weighing(emit, fronts, self.slot_value, own[0]).all(attending)
         return Change(made=len(emit.made))
 
-    def legal(self, node: fx.Node) -> bool:
-        """Anything the cleaned trace holds."""
-        return True
-
 
 @dataclass(frozen=True)
 class CarryPrompt:
@@ -77,6 +76,7 @@ class CarryPrompt:
     structure: Structure
     cached: int
     name: ClassVar[str] = "carry-prompt"
+    leaves: ClassVar[Stage] = Stage.WIDENED
 
     def run(self, graph: fx.Graph) -> Change:
         """Rewrite in place."""
@@ -102,10 +102,6 @@ class CarryPrompt:
             nodes.append(node)
         lead_cache(graph, emit, own, list(widen.pairs(nodes)), length, self.cached)
         return Change(made=len(emit.made) + len(nodes))
-
-    def legal(self, node: fx.Node) -> bool:
-        """Anything the cleaned trace holds."""
-        return True
 
 
 def check(own: Sequence[fx.Node], site: Site) -> None:
@@ -141,6 +137,7 @@ def lead_cache(
         wider.append((positions, emit.call(aten.add.Tensor, positions, length)))
     for node, wide in wider:
         widen.put_for(node, wide, emit)
+    refresh(graph)
     cut_cache(graph, emit, len(own), length, cached)
 
 

@@ -11,10 +11,13 @@ from peftc.passes.foreign.peft import TASK_IDS
 from peftc.passes.foreign.transformers import name_of
 from peftc.passes.insert.insert_delta import SlotValue, UnfitError
 from peftc.passes.ir.emit import Emit, Origin
+from peftc.passes.ir.infer import is_same_size
 from peftc.passes.ir.inputs import BATCH, InputSpec, describe, inputs_of, with_role
 from peftc.passes.ir.pass_manager import Change
 from peftc.passes.ir.roles import Role, Stack
 from peftc.passes.ir.split_tied_weights import module_path
+from peftc.passes.ir.stages import Stage
+from peftc.passes.ir.values import refresh
 from peftc.passes.plan.structure import Structure, VirtualTokens
 from peftc.passes.virtual_tokens import widen
 from peftc.passes.virtual_tokens.front_value import expanded, front_value, length_of, prompts
@@ -40,6 +43,7 @@ class InsertPrompt:
     encoder_decoder: bool = False
     filler: int = 0  # an id that is not the padding's
     name: ClassVar[str] = "insert-prompt"
+    leaves: ClassVar[Stage] = Stage.WIDENED
 
     def run(self, graph: fx.Graph) -> Change:
         """Rewrite in place. Raises UnfitError where the graph embeds no tokens."""
@@ -54,7 +58,7 @@ class InsertPrompt:
         if tokens is None:
             raise UnfitError(site, f"the call gives neither {name_of(Role.TOKENS)} nor {name_of(Role.EMBEDDINGS)}")
         emit = Emit(graph, widen.first_node(graph), Origin(self.name, site.name), like=tokens)
-        size = emit.tensor(tokens).shape[1]
+        size = length + emit.tensor(tokens).shape[1]
         tasks = self._tasks(graph, emit, tokens) if any(each.tasks for each in fronts) else None
         order = self._order(emit, _mask(graph), length, fronts)
         wider = dict(self._wider(graph, emit, length, fronts, order))
@@ -67,15 +71,14 @@ class InsertPrompt:
                 raise UnfitError(site, "its output is not found in the graph")
         for node, wide in wider.items():
             widen.put_for(node, wide, emit)
+        if tokens not in embedded:
+            refresh(graph)  # what is embedded is longer now
         for node in embedded:
             self._lead(graph, emit, node, fronts, tasks, order, length if node is not tokens else 0)
+        refresh(graph)
         if not self.encoder_decoder:
             self._outputs(graph, emit, fronts, length, size)
         return Change(made=len(emit.made))
-
-    def legal(self, node: fx.Node) -> bool:
-        """Anything the cleaned trace holds."""
-        return True
 
     def _only_mask(self, graph: fx.Graph, length: int, fronts: tuple[VirtualTokens, ...]) -> Change:
         """A decoder that reads what an encoder with virtual tokens made: its mask of the encoder's places is short."""
@@ -86,6 +89,7 @@ class InsertPrompt:
         order = self._order(emit, mask, length, fronts)
         wide = widen.wider_mask(emit, mask, length, queries=False)
         widen.put_for(mask, wide if order is None else widen.in_order(emit, wide, order), emit)
+        refresh(graph)
         return Change(made=len(emit.made))
 
     def _order(
@@ -191,10 +195,10 @@ class InsertPrompt:
         emit.made.extend([*after.made, *last.made])
 
     def _cut(self, emit: Emit, value: Any, length: int, size: Any) -> Any:
-        """An output without what it says of the virtual tokens: its second axis counts tokens."""
+        """An output without what it says of the virtual tokens: its second axis counts tokens, `size` with these."""
         if not isinstance(value, fx.Node) or not isinstance(tensor := value.meta["val"], torch.Tensor):
             return value
-        if tensor.dim() < 2 or not widen.same_size(tensor.shape[1], size):
+        if tensor.dim() < 2 or not is_same_size(tensor.shape[1], size):
             return value
         return emit.call(aten.slice.Tensor, value, 1, length, 2**63 - 1)
 

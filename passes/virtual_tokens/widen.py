@@ -1,7 +1,7 @@
 """Makes a graph believe that its inputs are longer: virtual tokens stand in front of the real ones.
 
 A graph reads every size off its inputs, so it is enough to change these: whatever depends on an input gets the longer
-one. The fake values in the graph keep the sizes they have, which from there on stand for the longer ones.
+one; `refresh` then gives every node behind them the value that it has now.
 """
 
 import operator
@@ -35,7 +35,6 @@ def put_for(node: fx.Node, wider: fx.Node, emit: Emit, keep: Collection[fx.Node]
     """Let every reader of `node` read `wider`, but what was emitted to make it and those to `keep`."""
     made = set(emit.made)
     node.replace_all_uses_with(wider, delete_user_cb=lambda user: user not in made and user not in keep)
-    wider.meta["val"] = node.meta["val"]
 
 
 def rows_of(emit: Emit, node: fx.Node) -> fx.Node:
@@ -118,13 +117,6 @@ def set_outputs(graph: fx.Graph, values: list[Any]) -> None:
     """Let the graph return these."""
     (node,) = graph.find_nodes(op="output")
     node.args = (tuple(values),)
-
-
-def same_size(size: Any, other: Any) -> bool:
-    """Whether two sizes, numbers or symbols, are known to be one."""
-    if isinstance(size, int) or isinstance(other, int):
-        return isinstance(size, int) and isinstance(other, int) and size == other
-    return bool(size.node.expr == other.node.expr)
 
 
 def pairs(nodes: list[Any]) -> Iterator[tuple[Any, Any]]:

@@ -317,6 +317,10 @@ class Lab:
         """A copy of a graph."""
         return copy_graph(graph)
 
+    def traced(self, name: str, training: bool = False) -> Traced:
+        """Its trace."""
+        return self._traced(name, training)[1]
+
     def tensors(self, name: str, training: bool = False) -> dict[str, Any]:
         """What its trace reads."""
         model, traced = self._traced(name, training)

@@ -18,7 +18,7 @@ def adapted(lab, name, *specs, training=False):
     active = lab.active(name, *specs)
     graph = lab.graph(name)
     insert = InsertDelta(active.structure, active.slot_value, training)
-    change = pass_manager.run(graph, [Clean(), insert])["insert-delta"]
+    change = pass_manager.run(graph, [Clean(), insert]).changes["insert-delta"]
     return graph, active, insert, change
 
 

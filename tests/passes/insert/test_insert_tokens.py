@@ -28,7 +28,7 @@ def inserted(lab, *specs, name="Tied", deltas=False):
     insert = InsertTokens(active.structure, active.slot_value)
     steps = [Clean(), SplitOwners(tied_names(lab.model(name)))]
     steps += [InsertDelta(active.structure, active.slot_value, False)] if deltas else []
-    change = pass_manager.run(graph, [*steps, insert])["insert-tokens"]
+    change = pass_manager.run(graph, [*steps, insert]).changes["insert-tokens"]
     return graph, active, insert, change
 
 

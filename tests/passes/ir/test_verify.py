@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from peftc.passes.ir.emit import Origin
+from peftc.passes.ir.stages import Stage
 from peftc.passes.ir.verify import VerifyError, verify
 
 aten = torch.ops.aten
@@ -15,18 +16,14 @@ def graph(lab):
     return hand.done(hand.call(aten.neg.default, node))
 
 
-def anything(node):
-    return True
-
-
 def relu(graph):
     (node,) = graph.find_nodes(op="call_function", target=aten.relu.default)
     return node
 
 
-def refused(graph, legal=anything):
+def refused(graph, stage=Stage.CLEANED):
     with pytest.raises(VerifyError) as caught:
-        verify(graph, after="some-pass", legal=legal)
+        verify(graph, after="some-pass", stage=stage)
     assert caught.value.after == "some-pass"
     assert str(caught.value).startswith("after pass 'some-pass': ")
     assert "%relu_default" in str(caught.value)
@@ -34,7 +31,7 @@ def refused(graph, legal=anything):
 
 
 def test_a_whole_graph_passes(lab):
-    verify(graph(lab), after="some-pass", legal=anything)
+    verify(graph(lab), after="some-pass", stage=Stage.CLEANED)
 
 
 def test_a_node_without_a_value(lab):
@@ -51,8 +48,10 @@ def test_a_node_without_an_origin(origin, lab):
 
 
 def test_an_operator_that_is_not_legal(lab):
-    problem = refused(graph(lab), lambda node: node.target is not aten.relu.default)
-    assert problem == "node relu_default calls aten.relu.default, which is not legal here"
+    broken = graph(lab)
+    relu(broken).target = aten.relu_.default
+    problem = refused(broken)
+    assert problem == "node relu_default calls aten.relu_.default, which is not legal in a graph that is cleaned"
 
 
 def test_a_use_before_the_definition(lab):

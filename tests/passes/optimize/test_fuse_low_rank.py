@@ -24,7 +24,7 @@ def adapted(lab, *specs):
 
 def fused(lab, *specs):
     graph, active = adapted(lab, *specs)
-    change = pass_manager.run(graph, [FuseLowRank()])["fuse-low-rank"]
+    change = pass_manager.run(graph, [FuseLowRank()]).changes["fuse-low-rank"]
     return graph, active, change
 
 

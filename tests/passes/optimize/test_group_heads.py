@@ -30,7 +30,7 @@ def inputs():
 
 def test_golden(lab, golden):
     graph = attention(lab)
-    assert pass_manager.run(graph, [GroupHeads()])["group-heads"].made == 1
+    assert pass_manager.run(graph, [GroupHeads()]).changes["group-heads"].made == 1
     golden("passes/optimize/group_heads.txt", lab.show(graph))
 
 

@@ -30,7 +30,7 @@ def inputs():
 
 def test_golden(lab, golden):
     graph = behind(lab)
-    change = pass_manager.run(graph, [JoinCats()])["join-cats"]
+    change = pass_manager.run(graph, [JoinCats()]).changes["join-cats"]
     assert change.removed == 4, "the inner one, and three sizes of it"
     golden("passes/optimize/join_cats.txt", lab.show(graph))
 

@@ -22,7 +22,7 @@ def adapted(lab, dense=()):
 
 def stopped(lab, dense=()):
     graph, active = adapted(lab, dense)
-    change = pass_manager.run(graph, [StopEarly()])["stop-early"]
+    change = pass_manager.run(graph, [StopEarly()]).changes["stop-early"]
     return graph, active, change
 
 

@@ -19,7 +19,7 @@ def adapted(lab, name, spec, training=False):
     active = lab.active(name, spec)
     graph = lab.graph(name, training)
     insert = InsertDelta(active.structure, active.slot_value, training)
-    made = pass_manager.run(graph, [Clean(), insert])["insert-delta"].made
+    made = pass_manager.run(graph, [Clean(), insert]).changes["insert-delta"].made
     return graph, active, insert, made
 
 

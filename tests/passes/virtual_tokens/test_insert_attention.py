@@ -22,7 +22,7 @@ def inserted(lab, *specs):
     graph = lab.graph("Seer")
     insert = InsertAttention(active.structure, active.slot_value)
     steps = [Clean(), insert, InsertDelta(active.structure, active.slot_value, False)]
-    return graph, active, insert, pass_manager.run(graph, steps)["insert-attention"]
+    return graph, active, insert, pass_manager.run(graph, steps).changes["insert-attention"]
 
 
 def projected(active, layer, index, name, x):

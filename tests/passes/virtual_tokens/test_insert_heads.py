@@ -20,7 +20,7 @@ def inserted(lab, *specs, graph=None):
     active = lab.active("Seer", *(specs or (SPEC,)))
     graph = lab.graph("Seer") if graph is None else graph
     insert = InsertHeads(active.structure, active.slot_value)
-    change = pass_manager.run(graph, [Clean(), insert])["insert-heads"]
+    change = pass_manager.run(graph, [Clean(), insert]).changes["insert-heads"]
     return graph, active, insert, change
 
 

@@ -21,13 +21,13 @@ IDS = torch.tensor([[0, 5, 2, 6, 2], [1, 1, 5, 0, 3]])
 def prefixed(lab, *specs, name="Reader"):
     active, graph = lab.active(name, *(specs or (PREFIX,))), lab.graph(name)
     insert = InsertPrefix(active.structure, active.slot_value, 2)
-    return graph, active, insert, pass_manager.run(graph, [Clean(), insert])["insert-prefix"]
+    return graph, active, insert, pass_manager.run(graph, [Clean(), insert]).changes["insert-prefix"]
 
 
 def carried(lab, *specs, name="Reader"):
     active, graph = lab.active(name, *(specs or (PROMPT,))), lab.graph(name)
     insert = CarryPrompt(active.structure, 2)
-    return graph, active, insert, pass_manager.run(graph, [Clean(), insert])["carry-prompt"]
+    return graph, active, insert, pass_manager.run(graph, [Clean(), insert]).changes["carry-prompt"]
 
 
 def text(past, name="Reader"):
