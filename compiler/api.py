@@ -240,9 +240,8 @@ def adapt(model: nn.Module) -> AdaptedModel:
     adapted.add_module(BANK, bank)
     requires_grad = dict.fromkeys((name for name, _ in plain.named_parameters(remove_duplicate=False)), False)
     requires_grad |= {name: each.requires_grad for name, each in model.named_parameters(remove_duplicate=False)}
-    config = getattr(model, "config", None)
-    name = getattr(config, "_name_or_path", None) or getattr(model, "name_or_path", None)
-    facts = BaseProvenance(base_name=name or None, base_revision=getattr(config, "_commit_hash", None))
+    name, revision = contract.origin_of(model)
+    facts = BaseProvenance(base_name=name, base_revision=revision)
     engine = Engine(Compiler(adapted), adapted)
     base = BaseWeights(adapted, engine, requires_grad=requires_grad, facts=facts)
     adapted.__dict__[STATE] = AdapterSet(engine, bank, base)
@@ -254,7 +253,7 @@ def adapt(model: nn.Module) -> AdaptedModel:
 
 def mark_adapted(adapted: AdaptedModel) -> None:
     """Let transformers know that there are adapters to train, without which it refuses to train a quantized model."""
-    if getattr(adapted, "is_quantized", False):
+    if getattr(adapted, contract.QUANTIZED, False):
         adapted.__dict__[ADAPTED] = True
 
 

@@ -162,7 +162,7 @@ def write_adapter(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
 def _write_config(adapted: AdaptedModel, directory: Path, options: ExportOptions) -> None:
     if isinstance(adapted, PreTrainedModel):
         config = deepcopy(adapted.config)
-        config.__dict__.pop("quantization_config", None)  # programs have dense weights
+        config.__dict__.pop(contract.QUANTIZATION, None)  # programs have dense weights
         config.save_pretrained(directory)
         if adapted.can_generate():
             adapted.generation_config.save_pretrained(directory)

@@ -18,6 +18,7 @@ from torch import nn
 from peftc.compiler.load_model.pretrained import from_config, from_hub, from_weights
 from peftc.grammar.diagnostics import Diagnostic, ModelError, did_you_mean, fail
 from peftc.grammar.spec.spec import Quantize
+from peftc.passes.foreign import transformers as contract
 from peftc.runtime.init.dense import INDEX, WEIGHTS
 from peftc.runtime.peft_format.adapter_files import CONFIG
 
@@ -144,7 +145,7 @@ def _from_path(path: Path, text: str, seed: int, trust_remote_code: bool, quanti
 
 def _dense(model: nn.Module, path: Path, quantize: Quantize | None) -> Path | None:
     """The directory, if what it holds was packed as it was loaded."""
-    quantizer = getattr(model, "hf_quantizer", None)
+    quantizer = getattr(model, contract.QUANTIZER, None)
     packed_here = quantize is not None and quantizer is not None and not quantizer.pre_quantized
     return path if packed_here and any((path / each).is_file() for each in (WEIGHTS, INDEX)) else None
 

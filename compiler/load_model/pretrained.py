@@ -51,7 +51,7 @@ def from_config(path: Path, name: str, trust_remote_code: bool) -> Loaded:
         with quiet_transformers():
             config = transformers.AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code)
             config._name_or_path = name
-            if vars(config).pop("quantization_config", None) is not None:
+            if vars(config).pop(contract.QUANTIZATION, None) is not None:
                 warnings += (f"{where}: the field 'quantization_config' has no effect on random weights",)
             make: Callable[..., nn.Module] = getattr(kind, "_from_config", None) or kind.from_config
             model = make(config, **({} if hasattr(kind, "_from_config") else {"trust_remote_code": trust_remote_code}))

@@ -16,6 +16,7 @@ from peftc.compiler.load_model.memory import release
 from peftc.grammar.diagnostics import ModelError, SpecError, did_you_mean, fail
 from peftc.grammar.spec.quantize import text
 from peftc.grammar.spec.spec import COMPUTE_TYPES, Quantize
+from peftc.passes.foreign import transformers as contract
 from peftc.passes.plan.sites import tied_names
 from peftc.passes.quantized.foreign import check_quantization
 from peftc.passes.quantized.schemes.known import Packed, packed_modules
@@ -94,7 +95,7 @@ def left_dense(model: nn.Module, quantize: Quantize) -> tuple[tuple[str, ...] | 
         skipped = [name for each in quantize.skip for name in _skipped(model, each, quantize)]
         explicit = tuple(dict.fromkeys((*skipped, *_tied_modules(model))))
     chosen = set(_left_by_default(model) if explicit is None else explicit)
-    return explicit, tuple(sorted(chosen | set(getattr(model, "_keep_in_fp32_modules", None) or ())))
+    return explicit, tuple(sorted(chosen | set(getattr(model, contract.IN_FLOAT32, None) or ())))
 
 
 def settle_compute_type(model: nn.Module, quantize: Quantize) -> None:
@@ -106,8 +107,9 @@ def settle_compute_type(model: nn.Module, quantize: Quantize) -> None:
         own: Any = held.module
         own.compute_dtype = kind
     config: Any = getattr(model, "config", None)
-    if isinstance(getattr(config, "quantization_config", None), BitsAndBytesConfig):
-        config.quantization_config.bnb_4bit_compute_dtype = kind
+    written = getattr(config, contract.QUANTIZATION, None)
+    if isinstance(written, BitsAndBytesConfig):
+        written.bnb_4bit_compute_dtype = kind
 
 
 def backend() -> Any:
@@ -152,7 +154,7 @@ def check_same(model: nn.Module, quantize: Quantize) -> None:
 
 def check_is_backed(model: nn.Module) -> None:
     """Raise ModelError for a model that transformers says is in HQQ's format, and whose weights it has drawn."""
-    if str(getattr(getattr(model, "quantization_method", None), "value", "")) == "hqq" and not is_packed(model):
+    if str(getattr(getattr(model, contract.QUANTIZED_BY, None), "value", "")) == "hqq" and not is_packed(model):
         message = "transformers cannot read checkpoints of hqq: the weights of this model are random"
         fail(ModelError, "E462", message, help="load the model with the package hqq itself")
 
@@ -224,12 +226,11 @@ def _mark(model: nn.Module, config: BitsAndBytesConfig, dense: Sequence[str]) ->
     """What transformers says of a model that it has loaded packed."""
     if not isinstance(model, PreTrainedModel):
         return
-    marked: Any = model
     quantizer: Any = AutoHfQuantizer.from_config(config, pre_quantized=False)
     quantizer.modules_to_not_convert = list(dense)
-    marked.is_quantized = True
-    marked.quantization_method = config.quant_method
-    marked.hf_quantizer = quantizer
+    said = {contract.QUANTIZED: True, contract.QUANTIZED_BY: config.quant_method, contract.QUANTIZER: quantizer}
+    for name, value in said.items():
+        setattr(model, name, value)
     quantizer.postprocess_model(model)
 
 
@@ -270,7 +271,7 @@ def _skipped(model: nn.Module, wanted: str, quantize: Quantize) -> tuple[str, ..
 def _tied_modules(model: nn.Module) -> tuple[str, ...]:
     """Modules with a tensor that another one has, too."""
     if isinstance(model, PreTrainedModel):
-        keys: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+        keys: dict[str, str] = getattr(model, contract.TIED, None) or {}
         return tuple(dict.fromkeys(each.removesuffix(".weight") for pair in keys.items() for each in pair))
     owners = {name: model.get_submodule(name.rpartition(".")[0]) for name in tied_names(model)}
     groups = (names for names in tied_names(model).values() if len({id(owners[name]) for name in names}) > 1)

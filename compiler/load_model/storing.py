@@ -14,6 +14,7 @@ from transformers.utils.quantization_config import QuantizationMethod
 from peftc.compiler.load_model.quantizing import backend, config_of, left_dense, settle_compute_type
 from peftc.grammar.diagnostics import Diagnostic, ModelError, did_you_mean, fail
 from peftc.grammar.spec.spec import Quantize
+from peftc.passes.foreign import transformers as contract
 
 ON_CPU = {"": "cpu"}
 _DENSE = "take a checkpoint that is not quantized, or that bitsandbytes has quantized"
@@ -58,7 +59,7 @@ def storing(
         ModelError: the checkpoint is quantized in a way that nothing here can read, or bitsandbytes is not installed.
         SpecError: the model has no module that `quantize` skips.
     """
-    written = config.get("quantization_config", config.get("compression_config"))
+    written = config.get(contract.QUANTIZATION, config.get(contract.COMPRESSION))
     if written is not None:
         method = _checked(written, where)
         return Storing({"device_map": ON_CPU} if method == "bitsandbytes" else {}, method)
@@ -69,7 +70,7 @@ def storing(
     if quantize.skip is not None:
         explicit, _ = left_dense(_structure(kind, path, where, trust_remote_code), quantize)
     compute = None if quantize.compute is None else getattr(torch, quantize.compute)
-    options = {"quantization_config": config_of(quantize, compute, explicit), "device_map": ON_CPU}
+    options = {contract.QUANTIZATION: config_of(quantize, compute, explicit), "device_map": ON_CPU}
     return Storing(options, quantize=quantize)
 
 

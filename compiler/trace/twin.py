@@ -7,6 +7,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from peftc.grammar.diagnostics import ModelError, fail
+from peftc.passes.foreign import transformers as contract
 from peftc.passes.quantized.packed_operators import QUANTIZED_LINEAR
 from peftc.passes.quantized.schemes.known import Packed, packed
 
@@ -45,8 +46,8 @@ class Twin:
                 help="a module holds something deepcopy refuses (a lock, a file, a tensor with a history)",
             )
         for module in self.model.modules():  # what a graph keeps is decided when it runs
-            if getattr(module, "gradient_checkpointing", False) is True:
-                module.gradient_checkpointing = False  # type: ignore[assignment]
+            if getattr(module, contract.CHECKPOINTING, False) is True:
+                setattr(module, contract.CHECKPOINTING, False)
 
     def fake(self, tensor: torch.Tensor) -> torch.Tensor:
         """A fake tensor like this one."""

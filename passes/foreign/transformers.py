@@ -70,8 +70,20 @@ OUTPUTS = frozenset((*_CACHE_NAMES, ENCODED, LAST_HIDDEN_STATE, LOGITS))
 
 HAS_ADAPTERS = "_hf_peft_config_loaded"  # by which it knows that a quantized model has something to train
 CHECKPOINTING = "gradient_checkpointing"
+QUANTIZER, QUANTIZED, QUANTIZED_BY = "hf_quantizer", "is_quantized", "quantization_method"
+QUANTIZED_BITS = ("is_loaded_in_4bit", "is_loaded_in_8bit")
+IN_FLOAT32 = "_keep_in_fp32_modules"
+TIED = "all_tied_weights_keys"  # names of tensors, and of those that they share
+EMBEDDINGS_IN, EMBEDDINGS_OUT = "get_input_embeddings", "get_output_embeddings"
 SEPARATE = ("q_proj", "k_proj", "v_proj", "o_proj")  # what an attention module is told by
 PACKED, PACKED_QUERY = "c_attn", "q_attn"  # GPT-2's, whose three projections are one
+
+ATTRIBUTES = frozenset(
+    (
+        *(HAS_ADAPTERS, CHECKPOINTING, QUANTIZER, QUANTIZED, QUANTIZED_BY, *QUANTIZED_BITS, IN_FLOAT32, TIED),
+        *(EMBEDDINGS_IN, EMBEDDINGS_OUT),
+    )
+)
 
 
 @dataclass(frozen=True)
@@ -154,6 +166,9 @@ CHAT_AS_IDS: Mapping[str, bool] = {"tokenize": True, "add_generation_prompt": Fa
 
 # --- fields of configs ---
 
+QUANTIZATION, COMPRESSION = "quantization_config", "compression_config"
+TIES = "tie_word_embeddings"
+
 # What a config.json may hold beside its class's own fields: names of earlier versions, and what loading looks at.
 ALWAYS_IN_CONFIG = frozenset(
     (
@@ -162,7 +177,14 @@ ALWAYS_IN_CONFIG = frozenset(
         *("custom_pipelines", "pruned_heads"),
     )
 )
-ALSO_IN_CONFIG = ALWAYS_IN_CONFIG | {"quantization_config", "task_specific_params", "tokenizer_class", USE_CACHE}
+ALSO_IN_CONFIG = ALWAYS_IN_CONFIG | {QUANTIZATION, "task_specific_params", "tokenizer_class", USE_CACHE}
+
+
+def origin_of(model: object) -> tuple[str | None, str | None]:
+    """Where a model came from, a name or a directory, and which revision of it."""
+    config = getattr(model, "config", None)
+    name = getattr(config, "_name_or_path", None) or getattr(model, "name_or_path", None)
+    return name or None, getattr(config, "_commit_hash", None)
 
 
 def is_encoder_decoder(config: object) -> bool:

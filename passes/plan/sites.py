@@ -8,6 +8,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from peftc.grammar.spec.select import Candidate, Universe
+from peftc.passes.foreign import transformers as contract
 from peftc.passes.plan.site import Site
 from peftc.passes.quantized.schemes.known import Packed, packed
 
@@ -57,12 +58,12 @@ def universe(model: nn.Module, sites: tuple[Site, ...]) -> Universe:
 
 def input_embedding(model: nn.Module) -> str:
     """The name of the module that embeds tokens; empty where the model does not say."""
-    return _told(model, "get_input_embeddings")
+    return _told(model, contract.EMBEDDINGS_IN)
 
 
 def output_head(model: nn.Module) -> str:
     """The name of the module that gives logits; empty where the model does not say."""
-    return _told(model, "get_output_embeddings")
+    return _told(model, contract.EMBEDDINGS_OUT)
 
 
 def _told(model: nn.Module, method: str) -> str:
@@ -178,7 +179,7 @@ def _output_layers(model: nn.Module) -> frozenset[int]:
 
     PEFT's "all-linear" leaves them out too, for classifiers of whole sequences; here any classifier counts.
     """
-    get = getattr(model, "get_output_embeddings", None)
+    get = getattr(model, contract.EMBEDDINGS_OUT, None)
     head = get() if callable(get) else None
     if head is None and type(model).__name__.endswith("Classification"):
         head = next((each for name in HEADS if (each := getattr(model, name, None)) is not None), None)

@@ -8,6 +8,7 @@ from torch import nn
 
 from peftc.grammar.algebra import algebra
 from peftc.grammar.diagnostics import UsageError, did_you_mean, fail
+from peftc.passes.foreign import transformers as contract
 from peftc.passes.plan.site import Site
 from peftc.passes.quantized.schemes.known import Packed, packed, packed_modules
 from peftc.runtime.adapters.bank import AdapterParameters
@@ -92,10 +93,10 @@ def in_types_of(
 
 def forget_quantization(model: nn.Module) -> None:
     """Take the marks of quantization off a transformers model in which nothing is packed any more."""
-    quantizer: Any = getattr(model, "hf_quantizer", None)
+    quantizer: Any = getattr(model, contract.QUANTIZER, None)
     if quantizer is not None and not packed_modules(model):
         quantizer.remove_quantization_config(model)
-        for name in ("is_loaded_in_4bit", "is_loaded_in_8bit"):
+        for name in contract.QUANTIZED_BITS:
             model.__dict__.pop(name, None)
 
 

@@ -265,5 +265,5 @@ def _there(model: nn.Module, name: str) -> Any:
 
 def _untie(plain: nn.Module) -> None:
     config: Any = getattr(plain, "config", None)
-    if getattr(config, "tie_word_embeddings", False):
-        config.tie_word_embeddings = False
+    if getattr(config, contract.TIES, False):
+        setattr(config, contract.TIES, False)
