@@ -1,17 +1,23 @@
 """peftc explain"""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from peftc import compiler
 from peftc.compiler.commands import arguments
+from peftc.compiler.commands.explain_code import explain_code
 from peftc.compiler.report import console, report
+
+SPEC_OR_CODE = "An .adapter file; or without a MODEL the code of an error, such as E201."
 
 
 def explain(
-    spec: arguments.Spec,
-    model: arguments.Model,
+    spec: Annotated[str, typer.Argument(metavar="SPEC|CODE", help=SPEC_OR_CODE, show_default=False)],
+    model: Annotated[
+        str | None, typer.Argument(metavar="[MODEL]", help=arguments.MODEL_HELP, show_default=False)
+    ] = None,
     tokens: Annotated[
         list[int],
         typer.Option("--tokens", metavar="N", min=1, help="Of a call, batch times sequence; may be repeated."),
@@ -24,8 +30,13 @@ def explain(
     local_files_only: arguments.Offline = False,
     json: arguments.Json = False,
 ) -> None:
-    """Tell how each site is lowered, and what the alternatives would cost. Nothing is written; --why traces."""
-    meant = compiler.read_spec(spec)
+    """Tell how each site is lowered, and what others would cost; or what an error code means. Only --why traces."""
+    if model is None:
+        if why:
+            raise typer.BadParameter("--why tells of a spec and a model: an error code has an entry and no refusals")
+        explain_code(spec, json)
+        return
+    meant = compiler.read_spec(Path(spec))
     found = compiler.find_model(
         model,
         seed=seed,

@@ -34,7 +34,7 @@ def add_adapters(adapted: AdaptedModel, directory: Path, names: Sequence[str], *
             fail(UsageError, "E511", f"the artifact has an adapter {name!r}", help=help, where=str(directory))
     if adapted.base_fingerprint() != manifest["model"]["fingerprint"]:
         message = "the artifact was made of another base"
-        fail(UsageError, "E646", message, help="give the model that it was exported from", where=str(directory))
+        fail(UsageError, "E654", message, help="give the model that it was exported from", where=str(directory))
     taken = _taken(artifact)
     found = {name: _tensors(adapted, taken, name) for name in names}
     files: dict[str, str] = artifact["adapter_files"]

@@ -84,7 +84,7 @@ def _check(adapted: AdaptedModel, options: ExportOptions) -> None:
         fail(UsageError, "E516", "the model is merged already", help="call unmerge_adapter first")
     if not state.names():
         help = "call add_adapter or load_adapter first"
-        fail(UsageError, "E517", "there is no adapter, so there is nothing to export", help=help)
+        fail(UsageError, "E525", "there is no adapter, so there is nothing to export", help=help)
     if options.adapters == "merged" and not (state.active or state.displaced):
         fail(UsageError, "E517", "no adapter is active, so there is nothing to export", help="call set_adapter first")
     held = packed_modules(adapted)

@@ -92,7 +92,7 @@ class ExportOptions:
             value = getattr(self, name)
             if value is not None and value not in known:
                 help = did_you_mean(str(value), known) or f"it is one of {', '.join(known)}"
-                fail(UsageError, "E640", f"{name} cannot be {value!r}", help=help)
+                fail(UsageError, "E649", f"{name} cannot be {value!r}", help=help)
         found = self.unmeant()
         if found is not None:
             fail(UsageError, "E640", f"{found.option} has no meaning here: {found.reason}", help=found.help)

@@ -141,7 +141,7 @@ def _adapted(
     if not isinstance(source, Mapping):
         return adapted_by(source, model, use)
     if not source:
-        fail(UsageError, "E517", "there is no adapter, so there is nothing to export", help="name a checkpoint")
+        fail(UsageError, "E525", "there is no adapter, so there is nothing to export", help="name a checkpoint")
     (name, first), *others = source.items()
     adapted = load(model.model, first, adapter_name=name, use=use)
     for name, each in others:

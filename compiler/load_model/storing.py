@@ -76,12 +76,12 @@ def storing(
 def _checked(written: Any, where: str) -> str:
     """The method that a checkpoint is quantized with, if it can be loaded here."""
     if not isinstance(written, dict):
-        fail(ModelError, "E451", "field 'quantization_config' is not a JSON object", where=where)
+        fail(ModelError, "E464", "field 'quantization_config' is not a JSON object", where=where)
     is_bitsandbytes = bool(written.get("load_in_4bit") or written.get("load_in_8bit"))
     method = "bitsandbytes" if is_bitsandbytes else written.get("quant_method")
     if not isinstance(method, str):
         message = "field 'quantization_config' has no 'quant_method', so it is not known how to read the weights"
-        fail(ModelError, "E451", message, where=where)
+        fail(ModelError, "E464", message, where=where)
     known = [each.value for each in QuantizationMethod]
     if method not in known and method not in AUTO_QUANTIZER_MAPPING:
         help = did_you_mean(method, known) or f"transformers {transformers.__version__} knows {', '.join(known)}"
@@ -98,7 +98,7 @@ def _checked(written: Any, where: str) -> str:
         _refuse(method, error, where)
     except Exception as error:  # every method's config has checks of its own
         message = f"field 'quantization_config' is wrong: {_first(error)}"
-        raise ModelError(Diagnostic("E451", message, where=where)) from error
+        raise ModelError(Diagnostic("E464", message, where=where)) from error
     try:
         quantizer.validate_environment(device_map=ON_CPU if method == "bitsandbytes" else None, weights_only=True)
     except Exception as error:  # and every one misses what it needs in its own way

@@ -34,7 +34,7 @@ def check_allocation(
     """The rule an item stands for; `names` gives shapes, `infer` types. Raises SpecError (E13x)."""
     if "parameter" in kinds:
         message = "'allocate' counts the entries of one weight, and a 'parameter' may be a stack of them"
-        fail(SpecError, "E139", message, item.span)
+        fail(SpecError, "E157", message, item.span)
     trained = {each.role: each for each in params if each.trained and not each.shared}
     for name in (item.vector, *item.partners):
         if name not in trained:
@@ -67,7 +67,7 @@ def _settings(item: tree.AllocateItem, infer: Callable[[tree.Expr], Type]) -> tu
         name = str(each.name)
         if name not in SETTINGS:
             help = did_you_mean(name, SETTINGS) or f"there are {', '.join(SETTINGS)}"
-            fail(SpecError, "E139", f"'{name}' is not a setting of 'allocate'", each.span, help=help)
+            fail(SpecError, "E157", f"'{name}' is not a setting of 'allocate'", each.span, help=help)
         if name in given:
             fail(SpecError, "E131", f"'{name}' is given twice", each.span)
         found = infer(each.value)
@@ -78,7 +78,7 @@ def _settings(item: tree.AllocateItem, infer: Callable[[tree.Expr], Type]) -> tu
         given[name] = each.value
     for name, (default, _) in SETTINGS.items():
         if default is None and name not in given:
-            fail(SpecError, "E139", f"'allocate' does not say its '{name}'", item.span)
+            fail(SpecError, "E157", f"'allocate' does not say its '{name}'", item.span)
     return tuple(given.items())
 
 

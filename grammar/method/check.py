@@ -179,7 +179,7 @@ class _Checker(TensorChecks):
             need(default, found, Scalar(item.type), f"'{item.name}: {item.type}'")
             if isinstance(default, tree.Text) and item.choices and default.value not in item.choices:
                 help = f"it is one of {', '.join(map(expression.quoted, item.choices))}"
-                fail(SpecError, "E132", f"the default of '{item.name}' is not a choice", default.span, help=help)
+                fail(SpecError, "E151", f"the default of '{item.name}' is not a choice", default.span, help=help)
         dim = Dim.atom(item.name) if item.type == "int" and not optional else None
         self._define(item.name, Scalar(item.type, optional, item.choices, dim), item)
 
@@ -213,14 +213,14 @@ class _Checker(TensorChecks):
         if "Ws" in self._closure(lets):
             help = "compute what is needed of it once: const ... = ... recomputed"
             fail(
-                SpecError, "E135", "'Ws' is known only when tensors are first made", method_name(self.method), help=help
+                SpecError, "E156", "'Ws' is known only when tensors are first made", method_name(self.method), help=help
             )
         starts = {each.role: [init for _, init in each.init] for each in self.params}
         kept = {each.role for each in self.params if each.trained or (each.saved and each.saved_when is None)}
         remade = {role: inits for role, inits in starts.items() if role not in kept}
         for name in sorted(self._closure({**lets, **remade}) & {each.role for each in self.params if each.once}):
             help = "let W' read a 'param', or a 'const ... saved', that starts from it"
-            fail(SpecError, "E135", f"'{name}' is there only when tensors are first made", self.places[name], help=help)
+            fail(SpecError, "E156", f"'{name}' is there only when tensors are first made", self.places[name], help=help)
         return self._closure({**lets, **starts})
 
     def _closure(self, meant: Mapping[str, Sequence[tree.Expr]]) -> set[str]:

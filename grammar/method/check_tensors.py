@@ -66,7 +66,7 @@ class TensorChecks:
 
     def _define(self, name: str, type: Type, node: tree.Node) -> None:
         if name in _RESERVED:
-            fail(SpecError, "E131", f"'{name}' is a word of the language and cannot be a name", node.span)
+            fail(SpecError, "E154", f"'{name}' is a word of the language and cannot be a name", node.span)
         if name in self.names:
             place = self.places.get(name)
             help = f"it is defined in line {place.line}" if place is not None else ""

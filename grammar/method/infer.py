@@ -208,7 +208,9 @@ def _equality(expr: tree.Binary, left: Type, right: Type) -> Type:
     for choices, other in ((left.choices, expr.right), (right.choices, expr.left)):
         if choices and isinstance(other, tree.Text) and other.value not in choices:
             help = did_you_mean(other.value, choices) or f"it is one of {', '.join(map(expression.quoted, choices))}"
-            _wrong(other, f"{expression.quoted(other.value)} is not one of the choices", help)
+            fail(
+                SpecError, "E151", f"{expression.quoted(other.value)} is not one of the choices", other.span, help=help
+            )
     return BOOL
 
 

@@ -34,12 +34,12 @@ def check_field(
     if masked:
         if masked != budgeted:
             message = f"'{MASKS}' takes the vector that an 'allocate' item before it names"
-            fail(SpecError, "E139", message, value.span)
+            fail(SpecError, "E158", message, value.span)
         return set()
     listed = listed_flag(field)
     if listed:
         if listed not in known or known[listed].type != "bool":
-            fail(SpecError, "E139", f"'{MODULES}' takes a hyperparameter that is true or false", value.span)
+            fail(SpecError, "E158", f"'{MODULES}' takes a hyperparameter that is true or false", value.span)
         return {listed}
     names = names_in(value)
     for name in names:
@@ -142,4 +142,4 @@ def _is_literal(value: tree.Expr) -> bool:
 def _irreversible(value: tree.Expr) -> None:
     help = "anything else could not be read back from an adapter_config.json"
     message = "a field's value is a hyperparameter, a literal, or decided by one hyperparameter that has choices"
-    fail(SpecError, "E139", message, value.span, help=f"'{expression.text(value)}' is none of these: {help}")
+    fail(SpecError, "E158", message, value.span, help=f"'{expression.text(value)}' is none of these: {help}")

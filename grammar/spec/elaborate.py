@@ -187,7 +187,7 @@ def _tokens(listed: tuple[tree.Text | tree.Number, ...], before: list[str | int]
     tokens: list[str | int] = []
     for each in listed:
         if each.value == "":
-            fail(SpecError, "E149", "a token is not empty", each.span)
+            fail(SpecError, "E159", "a token is not empty", each.span)
         value = each.value if isinstance(each, tree.Text) else int(each.value)
         if value in tokens or value in before:
             fail(SpecError, "E147", f"the token {expression.text(each)} is named twice", each.span)
@@ -223,7 +223,7 @@ def _base(file: tree.File) -> Base | None:
             fail(SpecError, "E147", f"'{each.name}' is demanded twice", each.span)
         seen.add(each.name)
         if each.name in ("architecture", "model_type") and not isinstance(each.value, tree.Text):
-            fail(SpecError, "E142", f"'{each.name}' is a text in double quotes", each.value.span)
+            fail(SpecError, "E152", f"'{each.name}' is a text in double quotes", each.value.span)
         if each.name != "quantize":
             _check_entry(each)
     quantize = next((read_quantize(each) for each in found.entries if each.name == "quantize"), None)
@@ -236,7 +236,7 @@ def _check_entry(entry: tree.BaseEntry) -> None:
         value = value.operand
     if not isinstance(value, tree.Number | tree.Text | tree.Flag | tree.Null):
         message = f"what '{entry.name}' must be is a number, a text, true, false or none"
-        fail(SpecError, "E142", message, entry.value.span)
+        fail(SpecError, "E152", message, entry.value.span)
 
 
 def _only(file: tree.File, kind: type[_S], word: str) -> _S | None:

@@ -19,7 +19,7 @@ def read_quantize(entry: tree.BaseEntry) -> Quantize:
     if isinstance(value, tree.Name):
         value = tree.Call(value.id, span=value.span)
     if not isinstance(value, tree.Call):
-        fail(SpecError, "E142", "'quantize' is a scheme, and this is not", value.span, f"{_SCHEMES}, as in nf4()")
+        fail(SpecError, "E153", "'quantize' is a scheme, and this is not", value.span, f"{_SCHEMES}, as in nf4()")
     if value.function not in SCHEMES:
         span = value.span and Span(value.span.source, value.span.start, value.span.start + len(value.function))
         help = did_you_mean(value.function, SCHEMES) or _SCHEMES
@@ -74,7 +74,7 @@ def _unknown(scheme: str, argument: tree.Argument) -> NoReturn:
 
 def _double_quant(value: tree.Expr) -> bool:
     if not isinstance(value, tree.Flag):
-        fail(SpecError, "E142", "'double_quant' is true or false, and this is not", value.span)
+        fail(SpecError, "E153", "'double_quant' is true or false, and this is not", value.span)
     return value.value
 
 
@@ -85,17 +85,17 @@ def _compute(value: tree.Expr) -> str | None:
     if not isinstance(value, tree.Name) or name not in COMPUTE_TYPES:
         close = f"write it without quotes: {name}" if name in COMPUTE_TYPES else did_you_mean(name, COMPUTE_TYPES)
         help = close or f"the types are {', '.join(COMPUTE_TYPES)}"
-        fail(SpecError, "E142", "'compute' is the name of a type, and this is not one to compute in", value.span, help)
+        fail(SpecError, "E153", "'compute' is the name of a type, and this is not one to compute in", value.span, help)
     return name
 
 
 def _threshold(value: tree.Expr) -> float:
     number = value.operand if isinstance(value, tree.Unary) and value.operator == "-" else value
     if not isinstance(number, tree.Number):
-        fail(SpecError, "E142", "'threshold' is a number, and this is not", value.span)
+        fail(SpecError, "E153", "'threshold' is a number, and this is not", value.span)
     if number is not value or not math.isfinite(number.value):
         help = "beyond it an activation is an outlier; 6 unless said, and of 0 there are no outliers"
-        fail(SpecError, "E142", "'threshold' is a number from 0", value.span, help)
+        fail(SpecError, "E153", "'threshold' is a number from 0", value.span, help)
     return float(number.value)
 
 
@@ -103,12 +103,12 @@ def _skip(value: tree.Expr) -> tuple[str, ...] | None:
     if isinstance(value, tree.Null):
         return None
     if not isinstance(value, tree.Sequence):
-        fail(SpecError, "E142", "'skip' is a list of modules, and this is not", value.span, 'as in skip = ["lm_head"]')
+        fail(SpecError, "E153", "'skip' is a list of modules, and this is not", value.span, 'as in skip = ["lm_head"]')
     names: list[str] = []
     for each in value.items:
         if not isinstance(each, tree.Text) or not _MODULE.fullmatch(each.value):
             help = 'a name, or the end of one, in double quotes: "lm_head"'
-            fail(SpecError, "E142", "this is not the name of a module", each.span, help)
+            fail(SpecError, "E153", "this is not the name of a module", each.span, help)
         if each.value in names:
             fail(SpecError, "E147", f"the module {expression.text(each)} is named twice", each.span)
         names.append(each.value)

@@ -70,7 +70,7 @@ def _convert(hyperparameter: tree.Hyperparameter, value: Value, place: tree.Expr
                 return value
             listed = ", ".join(map(expression.quoted, hyperparameter.choices))
             help = did_you_mean(value, hyperparameter.choices) or f"it is one of {listed}"
-            fail(SpecError, "E142", f"{expression.quoted(value)} is not a choice for '{name}'", place.span, help=help)
+            fail(SpecError, "E151", f"{expression.quoted(value)} is not a choice for '{name}'", place.span, help=help)
         case _:
             pass
     written = expression.text(expression.literal(value))

@@ -106,7 +106,7 @@ class Builder(ExpressionBuilder):
         modes = ("none", "all", "adapter")
         if token not in modes:
             hint = did_you_mean(token, modes) or "a bias is 'none', 'all' or 'adapter'"
-            fail(SpecError, "E149", f"'{token}' is not a choice of biases", self._of(token), help=hint)
+            fail(SpecError, "E151", f"'{token}' is not a choice of biases", self._of(token), help=hint)
         return tree.BiasClause(cast(Literal["none", "all", "adapter"], str(token)), span=self._span(node))
 
     def _train(self, node: LarkTree) -> tree.TrainClause:
@@ -233,7 +233,7 @@ class Builder(ExpressionBuilder):
         type_name = cast(Token, kind)
         if type_name not in TYPES:
             hint = did_you_mean(type_name, TYPES) or f"a type is one of {', '.join(TYPES)}"
-            fail(SpecError, "E132", f"'{type_name}' is not a type", self._of(type_name), help=hint)
+            fail(SpecError, "E155", f"'{type_name}' is not a type", self._of(type_name), help=hint)
         values = () if choices is None else tuple(self._string(each) for each in tokens_of(choices))
         return tree.Hyperparameter(
             str(name),

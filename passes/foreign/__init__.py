@@ -1,7 +1,7 @@
 """What other libraries call things, one file a library: arguments, outputs, fields of configs, attributes.
 
 Everything else asks for roles, so that a release which renames something is met here and nowhere else. Only names are
-here, and how to find them on what a library hands over; no library is imported.
+here, and how to find them on what a library hands over.
 
-Never here: what is done with a thing that has a name.
+Never here: an import of the library; a tensor; a graph.
 """

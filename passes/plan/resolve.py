@@ -170,7 +170,7 @@ def _chosen(spec: AdapterSpec, ground: ModelSurvey, trained: Collection[str]) ->
     if chosen and not left and spec.strict:
         span = targets[0].selectors[0].span or targets[0].span
         help = "leave one of the two out"
-        fail(SpecError, "E574", "all that 'on' chooses is trained as a whole, by 'train'", span, help)
+        fail(SpecError, "E239", "all that 'on' chooses is trained as a whole, by 'train'", span, help)
     chosen = left
     for target in spec.refine:
         for selector in target.selectors:
@@ -201,7 +201,7 @@ def _chosen_places(spec: AdapterSpec, ground: ModelSurvey, sites: Mapping[str, S
     chosen: Chosen = {} if spec.on else dict.fromkeys(sites, (values, spec.span))
     for target in spec.on:
         if target.where is not None:
-            fail(SpecError, "E233", f"'{name}' takes whole modules: 'where' knows none", target.span)
+            fail(SpecError, "E236", f"'{name}' takes whole modules: 'where' knows none", target.span)
         for selector in target.selectors:
             hit = list(select_modules(selector, Universe((), tuple(sites))))
             if not hit and spec.strict:

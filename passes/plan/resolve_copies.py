@@ -49,7 +49,7 @@ def trained_modules(spec: AdapterSpec, tensors: Tensors) -> dict[str, bool]:
             fail(SpecError, "E225", "this module has nothing to train", selector.span)
         if spec.strict and selector in spec.tied and not any(map(tensors.is_tied, names)):
             help = "leave 'tied' out"
-            fail(SpecError, "E573", f"nothing is tied to {names[0]}", selector.span, help)
+            fail(SpecError, "E238", f"nothing is tied to {names[0]}", selector.span, help)
         for name in names:
             found[name] = found.get(name, False) or selector in spec.tied
     outermost = [name for name in tensors.universe.modules if name in found and not inside(name, found.keys() - {name})]
@@ -85,7 +85,7 @@ def chosen_copies(
     found: dict[str, tree.Selector] = {}
     for target in targets:
         if spec.strict and target.where is not None:
-            fail(SpecError, "E225", f"'{spec.rule.name}' takes whole modules: 'where' knows none", target.span)
+            fail(SpecError, "E236", f"'{spec.rule.name}' takes whole modules: 'where' knows none", target.span)
         for selector in target.selectors:
             if spec.strict and (missed := misses(selector, None, universe, modules=True)):
                 raise SpecError(*missed)
@@ -121,5 +121,5 @@ def bias_copies(
         what = "the model has none" if spec.bias == "all" else what
         help = "leave it out" if spec.bias == "all" or adapted else "say 'bias all', or leave it out"
         message = f"'bias {spec.bias}' trains nothing: {what}" + (" that is not trained anyway" if trained else "")
-        fail(SpecError, "E573", message, spec.span, help)
+        fail(SpecError, "E238", message, spec.span, help)
     return tuple(copies)

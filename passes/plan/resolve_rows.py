@@ -72,7 +72,7 @@ def _modules(
     if not clause.modules:
         if embedding not in known:
             help = "name it: tokens [...] in embed_tokens"
-            fail(SpecError, "E230", "the model does not say which of its modules embeds tokens", clause.span, help)
+            fail(SpecError, "E237", "the model does not say which of its modules embeds tokens", clause.span, help)
         return (embedding,)
     found: dict[str, tree.Selector] = {}
     for selector in clause.modules:
@@ -84,7 +84,7 @@ def _modules(
     for module, selector in found.items():
         if module not in known:
             message = f"{module} has no row for each token: it is neither an embedding nor a linear layer"
-            fail(SpecError, "E230", message, selector.span or clause.span)
+            fail(SpecError, "E237", message, selector.span or clause.span)
     return tuple(found)
 
 

@@ -119,7 +119,7 @@ def _rule(config: Mapping[str, object], methods: Mapping[str, MethodRule], where
     if not isinstance(wanted, str) or wanted not in known:
         guess = did_you_mean(wanted, known) if isinstance(wanted, str) else ""
         lines = f"{guess}\n{supported}" if guess else supported
-        fail(CheckpointError, "E320", f"PEFT type {shown(wanted)} is not supported yet", help=lines, where=where)
+        fail(CheckpointError, "E328", f"PEFT type {shown(wanted)} is not supported yet", help=lines, where=where)
     of_type = [rule for rule in methods.values() if rule.peft_type == wanted]
 
     # Where none fits, the nearest one says what is wrong; where several do, they differ in how they start, which is

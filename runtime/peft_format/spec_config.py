@@ -55,7 +55,7 @@ def spec_fields(spec: AdapterSpec) -> dict[str, object]:
     """
     text, where = spec_text(spec), f"adapter {spec.name!r}"
     if _read(text, where) != replace(spec, strict=True):
-        fail(CheckpointError, "E326", "this spec has no text of the same meaning, so it cannot be saved", where=where)
+        fail(CheckpointError, "E329", "this spec has no text of the same meaning, so it cannot be saved", where=where)
     return {"peft_type": OWN_TYPE, "format": FORMAT, "spec": text}
 
 

@@ -192,9 +192,9 @@ def test_inspect_tells_the_tensors_of_what_is_not_supported(checkpoint):
     done = peftc("inspect", "theirs")
     assert done.code == 1
     assert "not supported" in done.out
-    assert "E320" in done.err
+    assert "E328" in done.err
     found = peftc("inspect", "theirs", "--json")
-    assert (found.code, found.codes, found.json["parameters"]) == (1, ["E320"], 352)
+    assert (found.code, found.codes, found.json["parameters"]) == (1, ["E328"], 352)
 
 
 def test_inspect_damaged_and_missing(checkpoint, place):

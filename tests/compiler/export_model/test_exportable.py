@@ -182,7 +182,7 @@ def test_refused(tmp_path):
     made.export(target)  # an unchanged earlier export
     assert not (target / "mine.txt").exists()
     made.delete_adapter("a")
-    with pytest.raises(UsageError, match="E517"):
+    with pytest.raises(UsageError, match="E525"):
         made.export(tmp_path / "other")
 
 

@@ -294,10 +294,10 @@ def _written(saved, directory, quantization):
         ({"quant_method": "spqr"}, "E461", "quantized with spqr; there is no backend"),
         ({"quant_method": "sinq"}, "E461", "quantized with sinq; there is no backend"),
         ({"quant_method": "gtpq"}, "E461", "'gtpq', which transformers does not know"),
-        ({}, "E451", "no 'quant_method'"),
-        ("gptq", "E451", "not a JSON object"),
-        ({"quant_method": "gptq", "bits": "four"}, "E451", "'quantization_config' is wrong"),
-        ({"load_in_4bit": True, "bnb_4bit_quant_type": 4}, "E451", "'quantization_config' is wrong"),
+        ({}, "E464", "no 'quant_method'"),
+        ("gptq", "E464", "not a JSON object"),
+        ({"quant_method": "gptq", "bits": "four"}, "E464", "'quantization_config' is wrong"),
+        ({"load_in_4bit": True, "bnb_4bit_quant_type": 4}, "E464", "'quantization_config' is wrong"),
     ],
 )
 def test_what_other_checkpoints_are_quantized_with(quantization, code, said, saved, tmp_path):

@@ -14,11 +14,13 @@ from torch.testing import assert_close
 from peftc import compiler
 from tests.matrix import wide
 
+# One layer shows how an architecture computes; there are two where the second is of another kind.
+MIXED = {"num_hidden_layers": 2}
 SIZES = {
     "vocab_size": 128,
     "hidden_size": 64,
     "intermediate_size": 96,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 1,
     "num_attention_heads": 4,
 }
 TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -27,8 +29,8 @@ ENCODER = {**SIZES, "pad_token_id": 0, "max_position_embeddings": 128}
 SEQ2SEQ = {
     "vocab_size": 128,
     "d_model": 64,
-    "encoder_layers": 2,
-    "decoder_layers": 2,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
     "encoder_attention_heads": 4,
     "decoder_attention_heads": 4,
     "encoder_ffn_dim": 96,
@@ -41,11 +43,13 @@ MAKE: dict[str, Callable[[], nn.Module]] = {
     "mistral": lambda: T.MistralForCausalLM(T.MistralConfig(**DECODER, sliding_window=6)),
     "qwen2": lambda: T.Qwen2ForCausalLM(T.Qwen2Config(**DECODER)),
     "qwen3": lambda: T.Qwen3ForCausalLM(T.Qwen3Config(**DECODER, head_dim=16)),
-    "gemma2": lambda: T.Gemma2ForCausalLM(T.Gemma2Config(**DECODER, head_dim=16, sliding_window=6)),
+    "gemma2": lambda: T.Gemma2ForCausalLM(T.Gemma2Config(**{**DECODER, **MIXED}, head_dim=16, sliding_window=6)),
     "phi3": lambda: T.Phi3ForCausalLM(T.Phi3Config(**DECODER)),
     "mixtral": lambda: T.MixtralForCausalLM(T.MixtralConfig(**DECODER, num_local_experts=4)),
     "gpt_oss": lambda: T.GptOssForCausalLM(
-        T.GptOssConfig(**DECODER, head_dim=16, num_local_experts=4, num_experts_per_tok=2, sliding_window=6)
+        T.GptOssConfig(
+            **{**DECODER, **MIXED}, head_dim=16, num_local_experts=4, num_experts_per_tok=2, sliding_window=6
+        )
     ),
     "gpt_neox": lambda: T.GPTNeoXForCausalLM(T.GPTNeoXConfig(**SIZES, **TOKENS, max_position_embeddings=128)),
     "opt": lambda: T.OPTForCausalLM(
@@ -53,16 +57,16 @@ MAKE: dict[str, Callable[[], nn.Module]] = {
             vocab_size=128,
             hidden_size=64,
             ffn_dim=96,
-            num_hidden_layers=2,
+            num_hidden_layers=1,
             num_attention_heads=4,
             max_position_embeddings=128,
             word_embed_proj_dim=64,
             **TOKENS,
         )
     ),
-    "bloom": lambda: T.BloomForCausalLM(T.BloomConfig(vocab_size=128, hidden_size=64, n_layer=2, n_head=4, **TOKENS)),
+    "bloom": lambda: T.BloomForCausalLM(T.BloomConfig(vocab_size=128, hidden_size=64, n_layer=1, n_head=4, **TOKENS)),
     "falcon": lambda: T.FalconForCausalLM(
-        T.FalconConfig(vocab_size=128, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, **TOKENS)
+        T.FalconConfig(vocab_size=128, hidden_size=64, num_hidden_layers=1, num_attention_heads=4, **TOKENS)
     ),
     "cohere": lambda: T.CohereForCausalLM(T.CohereConfig(**DECODER)),
     "olmo2": lambda: T.Olmo2ForCausalLM(T.Olmo2Config(**DECODER)),
@@ -71,13 +75,13 @@ MAKE: dict[str, Callable[[], nn.Module]] = {
     "smollm3": lambda: T.SmolLM3ForCausalLM(T.SmolLM3Config(**DECODER)),
     "starcoder2": lambda: T.Starcoder2ForCausalLM(T.Starcoder2Config(**DECODER)),
     "distilbert": lambda: T.DistilBertForSequenceClassification(
-        T.DistilBertConfig(vocab_size=128, dim=64, hidden_dim=96, n_layers=2, n_heads=4, max_position_embeddings=128)
+        T.DistilBertConfig(vocab_size=128, dim=64, hidden_dim=96, n_layers=1, n_heads=4, max_position_embeddings=128)
     ),
     "deberta_v2": lambda: T.DebertaV2ForSequenceClassification(
         T.DebertaV2Config(**ENCODER, relative_attention=True, pos_att_type=["p2c", "c2p"], position_buckets=16)
     ),
     "modernbert": lambda: T.ModernBertForMaskedLM(
-        T.ModernBertConfig(**ENCODER, cls_token_id=1, sep_token_id=2, bos_token_id=1, eos_token_id=2)
+        T.ModernBertConfig(**{**ENCODER, **MIXED}, cls_token_id=1, sep_token_id=2, bos_token_id=1, eos_token_id=2)
     ),
     "electra": lambda: T.ElectraForTokenClassification(T.ElectraConfig(**ENCODER, embedding_size=64)),
     "clip_text": lambda: T.CLIPTextModel(T.CLIPTextConfig(**ENCODER, bos_token_id=1, eos_token_id=2)),

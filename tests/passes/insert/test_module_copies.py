@@ -56,7 +56,7 @@ def test_a_bias_is_copied_once(model):
 
 
 @pytest.mark.parametrize(
-    ("clauses", "code"), [("on mlp", "E225"), ("on ln_3", "E201"), ("on ln_1 where linear", "E225")]
+    ("clauses", "code"), [("on mlp", "E225"), ("on ln_3", "E201"), ("on ln_1 where linear", "E236")]
 )
 def test_what_it_cannot_take(model, clauses, code):
     found = refused(model, clauses)

@@ -71,7 +71,7 @@ def test_each_category_has_its_own_of_all_its_weights():
 def test_the_weights_of_all_are_no_part_of_a_formula():
     with pytest.raises(SpecError) as caught:
         read_spec("method m() { on linear W' = W + reshape(sum(sum(Ws, 0), 1), [1, in]) } adapter a = m()")
-    assert caught.value.diagnostics[0].code == "E135"
+    assert caught.value.diagnostics[0].code == "E156"
 
 
 def test_only_what_is_shared_is_by_category():

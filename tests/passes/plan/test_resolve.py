@@ -287,7 +287,7 @@ def test_a_place_is_beside_what_is_trained(ground):
         ("adapter a = prefix { refine attn with length = 3 }", "E233"),
         ("adapter a = prefix { skip h[0] }", "E233"),
         (OWN + " { on attn skip h[0] }", "E233"),
-        (OWN + " { on attn where in_features > 3 }", "E233"),
+        (OWN + " { on attn where in_features > 3 }", "E236"),
         (OWN + " { on mlp }", "E234"),
     ],
 )

@@ -49,15 +49,16 @@ def test_the_user_s_own_methods_are_called(adapted):
 
 
 def test_inherited_is_the_user_s_class_under_any_class_of_ours(adapted):
-    class More(AdaptedModel):
+    class Between(nn.Module):
         def describe(self):
-            return "ours"
+            return "of a class beside ours"
 
+    class More(AdaptedModel, Between):
         def load_state_dict(self, *args, **options):
             raise AssertionError("not this one")
 
     adapted.__class__ = adapted_class(Net, More)
-    assert adapted.describe() == "ours"
+    assert adapted.describe() == "of a class beside ours"
     assert adapted._inherited("describe")() == "the user's, of Net"
     assert adapted._inherited("load_state_dict").__func__ is Net.load_state_dict
     assert adapted._inherited("requires_grad_").__func__ is Counting.requires_grad_

@@ -332,7 +332,7 @@ def test_without_a_manifest_the_file_of_the_method_helps(net, typed, tmp_path):
     directory = tmp_path / "typed"
     (directory / "peftc_manifest.json").unlink()
     (found,) = refused(net, directory)
-    assert (found.code, 'PEFT type "GATED" is not supported' in found.message) == ("E320", True)
+    assert (found.code, 'PEFT type "GATED" is not supported' in found.message) == ("E328", True)
     (tmp_path / "methods.adapter").write_text(WITH_TYPE)
     again = compiler.load(net, directory, use=tmp_path / "methods.adapter").eval()
     again.load_adapter(directory, "more", use=tmp_path / "methods.adapter")

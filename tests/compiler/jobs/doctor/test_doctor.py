@@ -9,9 +9,12 @@ from peftc.compiler.report.installation import LibraryFacts
 from peftc.compiler.versions import Library
 from tests.compiler.commands.cli_help import peftc
 
-# Checks that need no torch, as a library could make real ones end. The first stands for the devices.
+# Checks that need no torch, as a library could make real ones end.
 FAKES = """
 import os, sys, time
+
+def devices():
+    return {"cpu": "1 threads"}
 
 def good():
     print("a library that prints")
@@ -67,7 +70,7 @@ def fake(name, *needs):
 def without_torch(on_path, monkeypatch):
     """No check imports torch: the process that runs them starts at once."""
     on_path("fake_checks.py", FAKES)
-    monkeypatch.setattr("peftc.compiler.jobs.doctor.doctor.DEVICES", fake("good"))
+    monkeypatch.setattr("peftc.compiler.jobs.doctor.doctor.DEVICES", fake("devices"))
 
 
 def test_whatever_a_library_does_is_a_line_of_the_report(without_torch):
@@ -75,11 +78,11 @@ def test_whatever_a_library_does_is_a_line_of_the_report(without_torch):
     absent = Check("absent", "fake_checks", "good", ("no-such-library",))
     checks, asked = [*map(fake, names), absent], []
     facts = doctor(checks=checks, patience=3, on_check=asked.append)
-    assert asked == ["good", *names]
+    assert asked == ["devices", *names]
     assert [check.status for check in facts.checks] == ["ok", *["fails"] * 4, "ok", "not installed"]
     good, raised, left, died, hung, after, _ = facts.checks
     assert good.told == after.told == "seen"
-    assert raised.told == "ImportError: cannot import name 'x' from 'y' (fake_checks.py:9)"
+    assert raised.told == "ImportError: cannot import name 'x' from 'y' (fake_checks.py:12)"
     assert left.told.startswith("SystemExit: a library that leaves")
     assert died.told == "the process ended with signal SIGABRT: corrupted size vs. prev_size"
     assert hung.told.startswith("the process ended with signal SIGKILL")
