@@ -59,10 +59,10 @@ class Fold:
 
     def run(self, lifted: Lifted) -> Change:
         """Rewrite in place."""
-        before, held = len(lifted.graph.nodes), len(lifted.tensors)
+        before, held = len(lifted.graph.nodes), set(lifted.names.values())
         slots = lifted.tensors_named(self.slots)
         fold(lifted, slots, {node: lifted.tensors[node] for node in slots})
-        return Change(max(len(lifted.tensors) - held, 0), max(before - len(lifted.graph.nodes), 0))
+        return Change(len(set(lifted.names.values()) - held), max(before - len(lifted.graph.nodes), 0))
 
 
 def fold(lifted: Lifted, slots: frozenset[fx.Node], values: Values) -> None:

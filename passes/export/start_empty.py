@@ -41,9 +41,25 @@ class StartEmpty:
             sizes = [rows, int(value.shape[1]), 0, int(value.shape[3])]
             node.replace_all_uses_with(emit.call(aten.new_zeros.default, like, sizes, dtype=value.dtype))
             graph.erase_node(node)
+            for other in inputs.values():
+                _shorten(other, value.shape[2])
         refresh(graph)
         return Change(made=len(emit.made), removed=len(found))
 
     def removes(self, node: fx.Node) -> bool:
         """The inputs."""
         return node.op == "placeholder" and node.target in self.pasts
+
+
+def _shorten(node: fx.Node, past: int | torch.SymInt) -> None:
+    """Let an input that counts what is past, as masks do, count it no more."""
+    value = node.meta["val"]
+    if not isinstance(past, torch.SymInt) or not any(_counts(size, past) for size in value.shape):
+        return
+    shape = [size - past if _counts(size, past) else size for size in value.shape]
+    with value.fake_mode:
+        node.meta["val"] = torch.empty(shape, dtype=value.dtype, device=value.device)
+
+
+def _counts(size: int | torch.SymInt, past: torch.SymInt) -> bool:
+    return isinstance(size, torch.SymInt) and past.node.expr in size.node.expr.free_symbols
