@@ -75,6 +75,7 @@ def broken(engine, call):
 
 
 def test_a_graph_that_is_broken_is_written_too(engine, call, tmp_path, monkeypatch):
+    monkeypatch.delenv(managed.VERIFY, raising=False)
     graph = broken(engine, call)
     managed.run(graph, [Clean()])
     monkeypatch.setenv(managed.VERIFY, "full")
