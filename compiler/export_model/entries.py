@@ -14,7 +14,7 @@ from peftc.compiler.export_model.export_options import Entry
 from peftc.compiler.trace.example_inputs import example_inputs
 from peftc.compiler.trace.samples import SIZES
 from peftc.grammar.diagnostics import UsageError, fail
-from peftc.passes.export.lift import Dimension, Given
+from peftc.passes.export.lift import Dimension
 from peftc.passes.foreign import transformers as contract
 from peftc.passes.ir.inputs import BATCH, PAST, SOURCE, CacheSlot, InputSpec, Size, inputs_of
 from peftc.passes.ir.roles import Role, Stack
@@ -77,7 +77,7 @@ def can_generate(adapted: AdaptedModel) -> bool:
     return engine.forward.cache is not None and engine.takes_cache(engine.plain_call("", _samples(adapted)))
 
 
-def given_inputs(graph: fx.Graph, encoded: int = 0) -> tuple[Given, ...]:
+def program_inputs(graph: fx.Graph, encoded: int = 0) -> tuple[InputSpec, ...]:
     """The inputs of a specialised graph. An axis that nobody knows the meaning of keeps the size it was traced with.
 
     `encoded` are the virtual tokens that an encoder has in front: what it leaves to a decoder is so much longer.
@@ -86,12 +86,11 @@ def given_inputs(graph: fx.Graph, encoded: int = 0) -> tuple[Given, ...]:
     has_past = any((PAST,) in spec.axes for spec in specs.values())
     found = []
     for node, spec in specs.items():
-        value = node.meta["val"]
-        sizes = [_hint(value.shape[axis]) if size is None else size for axis, size in enumerate(spec.axes)]
+        shape = node.meta["val"].shape
+        sizes = [_hint(shape[axis]) if size is None else size for axis, size in enumerate(spec.axes)]
         if encoded and _is_encoded(spec):
             sizes = [(SOURCE, encoded) if size == (SOURCE,) else size for size in sizes]
-        shape = tuple(sizes if has_past else map(_without_past, sizes))
-        found.append(Given(str(node.target), shape, value.dtype, value.device))
+        found.append(replace(spec, axes=tuple(sizes if has_past else map(_without_past, sizes))))
     return tuple(found)
 
 
@@ -109,10 +108,10 @@ def rows_of(graph: fx.Graph) -> int:
 
 
 def dimensions(
-    given: tuple[Given, ...], rows: int, *, max_batch_size: int | None, max_length: int | None
+    inputs: tuple[InputSpec, ...], rows: int, *, max_batch_size: int | None, max_length: int | None
 ) -> tuple[Dimension, ...]:
     """The dimensions of these inputs, each with its range. `rows` is the batch that the model was traced with."""
-    sums = [size for each in given for size in each.shape if isinstance(size, tuple)]
+    sums = [size for spec in inputs for size in spec.axes if isinstance(size, tuple)]
     used = dict.fromkeys(name for each in sums for name in each if isinstance(name, str))
     found = []
     for name in used:
@@ -122,7 +121,9 @@ def dimensions(
     return tuple(found)
 
 
-def narrowed(found: tuple[Dimension, ...], given: tuple[Given, ...], guards: tuple[str, ...]) -> tuple[Dimension, ...]:
+def narrowed(
+    found: tuple[Dimension, ...], inputs: tuple[InputSpec, ...], guards: tuple[str, ...]
+) -> tuple[Dimension, ...]:
     """The dimensions with the ranges in which the trace holds: a module may take another way for other sizes.
 
     Only the batch varies in programs of modules that nothing is known of; the sizes around the sample are tried.
@@ -133,7 +134,7 @@ def narrowed(found: tuple[Dimension, ...], given: tuple[Given, ...], guards: tup
     (batch,) = found
 
     def fits(rows: int) -> bool:
-        return holds([tuple(each if isinstance(each, int) else rows for each in own.shape) for own in given])
+        return holds([tuple(size if isinstance(size, int) else rows for size in spec.axes) for spec in inputs])
 
     low = next((rows + 1 for rows in range(batch.sample - 1, 0, -1) if not fits(rows)), 1)
     larger = [*range(batch.sample + 1, _TRIED), *(2**power for power in range(_TRIED.bit_length(), 31))]

@@ -18,11 +18,12 @@ from peftc.compiler.pipeline.lower import compilable
 from peftc.grammar.diagnostics import ModelError, fail
 from peftc.passes.export.exported import ADAPTER, exported_program
 from peftc.passes.export.fold import Fold, drop_unused
-from peftc.passes.export.lift import BoundError, Dimension, Given, Lift, Lifted
+from peftc.passes.export.lift import BoundError, Dimension, Lift, Lifted
 from peftc.passes.export.route import Route
 from peftc.passes.export.start_empty import StartEmpty
 from peftc.passes.foreign import transformers as contract
 from peftc.passes.ir.emit import Origin
+from peftc.passes.ir.inputs import InputSpec
 from peftc.passes.ir.roles import Role
 from peftc.passes.ir.traced import Traced
 from peftc.passes.virtual_tokens.insert_prefix import CARRIED
@@ -81,12 +82,13 @@ def make(
     if entered.starts:
         _start_empty(graph, entered, traced)
     is_known = isinstance(adapted, PreTrainedModel)
-    given = entries.given_inputs(graph, entries.encoded_prompts(adapted))
+    given = entries.program_inputs(graph, entries.encoded_prompts(adapted))
     rows = entries.rows_of(graph)
     ranges = entries.dimensions(given, rows, max_batch_size=max_batch_size, max_length=max_length)
     ranges = ranges if is_known else entries.narrowed(ranges, given, traced.guards)
     kept, outputs, state = _returned(entered, traced, graph)
-    if adapters == "routed" and any(each.startswith(CARRIED) for each in (*outputs, *(each.name for each in given))):
+    carries = any(name.startswith(CARRIED) for name in outputs) or any(spec.role == Role.CARRIED for spec in given)
+    if adapters == "routed" and carries:
         message = "rows cannot choose among prompts while text is generated: what they leave behind is one for all rows"
         fail(ModelError, "E647", message, help="export the plain forward, or the adapters as inputs")
     try:
@@ -104,7 +106,7 @@ def make(
         elif own:
             managed.run(lifted, [Fold(frozenset(map(_state_name, slots)))])
         drop_unused(lifted)
-        lifted.drop_inputs(contract.ENCODER_OUTPUT)
+        lifted.drop_inputs(Role.ENCODED)
     except BoundError as error:
         message = f"the graph of {adapted.base_class.__name__} holds for some sizes only: {error.reasons[0]}"
         fail(ModelError, "E644", message, help="its forward takes another way for other sizes: it cannot be exported")
@@ -113,7 +115,7 @@ def make(
     return BuiltProgram(entered, program, inputs, tuple(_outputs(lifted, outputs)), lifted.dimensions, state, slots)
 
 
-def _lifted(graph: fx.Graph, values: "_Values", given: Sequence[Given], ranges: tuple[Dimension, ...]) -> Lifted:
+def _lifted(graph: fx.Graph, values: "_Values", given: Sequence[InputSpec], ranges: tuple[Dimension, ...]) -> Lifted:
     """The graph lifted, its dimensions no larger than it holds for: a table of positions ends somewhere."""
     try:
         lifted = managed.run(graph, [Lift(tuple(given), ranges, values)]).subject

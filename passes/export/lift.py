@@ -19,13 +19,12 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.utils._sympy.numbers import int_oo
 from torch.utils._sympy.value_ranges import ValueRanges
 
+from peftc.passes.ir.inputs import InputSpec, Size, describe, spec_of
 from peftc.passes.ir.pass_manager import Change
+from peftc.passes.ir.roles import Role
 from peftc.passes.ir.stages import Stage
 
 _VIEWS = frozenset((torch.ops.aten.view.default, torch.ops.aten.reshape.default))
-
-Size = int | tuple[str | int, ...]
-"""A fixed size, or what it is the sum of: names of dimensions, and numbers."""
 
 
 @dataclass(frozen=True)
@@ -39,16 +38,6 @@ class Dimension:
     sample: int
     low: int = 1
     high: int | None = None
-
-
-@dataclass(frozen=True)
-class Given:
-    """An input of a program: its name, sizes, type and device."""
-
-    name: str
-    shape: tuple[Size, ...]
-    dtype: torch.dtype
-    device: torch.device
 
 
 class BoundError(Exception):
@@ -86,8 +75,9 @@ class Lifted:
     names: dict[fx.Node, str] = field(default_factory=dict)
     inputs: dict[str, fx.Node] = field(default_factory=dict)
 
-    def size(self, size: Size) -> int | torch.SymInt:
-        """A size in the symbols of this graph."""
+    def size(self, size: Size | None) -> int | torch.SymInt:
+        """A size in the symbols of this graph. Raises AssertionError for one that nobody knows the meaning of."""
+        assert size is not None, "an input of a program has sizes with names, or fixed ones"
         if isinstance(size, int):
             return size
         total: int | torch.SymInt = 0
@@ -110,11 +100,11 @@ class Lifted:
         with self.graph.inserting_before(next(iter(self.inputs.values()))):
             return self._put_tensor(name, value)
 
-    def add_input(self, given: Given) -> fx.Node:
+    def add_input(self, spec: InputSpec, dtype: torch.dtype, device: torch.device) -> fx.Node:
         """A placeholder for one more input, behind the others."""
         last = list(self.graph.find_nodes(op="placeholder"))[-1]
         with self.graph.inserting_after(last):
-            return self._put_input(given)
+            return self._put_input(spec, dtype, device)
 
     def move_to_inputs(self, nodes: Mapping[str, fx.Node]) -> None:
         """Make inputs, by these names, of placeholders of tensors; they stand behind the others."""
@@ -130,10 +120,10 @@ class Lifted:
         (node,) = self.graph.find_nodes(op="output")
         node.args = (tuple(node.args[0][each] for each in kept),)
 
-    def drop_inputs(self, prefix: str) -> None:
-        """Do without the inputs whose names begin so, where nothing reads them."""
+    def drop_inputs(self, role: Role) -> None:
+        """Do without the inputs of a role, where nothing reads them."""
         for name, node in list(self.inputs.items()):
-            if name.startswith(prefix) and not node.users:
+            if spec_of(node).role == role and not node.users:
                 self.graph.erase_node(node)
                 del self.inputs[name]
 
@@ -153,12 +143,13 @@ class Lifted:
         self.tensors[node], self.names[node] = value, name
         return node
 
-    def _put_input(self, given: Given) -> fx.Node:
-        node = self.graph.placeholder(given.name)
-        shape = tuple(self.size(each) for each in given.shape)
+    def _put_input(self, spec: InputSpec, dtype: torch.dtype, device: torch.device) -> fx.Node:
+        node = self.graph.placeholder(spec.name)
+        shape = tuple(self.size(size) for size in spec.axes)
         with self.mode:
-            node.meta["val"] = torch.empty(shape, dtype=given.dtype, device=given.device)
-        self.inputs[given.name] = node
+            node.meta["val"] = torch.empty(shape, dtype=dtype, device=device)
+        describe(node, spec)
+        self.inputs[spec.name] = node
         return node
 
 
@@ -174,7 +165,7 @@ class Lift:
     it leaves is a graph of its own, with its tensors beside it.
     """
 
-    inputs: tuple[Given, ...]
+    inputs: tuple[InputSpec, ...]
     dimensions: tuple[Dimension, ...]
     value_of: ValueOf = field(repr=False, compare=False)
     name: ClassVar[str] = "lift"
@@ -189,7 +180,7 @@ class Lift:
 def lift(
     graph: fx.Graph,
     value_of: ValueOf,
-    inputs: Sequence[Given],
+    inputs: Sequence[InputSpec],
     dimensions: Sequence[Dimension],
 ) -> Lifted:
     """A copy of a graph, lifted. `inputs` are those of its placeholders, in their order.
@@ -211,8 +202,9 @@ def lift(
         if name not in made:
             made[name] = lifted._put_tensor(name, value)
         copied[node] = made[name]
-    for node, given in zip(graph.find_nodes(op="placeholder"), inputs, strict=True):
-        copied[node] = lifted._put_input(given)
+    for node, spec in zip(graph.find_nodes(op="placeholder"), inputs, strict=True):
+        value = node.meta["val"]
+        copied[node] = lifted._put_input(spec, value.dtype, value.device)
     known = _known_sizes(copied)
     for node in graph.nodes:
         if node not in copied:

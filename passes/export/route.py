@@ -13,15 +13,16 @@ import torch
 from torch import fx
 
 from peftc.passes.export.fold import Values, computed, drop_unused, fixed_nodes, frontier
-from peftc.passes.export.lift import Given, Lifted, check_unbound, propagate
+from peftc.passes.export.lift import Lifted, check_unbound, propagate
 from peftc.passes.ir.emit import Emit, Origin
 from peftc.passes.ir.infer import is_same_size
+from peftc.passes.ir.inputs import BATCH, InputSpec
 from peftc.passes.ir.pass_manager import Change
+from peftc.passes.ir.roles import Role
 from peftc.passes.ir.stages import Stage
 
 aten = torch.ops.aten
 
-BATCH = "batch"
 ELEMENTWISE = frozenset(
     (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.where.self, aten.masked_fill.Tensor)
 )
@@ -69,7 +70,7 @@ def route(lifted: Lifted, slots: frozenset[fx.Node], adapters: Sequence[Values],
     fixed = fixed_nodes(lifted, slots)
     found = list(computed(lifted, adapters, wanted))
     device = next(iter(lifted.inputs.values())).meta["val"].device
-    chosen = lifted.add_input(Given(ids, ((BATCH,),), torch.int64, device))
+    chosen = lifted.add_input(InputSpec(ids, Role.ADAPTERS, axes=((BATCH,),)), torch.int64, device)
     router = _Router(lifted, chosen)
     for node in wanted:
         values = [each[node] for each in found]

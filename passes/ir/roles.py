@@ -21,6 +21,7 @@ class Role(StrEnum):
     OTHER_MASK = "other mask"
     SIGNAL = "signal"  # samples of a sound
     TASKS = "tasks"  # a number for each row
+    ADAPTERS = "adapters"  # which one, a number for each row
     OTHER = "other"
 
 

@@ -6,22 +6,34 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from peftc.passes.export.lift import Dimension, Given, Lifted, lift
+from peftc.passes.export.lift import Dimension, Lifted, lift
+from peftc.passes.ir.inputs import InputSpec
+from peftc.passes.ir.roles import Role
 
 BATCH, SEQUENCE, PAST = Dimension("batch", 3), Dimension("sequence", 5, high=64), Dimension("past", 7, low=0)
-X = Given("x", (("batch",), ("sequence",), 4), torch.float32, torch.device("cpu"))
+X = InputSpec("x", axes=(("batch",), ("sequence",), 4))
 
 
 def lifted(
-    compute: Callable[..., Any], tensors: Mapping[str, torch.Tensor], *inputs: Given, dimensions: Any = ()
+    compute: Callable[..., Any],
+    tensors: Mapping[str, torch.Tensor],
+    *inputs: InputSpec,
+    dimensions: Any = (),
 ) -> Lifted:
     """`compute(call, inputs, held)` emits nodes; `held` are the tensors' by name, and it gives the output."""
     graph = fx.Graph(owning_module=_holder(tensors))
     given = [graph.placeholder(each.name) for each in inputs]
+    for node, spec in zip(given, inputs, strict=True):
+        node.meta["val"] = torch.empty(0, dtype=dtype_of(spec))
     held = {name: graph.get_attr(name) for name in tensors}
     made = compute(graph.call_function, given, held)
     graph.output(made if isinstance(made, tuple) else (made,))
     return lift(graph, lambda name: (name, tensors[name]), inputs, dimensions or (BATCH, SEQUENCE))
+
+
+def dtype_of(spec: InputSpec) -> torch.dtype:
+    """Tokens and tasks are whole numbers."""
+    return torch.int64 if spec.role in (Role.TOKENS, Role.TASKS) else torch.float32
 
 
 def run(made: Lifted, *inputs: torch.Tensor) -> torch.Tensor:

@@ -6,12 +6,13 @@ from torch import nn
 from torch.testing import assert_close
 
 from peftc.passes.export.exported import exported_program
-from peftc.passes.export.lift import Dimension, Given
+from peftc.passes.export.lift import Dimension
+from peftc.passes.ir.inputs import InputSpec
 from tests.passes.export.lifted import SEQUENCE, X, lifted
 
 aten = torch.ops.aten
 TENSORS = {"weight": nn.Parameter(torch.randn(6, 4)), "A": torch.randn(2, 4), "B": torch.randn(6, 2)}
-SCALE = Given("scale", (("batch",),), torch.float32, torch.device("cpu"))
+SCALE = InputSpec("scale", axes=(("batch",),))
 
 
 def compute(call, inputs, held):

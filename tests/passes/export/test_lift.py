@@ -3,12 +3,14 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from peftc.passes.export.lift import BoundError, Dimension, Given
+from peftc.passes.export.lift import BoundError, Dimension
+from peftc.passes.ir.inputs import InputSpec
+from peftc.passes.ir.roles import Role
 from tests.passes.export.lifted import BATCH, PAST, SEQUENCE, X, lifted, operators, run
 
 aten = torch.ops.aten
 TENSORS = {"weight": nn.Parameter(torch.randn(6, 4)), "same": nn.Parameter(torch.randn(6))}
-CACHE = Given("cache", (("batch",), ("past",), 4), torch.float32, torch.device("cpu"))
+CACHE = InputSpec("cache", Role.CACHE, axes=(("batch",), ("past",), 4))
 
 
 def linear(call, inputs, held):
@@ -65,9 +67,9 @@ def test_a_graph_of_some_sizes_only_is_refused():
 
 def test_what_nothing_reads_can_be_dropped():
     made = lifted(linear, TENSORS, X, CACHE, dimensions=(BATCH, SEQUENCE, PAST))
-    made.drop_inputs("ca")
+    made.drop_inputs(Role.CACHE)
     assert list(made.inputs) == ["x"]
-    made.drop_inputs("x")
+    made.drop_inputs(Role.OTHER)
     assert list(made.inputs) == ["x"], "it is read"
 
 

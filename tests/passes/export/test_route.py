@@ -2,16 +2,16 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from peftc.passes.export.lift import Given
 from peftc.passes.export.route import UnroutedError, route
-from tests.passes.export.lifted import X, lifted, operators, run
+from peftc.passes.ir.inputs import InputSpec
+from peftc.passes.ir.roles import Role
+from tests.passes.export.lifted import X, dtype_of, lifted, operators, run
 
 aten = torch.ops.aten
 IDS = torch.tensor([2, 0, 1, 2])
-CPU = torch.device("cpu")
-TOKENS = Given("ids", (("batch",), ("sequence",)), torch.int64, CPU)
-TASKS = Given("tasks", (("batch",),), torch.int64, CPU)
-FLAT = Given("x", (("batch",), 4), torch.float32, CPU)
+TOKENS = InputSpec("ids", Role.TOKENS, axes=(("batch",), ("sequence",)))
+TASKS = InputSpec("tasks", Role.TASKS, axes=(("batch",),))
+FLAT = InputSpec("x", axes=(("batch",), 4))
 
 
 def linear(call, inputs, held):
@@ -70,7 +70,7 @@ def delta(call, inputs, held):
 LAWS = {
     "linear": (linear, (3, 4), (3,), X),
     "linear of rows": (linear, (3, 4), (3,), FLAT),
-    "elementwise": (added, (4,), (5, 1), Given("x", (("batch",), 5, 4), torch.float32, CPU)),
+    "elementwise": (added, (4,), (5, 1), InputSpec("x", axes=(("batch",), 5, 4))),
     "matmul": (matmul, (4, 3), None, X),
     "addmm, rows and tokens as one": (folded, (4, 3), (3,), X),
     "einsum": (einsum, (4, 3), None, X),
@@ -89,8 +89,8 @@ def adapters(v, b):
 
 
 def sample(given):
-    sizes = [{"batch": len(IDS), "sequence": 5}[each[0]] if isinstance(each, tuple) else each for each in given.shape]
-    return torch.randint(0, 9, sizes) if given.dtype == torch.int64 else torch.randn(sizes)
+    sizes = [{"batch": len(IDS), "sequence": 5}[each[0]] if isinstance(each, tuple) else each for each in given.axes]
+    return torch.randint(0, 9, sizes) if dtype_of(given) == torch.int64 else torch.randn(sizes)
 
 
 def routed(law, values, given):
@@ -149,7 +149,7 @@ def stretched(call, inputs, held):
 
 REFUSED = {
     "no law": (larger, (4,), X, "aten.maximum.default has no form"),
-    "from the left": (from_the_left, (5, 5), Given("x", (("batch",), 5, 4), torch.float32, CPU), "from the left"),
+    "from the left": (from_the_left, (5, 5), InputSpec("x", axes=(("batch",), 5, 4)), "from the left"),
     "over no rows": (stretched, (1, 4), X, "something else than rows"),
 }
 

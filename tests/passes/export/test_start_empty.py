@@ -3,13 +3,13 @@ import torch
 from torch import fx, nn
 from torch.testing import assert_close
 
-from peftc.passes.export.lift import Given
 from peftc.passes.export.start_empty import StartEmpty
 from peftc.passes.ir import pass_manager
+from peftc.passes.ir.inputs import InputSpec
 from tests.passes.export.lifted import BATCH, PAST, SEQUENCE, X, lifted
 
 aten = torch.ops.aten
-CACHE = Given("past_0_key", (("batch",), 2, ("past",), 4), torch.float32, torch.device("cpu"))
+CACHE = InputSpec("past_0_key", axes=(("batch",), 2, ("past",), 4))
 START = StartEmpty(("past_0_key", "past_0_value"), "x")
 
 
