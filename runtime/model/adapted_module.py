@@ -9,8 +9,10 @@ from typing import Any, Self, TypeVar
 import torch
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from transformers.cache_utils import Cache
 
 from peftc.grammar.diagnostics import UsageError, did_you_mean, fail
+from peftc.passes.foreign.transformers import forward_of
 from peftc.passes.quantized.schemes.known import packed
 from peftc.runtime.base.overlay import BANK, is_adapters
 from peftc.runtime.base.share import placement
@@ -256,6 +258,7 @@ def adapted_class(base: type[nn.Module], root: type[Root]) -> type[Root]:
     )
     known = frozenset(positional) | {each.name for each in parameters if each.kind is each.KEYWORD_ONLY}
     takes_more = any(each.kind is each.VAR_KEYWORD for each in parameters)
+    takes_cache = forward_of(base.forward).cache is not None
 
     def named(self: AdaptedModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         if len(args) > len(positional):
@@ -265,7 +268,8 @@ def adapted_class(base: type[nn.Module], root: type[Root]) -> type[Root]:
         for name, value in kwargs.items():
             if name in arguments:
                 raise TypeError(f"{base.__name__}.forward got two values for {name!r}")
-            if name not in known and not takes_more and name not in EXTRA_INPUTS:
+            earlier_name = takes_cache and isinstance(value, Cache)
+            if name not in known and not takes_more and name not in EXTRA_INPUTS and not earlier_name:
                 raise TypeError(f"{base.__name__}.forward has no argument {name!r}")
             arguments[name] = value
         return arguments
