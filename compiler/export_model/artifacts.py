@@ -47,10 +47,9 @@ def _written(adapted: AdaptedModel, directory: Path, options: ExportOptions) -> 
     entry = options.entry or ("generate" if entries.can_generate(adapted) else "forward")
     with TemporaryDirectory(prefix="merged.", dir=directory, ignore_cleanup_errors=True) as scratch:
         with _source(adapted, options, names, Path(scratch)) as source:
-            programs = [
-                _made(source, each, options, names, length)
-                for each in entries.entered(source, entry, options.example_inputs)
-            ]
+            programs: list[BuiltProgram] = []
+            for call in entries.entered(source, entry, options.example_inputs):
+                programs.append(_made(source, call, options, names, length, programs))
         drift = measured(adapted, programs, options.adapters, names, options.example_inputs)
         check_drift(drift, options.max_drift, options.min_agreement)
         for each in programs:
@@ -128,10 +127,17 @@ def _source(
 
 
 def _made(
-    adapted: AdaptedModel, entered: EntryCall, options: ExportOptions, names: Sequence[str], length: int | None
+    adapted: AdaptedModel,
+    entered: EntryCall,
+    options: ExportOptions,
+    names: Sequence[str],
+    length: int | None,
+    before: Sequence[BuiltProgram],
 ) -> BuiltProgram:
+    limits = {"max_batch_size": options.max_batch_size, "max_length": length}
+    slots = {name: target for made in before for name, target in made.slots.items()}
     try:
-        return make(adapted, entered, options.adapters, names, max_batch_size=options.max_batch_size, max_length=length)
+        return make(adapted, entered, options.adapters, names, **limits, beside=slots)
     except UnroutedError as error:
         where = f" at {error.site}" if error.site else ""
         message = f"rows cannot choose among these adapters{where}: {error.reason}"

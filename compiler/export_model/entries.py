@@ -16,7 +16,7 @@ from peftc.compiler.trace.samples import SIZES
 from peftc.grammar.diagnostics import UsageError, fail
 from peftc.passes.export.lift import Dimension
 from peftc.passes.foreign import transformers as contract
-from peftc.passes.ir.inputs import BATCH, PAST, SOURCE, CacheSlot, InputSpec, Size, inputs_of
+from peftc.passes.ir.inputs import BATCH, PAST, CacheSlot, InputSpec, Size, inputs_of
 from peftc.passes.ir.roles import Role, Stack
 from peftc.passes.virtual_tokens.insert_prefix import CARRIED
 from peftc.runtime.execution import nest
@@ -77,28 +77,16 @@ def can_generate(adapted: AdaptedModel) -> bool:
     return engine.forward.cache is not None and engine.takes_cache(engine.plain_call("", _samples(adapted)))
 
 
-def program_inputs(graph: fx.Graph, encoded: int = 0) -> tuple[InputSpec, ...]:
-    """The inputs of a specialised graph. An axis that nobody knows the meaning of keeps the size it was traced with.
-
-    `encoded` are the virtual tokens that an encoder has in front: what it leaves to a decoder is so much longer.
-    """
+def program_inputs(graph: fx.Graph) -> tuple[InputSpec, ...]:
+    """The inputs of a specialised graph. An axis that nobody knows the meaning of keeps the size it was traced with."""
     specs = inputs_of(graph)
     has_past = any((PAST,) in spec.axes for spec in specs.values())
     found = []
     for node, spec in specs.items():
         shape = node.meta["val"].shape
         sizes = [_hint(shape[axis]) if size is None else size for axis, size in enumerate(spec.axes)]
-        if encoded and _is_encoded(spec):
-            sizes = [(SOURCE, encoded) if size == (SOURCE,) else size for size in sizes]
         found.append(replace(spec, axes=tuple(sizes if has_past else map(_without_past, sizes))))
     return tuple(found)
-
-
-def encoded_prompts(adapted: AdaptedModel) -> int:
-    """How many virtual tokens the active adapters put in front of what a model's encoder reads."""
-    if not contract.is_encoder_decoder(getattr(adapted, "config", None)):
-        return 0
-    return sum(each.length for each in adapted._adapter_state.engine.structure.fronts if each.site.kind == "prompt")
 
 
 def rows_of(graph: fx.Graph) -> int:
@@ -225,11 +213,6 @@ def _samples(adapted: AdaptedModel) -> dict[str, torch.Tensor]:
 def _without_past(size: Size) -> Size:
     """Without a cache nothing is behind."""
     return tuple(each for each in size if each != PAST) if isinstance(size, tuple) else size
-
-
-def _is_encoded(spec: InputSpec) -> bool:
-    """Whether an encoder made it."""
-    return spec.role == Role.ENCODED or (spec.slot is not None and spec.slot.cross)
 
 
 def _hint(size: int | torch.SymInt) -> int:

@@ -70,19 +70,22 @@ def make(
     *,
     max_batch_size: int | None,
     max_length: int | None,
+    beside: Mapping[str, str] | None = None,
 ) -> BuiltProgram:
     """The program for a call, with the adapters that are active (merged, inputs) or all of these (routed).
+
+    `beside` are the slots of the programs that it is to have the names of adapters' tensors in common with.
 
     Raises ModelError where the graph holds for some sizes only, or has operators that only peftc knows.
     """
     engine: Engine = adapted._adapter_state.engine
     traced = engine.traced(entered.call)
     graph = compilable(engine.graph(entered.call))
-    slots = _slots_of(graph)
+    slots = _slots_of(graph, beside or {})
     if entered.starts:
         _start_empty(graph, entered, traced)
     is_known = isinstance(adapted, PreTrainedModel)
-    given = entries.program_inputs(graph, entries.encoded_prompts(adapted))
+    given = entries.program_inputs(graph)
     rows = entries.rows_of(graph)
     ranges = entries.dimensions(given, rows, max_batch_size=max_batch_size, max_length=max_length)
     ranges = ranges if is_known else entries.narrowed(ranges, given, traced.guards)
@@ -203,13 +206,17 @@ def _is_slot(node: fx.Node) -> bool:
     return str(node.target).startswith(ADAPTERS)
 
 
-def _slots_of(graph: fx.Graph) -> dict[str, str]:
-    """What the graph reads of the active adapters, by names; what tied weights share has the name of the first."""
-    names: dict[str, str] = {}
+def _slots_of(graph: fx.Graph, known: Mapping[str, str]) -> dict[str, str]:
+    """What the graph reads of the active adapters, by names; what tied weights share has the name of the first.
+
+    `known` are the slots of the programs beside it, which name them for all: a decode has no encoder.
+    """
+    names = {target: name for name, target in known.items()}
+    read = dict.fromkeys(str(node.target) for node in graph.find_nodes(op="get_attr") if _is_slot(node))
     for node in graph.find_nodes(op="get_attr"):
         if _is_slot(node):
             names.setdefault(str(node.target), _slot_name(node))
-    return {name: target for target, name in names.items()}
+    return {names[target]: target for target in read}
 
 
 def _slot_name(node: fx.Node) -> str:

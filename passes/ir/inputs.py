@@ -48,6 +48,11 @@ class InputSpec:
         return tuple(size if isinstance(size, int) else None for size in self.axes)
 
     @property
+    def is_encoded(self) -> bool:
+        """Whether an encoder made it: its output, or keys and values over it."""
+        return self.role == Role.ENCODED or (self.slot is not None and self.slot.cross)
+
+    @property
     def is_own_cache(self) -> bool:
         """Whether it holds keys or values of the text itself."""
         return self.role == Role.CACHE and self.slot is not None and not self.slot.cross

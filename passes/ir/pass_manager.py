@@ -1,9 +1,11 @@
 """Runs passes in order, verifies the graph after each, and keeps what they did and what they refused."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
+import torch
 from torch import fx
 
 from peftc.passes.ir.emit import Origin
@@ -89,6 +91,11 @@ def run(subject: Any, pipeline: Sequence[Pass], *, full: bool = False, watch: Wa
 
     With `full` every value is worked out anew after each pass, and not only where something changed.
     """
+    with _apart():
+        return _run(subject, pipeline, full, watch)
+
+
+def _run(subject: Any, pipeline: Sequence[Pass], full: bool, watch: Watch | None) -> Result:
     changes: dict[str, Change] = {}
     refusals: dict[Refusal, None] = {}
     for each in pipeline:
@@ -111,6 +118,18 @@ def check(graph: fx.Graph, after: Pass, *, full: bool = False) -> None:
         for node in graph.nodes:
             if after.removes(node):
                 raise VerifyError(after.name, f"node {node} ({node.target}) is what this pass removes", graph)
+
+
+@contextmanager
+def _apart() -> Iterator[None]:
+    """Values are worked out whatever the caller's mode, as traces are: under autocast an operator gives other types."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        for device in ("cpu", torch.accelerator.current_accelerator() or "cpu"):
+            kind = torch.device(device).type
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
 
 
 def graph_of(subject: Any) -> fx.Graph:

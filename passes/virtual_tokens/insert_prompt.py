@@ -81,9 +81,11 @@ class InsertPrompt:
         return Change(made=len(emit.made))
 
     def _only_mask(self, graph: fx.Graph, length: int, fronts: tuple[VirtualTokens, ...]) -> Change:
-        """A decoder that reads what an encoder with virtual tokens made: its mask of the encoder's places is short."""
+        """A decoder that reads what an encoder with virtual tokens made, which is longer than the encoder's mask."""
         mask = _mask(graph)
+        widen.lengthen_encoded(graph, length)
         if mask is None:
+            refresh(graph)
             return Change()
         emit = Emit(graph, widen.first_node(graph), Origin(self.name, fronts[0].site.name), like=mask)
         order = self._order(emit, mask, length, fronts)

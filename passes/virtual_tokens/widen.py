@@ -6,12 +6,14 @@ one; `refresh` then gives every node behind them the value that it has now.
 
 import operator
 from collections.abc import Collection, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import fx
 
 from peftc.passes.ir.emit import Emit, Origin
+from peftc.passes.ir.inputs import SOURCE, describe, inputs_of
 
 aten = torch.ops.aten
 
@@ -48,6 +50,18 @@ def led_by(emit: Emit, node: fx.Node, length: int, value: float, axis: int = 1) 
     sizes[axis] = length
     lead = emit.call(aten.new_full.default, node, sizes, value)
     return emit.call(aten.cat.default, [lead, node], axis)
+
+
+def lengthen_encoded(graph: fx.Graph, length: int) -> None:
+    """Let inputs that an encoder made be `length` longer, as they are where virtual tokens stood before its text."""
+    for node, spec in inputs_of(graph).items():
+        if not spec.is_encoded or (SOURCE,) not in spec.axes:
+            continue
+        value = node.meta["val"]
+        longer = [size + length if spec.axes[axis] == (SOURCE,) else size for axis, size in enumerate(value.shape)]
+        with value.fake_mode:
+            node.meta["val"] = torch.empty(longer, dtype=value.dtype, device=value.device)
+        describe(node, replace(spec, axes=tuple((SOURCE, length) if size == (SOURCE,) else size for size in spec.axes)))
 
 
 def wider_mask(emit: Emit, mask: fx.Node, length: int, *, queries: bool) -> fx.Node:

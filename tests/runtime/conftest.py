@@ -1,6 +1,6 @@
 """Tiny models, PEFT's adapters on them, and the plans that say the same."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from types import SimpleNamespace
@@ -17,7 +17,15 @@ from peftc.grammar.spec.values import complete
 from peftc.passes.plan.plan import AdapterPlan, PlannedCopy, PlannedSite
 from peftc.passes.plan.site import Site
 from tests import zoo
+from tests.peft_release import peft_as_oracle
 from tests.shared_traces import shared_traces  # noqa: F401  (a fixture of every test here)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def peft_computes_what_it_means() -> Iterator[None]:
+    with peft_as_oracle():
+        yield
+
 
 # Files are spelled out in these tests, shapes and all: they are small, and two layers show names that differ.
 SIZES = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}

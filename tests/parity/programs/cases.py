@@ -131,6 +131,8 @@ def _forward(name: str, rows: int, length: int, padded: bool) -> Called:
     inputs = {"input_ids": ids, "attention_mask": mask}
     if name == "t5":
         inputs["decoder_input_ids"] = text(rows, length + 2, seed=5)[0]
+    if name == "bert":
+        inputs["token_type_ids"] = (torch.arange(length) > length // 2).long().expand(rows, -1).contiguous()
     return Called("forward", inputs)
 
 

@@ -2,9 +2,12 @@
 
 transformers 5.24 calls a forward's cache `cache`. peft 0.21 hands `generate` the prefix under the name before, where it
 is ignored, looks for a cache there and finds none, and refuses classifiers whose forwards have no such argument. Here
-peft sees and says the old name and transformers the new one, so what is computed is PEFT's.
+peft sees and says the old name and transformers the new one, so what is computed is PEFT's. And transformers 5.24 has
+its own `load_adapter` ask for a peft that is not released; what it does with a file is asked all the same.
 """
 
+import functools
+import importlib.metadata
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,6 +15,7 @@ from typing import Any
 from unittest.mock import patch
 
 import transformers as hf
+import transformers.integrations.peft as transformers_peft
 from peft import PeftModelForCausalLM, PeftModelForSeq2SeqLM, peft_model
 
 NOW, BEFORE = "cache", "past_key_values"
@@ -35,6 +39,7 @@ def renamed(values: dict[str, Any], old: str, new: str) -> dict[str, Any]:
 
 
 def _prepares(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
     def prepare(self: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         inner = self.base_model_prepare_inputs_for_generation
 
@@ -48,6 +53,7 @@ def _prepares(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _reads(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
     def read(self: Any, *args: Any, **kwargs: Any) -> Any:
         backbone = self.base_model.get_submodule(self.transformer_backbone_name)
         with _as_before(self.base_model), _as_before(backbone):
@@ -80,9 +86,11 @@ def peft_as_oracle() -> Iterator[None]:
     if knows_transformers():
         yield
         return
+    installed = importlib.metadata.version("peft")
     changed = [(kind, "prepare_inputs_for_generation", _prepares) for kind in GENERATING]
     changed += [(kind, "_prefix_tuning_forward", _reads) for kind in READING]
-    patches = [patch.object(kind, name, how(getattr(kind, name))) for kind, name, how in changed]
+    patches: list[Any] = [patch.object(transformers_peft, "MIN_PEFT_VERSION", installed)]
+    patches += [patch.object(kind, name, how(getattr(kind, name))) for kind, name, how in changed]
     for each in patches:
         each.start()
     try:
