@@ -112,6 +112,8 @@ def test_what_the_page_says_is_so(page, workshop, monkeypatch, capfd):
 def run(command, where, monkeypatch, capfd):
     capfd.readouterr()
     words = shlex.split(command.text)
+    while re.fullmatch(r"[A-Z_]+=\S*", words[0]):
+        monkeypatch.setenv(*words.pop(0).split("=", 1))
     if words[0] == "peftc":
         monkeypatch.setattr(sys, "argv", words)
         with pytest.raises(SystemExit) as ended:
