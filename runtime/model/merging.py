@@ -167,6 +167,8 @@ def mergeable(state: AdapterSet, names: Sequence[str] | None) -> Active:
     if state.displaced:
         fail(UsageError, "E516", "the model is merged already", help="call unmerge_adapter first")
     active = state.active if names is None else _subset(state, names)
+    if not state.names():
+        fail(UsageError, "E525", "there is no adapter, so there is nothing to merge", help="add or load one first")
     if not active:
         fail(UsageError, "E517", "no adapter is active, so there is nothing to merge", help="call set_adapter first")
     _check_mergeable(state, active)
