@@ -129,7 +129,8 @@ def test_quantized_to_eight_bits(models: Any) -> None:
 def test_what_transformers_refuses_it_refuses_here(kind: str, models: Any, zoo: Any) -> None:
     said = []
     for model in models("llama"):
-        with pytest.raises((AssertionError, ImportError)) as caught:
+        # A torch for CUDA refuses the stream where there is no driver, a torch for processors what is done with it.
+        with pytest.raises((AssertionError, ImportError, RuntimeError)) as caught:
             _tokens(model, _prompt(zoo, "llama", 1, 4), cache_implementation=kind)
         said.append((caught.type, str(caught.value)))
     assert said[0] == said[1]
@@ -147,9 +148,9 @@ class _NoStream:
 def test_offloaded(kind: Any, models: Any, zoo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     ours, _ = models("llama")
     monkeypatch.setattr(torch.cuda, "default_stream", lambda _: _NoStream())
+    monkeypatch.setattr(torch, "Stream", _NoStream)
     sizes = {"max_cache_len": 20} if kind is StaticCache else {}
     cache = kind(config=ours.config, offloading=True, **sizes)
-    cache.prefetch_stream = _NoStream()
     offloaded: list[int] = []
     monkeypatch.setattr(cache, "offload", lambda index, *_: offloaded.append(index))
     prompt = _prompt(zoo, "llama", 2, 6)
