@@ -24,9 +24,9 @@ def test_every_argument_of_an_export_is_an_option_with_its_default():
 
 
 REFUSED = {
-    "format": ({"format": "pt"}, "E640", "format cannot be 'pt'"),
-    "adapters": ({"format": "pt2", "adapters": "routd"}, "E640", "did you mean 'routed'?"),
-    "entry": ({"format": "pt2", "entry": "decode"}, "E640", "it is one of forward, generate"),
+    "format": ({"format": "pt"}, "E649", "format cannot be 'pt'"),
+    "adapters": ({"format": "pt2", "adapters": "routd"}, "E649", "did you mean 'routed'?"),
+    "entry": ({"format": "pt2", "entry": "decode"}, "E649", "it is one of forward, generate"),
     "adapters of a checkpoint": ({"adapters": "inputs"}, "E640", "a checkpoint has its adapters merged"),
     "rows of a checkpoint": ({"max_batch_size": 2}, "E640", "max_batch_size has no meaning here: it is for programs"),
     "shards": ({"format": "onnx", "max_shard_size": 3}, "E640", "it is for checkpoints, not for onnx"),

@@ -107,13 +107,13 @@ class Before:
 
 def test_transformers_loads_the_directory(adapted: Any, tmp_path: Path) -> None:
     adapted.export(tmp_path / "plain", format="pt2", entry="forward")
-    loaded = ExportedModel.from_pretrained(tmp_path / "plain")
+    loaded = ExportedModel.from_pretrained(tmp_path / "plain", trust_remote_code=True)
     assert_close(shown(loaded), outcome(adapted), **NEAR)
     assert loaded.config.hidden_size == 32
     calls = cases.calls("llama", "generate")
     said = cases.said(adapted, calls)
     adapted.export(tmp_path / "speaks", format="pt2")
-    runners = ExportedModel.from_pretrained(tmp_path / "speaks").runners
+    runners = ExportedModel.from_pretrained(tmp_path / "speaks", trust_remote_code=True).runners
     empty = {f"past_0_{role}": torch.zeros(1, 2, 0, 8) for role in ("key", "value")}
     first = runners["prefill"](**calls[0].inputs, **empty)
     assert_close(first["logits"], said[0]["logits"], **NEAR)
