@@ -3,16 +3,22 @@
 import shutil
 import subprocess
 
-from peftc.grammar.diagnostics import ModelError, fail
+from peftc.grammar.diagnostics import ModelError, UsageError, fail
 
 HELP = "install graphviz (apt install graphviz, brew install graphviz, graphviz.org/download) or write DOT text"
 
 
-def to_svg(dot_text: str) -> bytes:
-    """The drawing. Raises ModelError where graphviz is missing or fails."""
+def graphviz() -> str:
+    """The program that draws. Raises UsageError where there is none."""
     program = shutil.which("dot")
     if program is None:
-        fail(ModelError, "E430", "drawing needs graphviz: its program 'dot' is not on the PATH", help=HELP)
+        fail(UsageError, "E552", "graphviz is not installed: its program 'dot' is not on the PATH", help=HELP)
+    return program
+
+
+def to_svg(dot_text: str) -> bytes:
+    """The drawing. Raises UsageError where graphviz is missing, ModelError where it fails."""
+    program = graphviz()
     drawn = subprocess.run([program, "-Tsvg"], input=dot_text.encode(), capture_output=True, check=False)
     if drawn.returncode != 0:
         said = drawn.stderr.decode(errors="replace").strip() or f"exit code {drawn.returncode}"

@@ -15,7 +15,7 @@ from peftc.compiler.load_model.models import FoundModel, find_model, seeded
 from peftc.compiler.load_model.tokenizers import tokenizer_for
 from peftc.compiler.pipeline.lower import specialise
 from peftc.compiler.trace.example_inputs import example_inputs
-from peftc.grammar.diagnostics import ModelError, SpecError, UsageError, fail
+from peftc.grammar.diagnostics import ModelError, SpecError, fail
 from peftc.grammar.source import Source
 from peftc.grammar.spec.elaborate import read_spec
 from peftc.grammar.spec.no_match import misses
@@ -61,8 +61,8 @@ def draw(
         ModelError: the model cannot be found or traced.
         UsageError: an svg is asked for and graphviz is not installed.
     """
-    if format == "svg" and not can_render():
-        fail(UsageError, "E552", "graphviz is not installed", help="install it (its command is dot), or ask for dot")
+    if format == "svg":
+        diagram.graphviz()
     meant = spec if isinstance(spec, Spec) else read_spec(spec)
     found = as_found(model, meant.quantize)
     with seeded(found.seed or 0):

@@ -78,7 +78,7 @@ def why_not(node: fx.Node) -> str | None:
     if torch.Tag.inplace_view in getattr(operator, "tags", ()):
         # The recorded operand is what it is afterwards: doing it again would change it once more.
         return "it changes the shape of its operand in place"
-    if _unbacked(value) - _unbacked([each.meta.get("val") for each in _nodes(node)]):
+    if _unbacked(value) - _unbacked([each.meta.get("val") for each in node.all_input_nodes]):
         # A mask's number of true places, an item: each run would give it another symbol.
         return "it has a size that only data says"
     return None
@@ -88,7 +88,7 @@ def is_effect(node: fx.Node) -> bool:
     """Whether a node gives nothing, or is an operator whose operands are graphs: neither is run on fake values."""
     if node.meta.get("val") is None or isinstance(operator_of(node), HigherOrderOperator):
         return True
-    return any(each.meta.get("val", node) is None for each in _nodes(node))
+    return any(each.meta.get("val", node) is None for each in node.all_input_nodes)
 
 
 def operator_of(node: fx.Node) -> Any:
@@ -254,10 +254,6 @@ def _again(part: Any, leaves: Iterable[Any], mode: FakeTensorMode) -> Any:
 
 def _storage(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage()._cdata
-
-
-def _nodes(node: fx.Node) -> list[fx.Node]:
-    return node.all_input_nodes
 
 
 def _unbacked(value: Any) -> set[Any]:

@@ -7,7 +7,7 @@ import torch
 from torch import fx
 
 from peftc.passes.ir.emit import Origin
-from peftc.passes.ir.pass_manager import Change
+from peftc.passes.ir.pass_manager import Change, Miss
 from peftc.passes.ir.stages import Stage
 from peftc.passes.quantized.packed_operators import PACKED_LINEAR
 
@@ -30,15 +30,21 @@ class AddInPlace:
 
     def run(self, graph: fx.Graph) -> Change:
         """Rewrite in place."""
-        made = 0
+        made, misses = 0, []
         for node in graph.find_nodes(op="call_function", target=aten.index_add.default):
-            if self.check(node):
+            miss = self.check(node)
+            if miss is None:
                 node.target = aten.index_add_.default
                 made += 1
-        return Change(made=made)
+            else:
+                misses.append(miss)
+        return Change(made=made, misses=tuple(misses))
 
-    def check(self, node: fx.Node) -> bool:
-        """Whether an addition is an adapter's, and into what nobody else reads."""
+    def check(self, node: fx.Node) -> Miss | None:
+        """Why an addition is not an adapter's, or not into what nobody else reads."""
         into = node.args[0]
-        ours = isinstance(node.meta.get("peftc"), Origin)
-        return ours and isinstance(into, fx.Node) and into.target in OWN and len(into.users) == 1
+        if not isinstance(node.meta.get("peftc"), Origin):
+            return Miss("not an adapter's", node)
+        if not isinstance(into, fx.Node) or into.target not in OWN:
+            return Miss("what it adds to has no output of its own", node)
+        return Miss("what it adds to is read elsewhere", node) if len(into.users) > 1 else None

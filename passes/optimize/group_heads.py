@@ -7,7 +7,7 @@ import torch
 from torch import fx
 
 from peftc.passes.ir.emit import Emit, Origin
-from peftc.passes.ir.pass_manager import Change
+from peftc.passes.ir.pass_manager import Change, Miss
 from peftc.passes.ir.stages import Stage
 
 aten = torch.ops.aten
@@ -26,10 +26,11 @@ class GroupHeads:
 
     def run(self, graph: fx.Graph) -> Change:
         """Rewrite in place."""
-        made = 0
+        made, misses = 0, []
         for node in graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default):
             keys, values = repeated(node.args[1]), repeated(node.args[2])
             if keys is None or values is None or node.kwargs.get("enable_gqa"):
+                misses.append(Miss("its keys and values are not repeated, or are by itself", node))
                 continue
             emit = Emit(graph, node, Origin(self.name), like=node)
             grouped = emit.call(
@@ -40,7 +41,7 @@ class GroupHeads:
             made += 1
         if made:
             graph.eliminate_dead_code()
-        return Change(made=made)
+        return Change(made=made, misses=tuple(misses))
 
 
 def repeated(node: object) -> fx.Node | None:

@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from peftc.passes.ir.emit import Emit, Origin
-from peftc.passes.ir.pass_manager import Change
+from peftc.passes.ir.pass_manager import Change, Miss
 from peftc.passes.ir.stages import Stage
 
 aten = torch.ops.aten
@@ -27,8 +27,11 @@ class JoinCats:
     def run(self, graph: fx.Graph) -> Change:
         """Rewrite in place."""
         made = removed = 0
+        misses: list[Miss] = []
         for node in graph.find_nodes(op="call_function", target=aten.cat.default):
-            if not self.check(node):
+            miss = self.check(node)
+            if miss is not None:
+                misses.append(miss)
                 continue
             axis = _axis(node)
             for user in list(node.users):
@@ -41,16 +44,20 @@ class JoinCats:
                     removed += 1
             graph.erase_node(node)
             removed += 1
-        return Change(made=made, removed=removed)
+        return Change(made=made, removed=removed, misses=tuple(misses))
 
-    def check(self, node: fx.Node) -> bool:
-        """Whether an adapter's concatenation is read by others along its axis, and for its sizes, only."""
-        if not isinstance(node.meta.get("peftc"), Origin) or not node.users:
-            return False
-        return all(
-            (user.target is aten.cat.default and _axis(user) == _axis(node)) or user.target is aten.sym_size.int
-            for user in node.users
-        )
+    def check(self, node: fx.Node) -> Miss | None:
+        """Why a concatenation is not an adapter's, or read by more than others along its axis and for its sizes."""
+        if not isinstance(node.meta.get("peftc"), Origin):
+            return Miss("not an adapter's", node)
+        if not node.users:
+            return Miss("nothing reads it", node)
+        for user in node.users:
+            if user.target is aten.cat.default and _axis(user) == _axis(node):
+                continue
+            if user.target is not aten.sym_size.int:
+                return Miss(f"read by {user}, which is no concatenation along its axis", node)
+        return None
 
     def _measure(self, graph: fx.Graph, user: fx.Node, node: fx.Node, axis: int) -> int:
         """Put the size that `user` asks for in its place."""

@@ -23,11 +23,6 @@ def is_done(graph: fx.Graph, name: str) -> bool:
     return any(isinstance(o := node.meta.get("peftc"), Origin) and o.made_by == name for node in graph.nodes)
 
 
-def placeholders(graph: fx.Graph) -> dict[str, fx.Node]:
-    """The inputs by name."""
-    return {str(node.target): node for node in graph.find_nodes(op="placeholder")}
-
-
 def first_node(graph: fx.Graph) -> fx.Node:
     """The first node after the inputs: nothing before it reads any."""
     return list(graph.find_nodes(op="placeholder"))[-1].next

@@ -151,7 +151,7 @@ def test_graph_writes_a_file_in_the_form_its_name_says(place):
 
 
 def test_graph_without_graphviz_says_so(place, monkeypatch):
-    monkeypatch.setattr(drawing, "can_render", lambda: False)
+    monkeypatch.setenv("PATH", "")
     done = peftc("graph", "net.adapter", "factories:good", "--format", "svg")
     assert done.code == 3
     assert "graphviz is not installed" in done.err

@@ -5,7 +5,7 @@ import shutil
 import pytest
 
 from peftc.compiler.diagram import build, to_dot, to_svg
-from peftc.grammar.diagnostics import ModelError
+from peftc.grammar.diagnostics import ModelError, UsageError
 
 needs_graphviz = pytest.mark.skipif(shutil.which("dot") is None, reason="graphviz is not installed")
 
@@ -19,7 +19,7 @@ def test_a_picture_is_drawn(tiny) -> None:
 
 def test_without_graphviz(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
-    with pytest.raises(ModelError, match="E430") as caught:
+    with pytest.raises(UsageError, match="E552") as caught:
         to_svg("digraph {}")
     assert "install graphviz" in caught.value.diagnostics[0].help
 

@@ -55,13 +55,21 @@ def test_twice_is_once(lab):
     assert lab.show(graph) == once
 
 
-@pytest.mark.parametrize(
-    "otherwise", [{"own": False}, {"outer": 1}, {"reader": aten.clone.default}], ids=["the model's", "axis", "reader"]
-)
-def test_what_is_read_otherwise_is_left(otherwise, lab):
+OTHERWISE = {
+    "the model's": ({"own": False}, "not an adapter's"),
+    "axis": ({"outer": 1}, "which is no concatenation along its axis"),
+    "reader": ({"reader": aten.clone.default}, "read by clone"),
+}
+
+
+@pytest.mark.parametrize("case", OTHERWISE)
+def test_what_is_read_otherwise_is_left(case, lab):
+    otherwise, reason = OTHERWISE[case]
     graph = behind(lab, **otherwise)
     before = lab.show(graph)
-    assert JoinCats().run(graph) == pass_manager.Change()
+    change = JoinCats().run(graph)
+    assert change == pass_manager.Change()
+    assert reason in change.misses[0].reason
     assert lab.show(graph) == before
 
 
