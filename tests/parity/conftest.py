@@ -191,12 +191,12 @@ class Zoo:
         """Batch and sequence sizes to compare at."""
         return ((1, 5), (2, 9), (4, 3)) if name != "vit" else ((1, 1), (2, 1), (5, 1))
 
-    def same(self, one: Any, other: Any, name: str, base: Any = None, **options: Any) -> None:
+    def same(self, one: Any, other: Any, name: str, base: Any = None, near: float = 1e-5, **options: Any) -> None:
         """Both compute the same at every size; `base`, if given, computes something else."""
         for rows, length in self.shapes(name):
             batch = self.batch(name, rows, length)
             ours, theirs = self.logits(one, batch, **options), self.logits(other, batch, **options)
-            torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(ours, theirs, atol=near, rtol=near)
             if base is not None:
                 assert (ours - self.logits(base, batch, **options)).abs().max() > 1e-3
 

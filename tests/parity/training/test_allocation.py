@@ -15,6 +15,7 @@ from peftc import compiler
 from tests.matrix import wide
 
 STEPS = 16
+TRAINED = 5e-5  # two trainings by Adam, which makes steps of one size out of gradients of any, rounded differently
 SCHEDULE = dict(init_r=5, target_r=2, total_step=STEPS, tinit=2, tfinal=4, deltaT=2, beta1=0.8, beta2=0.7)
 TARGETS = {"llama": ["q_proj", "v_proj", "down_proj"], "gpt2": ["c_attn", "c_proj"], "bert": ["query", "dense"]}
 TASKS = {"llama": "CAUSAL_LM", "gpt2": "CAUSAL_LM", "bert": "SEQ_CLS"}
@@ -108,7 +109,7 @@ def test_masks_and_losses(name: str, kind: str, zoo: Any, load: Load, tmp_path: 
     assert kept[:3] == [0, 0, 0]
     assert sorted(kept[4:], reverse=True) == kept[4:]
     assert kept[-1] == sites * SCHEDULE["target_r"] < kept[4]
-    zoo.same(ours.eval(), theirs.eval(), name, base=zoo.model(name))
+    zoo.same(ours.eval(), theirs.eval(), name, base=zoo.model(name), near=TRAINED)
 
 
 def test_files_both_ways(zoo: Any, load: Load, tmp_path: Path) -> None:
@@ -126,16 +127,16 @@ def test_files_both_ways(zoo: Any, load: Load, tmp_path: Path) -> None:
     assert {key: each.shape for key, each in ours.get_adapter_state_dict().items()} == {
         key: each.shape for key, each in with_tensors.items()
     }
-    zoo.same(theirs, ours, "llama", base=zoo.model("llama"))
+    zoo.same(theirs, ours, "llama", base=zoo.model("llama"), near=TRAINED)
     for directory in (tmp_path / "ours", tmp_path / "theirs"):
         loaded = load("llama", directory)
         zoo.same(zoo.reference("llama", directory), loaded, "llama", base=zoo.model("llama"))
-        zoo.same(loaded, theirs, "llama")
+        zoo.same(loaded, theirs, "llama", near=TRAINED)
         assert loaded.rank_pattern("default") == configs[1]["rank_pattern"]
         loaded.save_pretrained(tmp_path / "again")
-        zoo.same(zoo.reference("llama", tmp_path / "again"), theirs, "llama")
+        zoo.same(zoo.reference("llama", tmp_path / "again"), theirs, "llama", near=TRAINED)
         loaded.merge_adapter()
-        zoo.same(loaded, theirs, "llama")
+        zoo.same(loaded, theirs, "llama", near=TRAINED)
 
 
 def test_a_site_that_loses_every_rank(zoo: Any, load: Load, tmp_path: Path) -> None:

@@ -109,6 +109,9 @@ ALWAYS = (
 # added up in another order than PEFT has it (IA3 and VeRA on Llama); float32 rounds by 1.2e-7 at every step.
 OUTPUTS, GRADIENTS = 2e-6, 1e-5
 
+# int8 rounds what it is given to 8 bits, and a last digit of float32 may fall to either side: one step of one number.
+STEP = 5e-3
+
 
 class Stored(nn.Linear):
     """A dense linear as PEFT sees it, which computes as the packed module does: where that rounds what it is given."""
@@ -285,8 +288,8 @@ def test_outputs_and_gradients(cell: str, bases: Callable[[str], Bases], tmp_pat
     case = Cell(mode, kind, method, bases(model))
     for checkpoint in case.checkpoints(tmp_path):
         mine, its = case.ours(checkpoint), case.theirs(checkpoint, kind)
-        assert distance(mine, its, ["output"]) < OUTPUTS
-        assert distance(mine, its) < GRADIENTS
+        assert distance(mine, its, ["output"]) < (STEP if kind == "int8" else OUTPUTS)
+        assert distance(mine, its) < (10 * STEP if kind == "int8" else GRADIENTS)
 
 
 @pytest.mark.filterwarnings("ignore")
