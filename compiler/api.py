@@ -10,6 +10,7 @@ from torch import fx, nn
 from peftc.compiler.export_model.exportable import Exportable
 from peftc.compiler.load_model.quantizing import check_is_backed, quantize_linears
 from peftc.compiler.pipeline.lower import lower, specialise
+from peftc.compiler.trace.regions import trace_region
 from peftc.compiler.trace.trace import Tracer
 from peftc.compiler.versions import warn_if_untested
 from peftc.grammar.diagnostics import ModelError, UsageError, fail
@@ -25,7 +26,7 @@ from peftc.passes.plan.structure import Structure
 from peftc.passes.quantized.foreign import check_quantization
 from peftc.passes.quantized.schemes.known import packed_modules
 from peftc.runtime.base.overlay import BANK
-from peftc.runtime.base.share import share
+from peftc.runtime.base.share import rebound, share
 from peftc.runtime.execution.call import Call
 from peftc.runtime.execution.engine import Engine
 from peftc.runtime.execution.program import Lowered
@@ -39,6 +40,9 @@ from peftc.runtime.model.adding import add_fresh, plan_adapters
 from peftc.runtime.model.base_weights import ADAPTED, STATE, BaseProvenance, BaseWeights, base_view
 from peftc.runtime.model.loading import load_adapter
 from peftc.runtime.peft_format.load_options import LoadOptions
+from peftc.runtime.regions.modules import Regions, checked, layers_become_regions
+from peftc.runtime.regions.region import RegionCall, RegionTrace
+from peftc.runtime.regions.within import HEAD
 
 
 class Compiler:
@@ -62,8 +66,12 @@ class Compiler:
         autocast: bool,
         choice: Choice,
         mode: str,
+        region: nn.Module | None = None,
     ) -> fx.Graph:
         """The trace with adapters in it. Raises ModelError."""
+        stored = packed_modules(self._model if region is None else region)
+        if region is not None:
+            stored = {f"{HEAD}.{name}".rstrip("."): each for name, each in stored.items()}
         return specialise(
             traced,
             structure,
@@ -72,8 +80,12 @@ class Compiler:
             autocast=autocast,
             choice=choice,
             mode=mode,
-            packed=packed_modules(self._model),
+            packed=stored,
         )
+
+    def trace_region(self, module: nn.Module, call: RegionCall) -> RegionTrace:
+        """The graph of a module for calls like this one. Raises ModelError for what has none."""
+        return trace_region(module, call)
 
     def takes_cache(self, call: Call) -> bool:
         """Whether the model can be given keys and values that attention sees beside the call's own."""
@@ -124,6 +136,7 @@ def apply(
     tokenizer: Any | None = None,
     dense: Source | None = None,
     prepare_for_kbit_training: bool = True,
+    regions: Regions = "layers",
 ) -> AdaptedModel:
     """Put the adapters of a spec into a model.
 
@@ -144,6 +157,9 @@ def apply(
         prepare_for_kbit_training: On a quantized base, hold what is not quantized (norms, embeddings, the head) in
             float32, as PEFT's `prepare_model_for_kbit_training` does. The user's model keeps its own, and so does what
             is unloaded. Without effect elsewhere.
+        regions: Which modules run graphs: the members of repeated stacks and adapted modules outside of them
+            ("layers"), adapted modules alone ("modules"), or the whole model at once ("model"). Everything else runs
+            the model's own Python.
 
     Returns:
         An object of the model's class with the spec's adapters, freshly initialised. The adapters that the spec
@@ -156,7 +172,7 @@ def apply(
             dense model.
     """
     meant = spec if isinstance(spec, Spec) else read_spec(spec)
-    adapted = adapt(_checked(model))
+    adapted = adapt(_checked(model), regions=checked(regions))
     state = adapted._adapter_state
     check_base(meant.base, state.engine.backend.survey())
     if meant.quantize is not None and quantize_linears(adapted, meant.quantize):
@@ -187,6 +203,7 @@ def load(
     use: str | PathLike[str] | None = None,
     values: Mapping[str, Value] | None = None,
     prepare_for_kbit_training: bool = True,
+    regions: Regions = "layers",
 ) -> AdaptedModel:
     """Put an adapter from a PEFT checkpoint, ours or peft's, into a model.
 
@@ -206,12 +223,13 @@ def load(
         values: Hyperparameters that are to be other than the file says. `{"peft_compatible": True}` has virtual tokens
             counted and returned as PEFT does.
         prepare_for_kbit_training: As in `apply`, if the adapter `is_trainable`.
+        regions: As in `apply`.
 
     Raises:
         CheckpointError: the checkpoint is damaged, unsupported, or does not fit the model.
         ModelError: the model cannot be copied or traced.
     """
-    adapted = adapt(_checked(model))
+    adapted = adapt(_checked(model), regions=checked(regions))
     if is_trainable and prepare_for_kbit_training:
         adapted._adapter_state.base.widen()
     options = LoadOptions(
@@ -230,12 +248,12 @@ def load(
     return adapted
 
 
-def adapt(model: nn.Module) -> AdaptedModel:
+def adapt(model: nn.Module, *, regions: Regions = "layers") -> AdaptedModel:
     """An adapted model that has no adapter yet."""
     warn_if_untested()
     plain = share(model, requires_grad=False)
     adapted: AdaptedModel = object.__new__(adapted_class(type(model), AdaptedModel))
-    adapted.__dict__.update(plain.__dict__)
+    adapted.__dict__.update({name: rebound(value, plain, adapted) for name, value in plain.__dict__.items()})
     bank = nn.Module()
     adapted.add_module(BANK, bank)
     requires_grad = dict.fromkeys((name for name, _ in plain.named_parameters(remove_duplicate=False)), False)
@@ -244,9 +262,13 @@ def adapt(model: nn.Module) -> AdaptedModel:
     facts = BaseProvenance(base_name=name, base_revision=revision)
     engine = Engine(Compiler(adapted), adapted)
     base = BaseWeights(adapted, engine, requires_grad=requires_grad, facts=facts)
-    adapted.__dict__[STATE] = AdapterSet(engine, bank, base)
+    adapted.__dict__[STATE] = AdapterSet(engine, bank, base, regions=regions)
     if any(getattr(each, contract.CHECKPOINTING, False) is True for each in model.modules()):
+        layers_become_regions(adapted, adapted._adapter_state.host)
         engine.recompute = Recompute()
+        for each in adapted.modules():
+            if getattr(each, contract.CHECKPOINTING, False) is True:
+                setattr(each, contract.CHECKPOINTING, False)  # layers are computed again by their regions
     mark_adapted(adapted)
     return adapted
 

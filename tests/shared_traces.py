@@ -13,16 +13,23 @@ from collections.abc import Hashable, Iterator
 import pytest
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
+from peftc.compiler.api import Compiler
 from peftc.compiler.trace.trace import Tracer
 from peftc.passes.ir.traced import Traced
+from peftc.passes.plan.plain import plain_class
+from peftc.passes.quantized.schemes.known import packed
+from peftc.runtime.execution import nest
 from peftc.runtime.execution.call import Call
+from peftc.runtime.regions.region import RegionCall, RegionTrace
 
 KNOWN = ("transformers.", "torch.")
-_MOST = 60  # traces kept, the last used ones
+_MOST = 60  # traces of models kept, the last used ones
+_MOST_REGIONS = 400
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _PLAIN = (str, int, float, bool, type(None))
+_SPELLED = (tuple, list, dict, torch.dtype)
 
 
 class SharedTraces:
@@ -30,7 +37,9 @@ class SharedTraces:
 
     def __init__(self) -> None:
         self._made: OrderedDict[Hashable, Traced] = OrderedDict()
+        self._regions: OrderedDict[Hashable, RegionTrace] = OrderedDict()
         self._trace = Tracer.trace
+        self._trace_region = Compiler.trace_region
 
     def trace(self, tracer: Tracer, call: Call) -> Traced:
         """What the tracer's own method gives."""
@@ -44,6 +53,53 @@ class SharedTraces:
         while len(self._made) > _MOST:
             self._made.popitem(last=False)
         return self._made[key]
+
+    def trace_region(self, compiler: Compiler, module: nn.Module, call: RegionCall) -> RegionTrace:
+        """What the compiler's own method gives."""
+        structure = structure_of_region(module)
+        if structure is None:
+            return self._trace_region(compiler, module, call)
+        leaves: list[torch.Tensor] = []
+        given = (*call.args, *call.kwargs.values())
+        forms = tuple(nest.flatten(each, leaves, "") for each in given)
+        same = tuple(next(at for at, other in enumerate(leaves) if other is each) for each in leaves)
+        cache = None if call.cache is None else (type(call.cache), *map(type, getattr(call.cache, "layers", ())))
+        key = (structure, len(call.args), tuple(call.kwargs), forms, tuple(map(_facts, leaves)), same, cache)
+        key = (*key, call.exact, call.numbered, torch.is_grad_enabled())
+        if call.cache is not None:  # its length goes into the trace's sizes
+            key = (*key, repr([call.cache.get_mask_sizes(2, at) for at in range(len(cache or ()) - 1)]))
+        if key not in self._regions:
+            self._regions[key] = self._trace_region(compiler, module, call)
+        self._regions.move_to_end(key)
+        while len(self._regions) > _MOST_REGIONS:
+            self._regions.popitem(last=False)
+        return self._regions[key]
+
+
+def structure_of_region(module: nn.Module) -> Hashable | None:
+    """All that a trace of a layer can depend on, or None where nobody can tell."""
+    found: list[Hashable] = []
+    for name, each in module.named_modules():
+        kind = plain_class(each)
+        if not kind.__module__.startswith(KNOWN) or packed(each) is not None:
+            return None
+        plain = sorted((key, repr(value)) for key, value in vars(each).items() if isinstance(value, _PLAIN))
+        configs = [value for value in vars(each).values() if isinstance(value, PreTrainedConfig)]
+        told = [
+            json.dumps({**c.to_dict(), "attention": c._attn_implementation}, sort_keys=True, default=repr)
+            for c in configs
+        ]
+        others = sorted(
+            (key, repr(value) if isinstance(value, _SPELLED) else getattr(value, "__qualname__", ""))
+            for key, value in vars(each).items()
+            if not key.startswith("_") and not isinstance(value, (*_PLAIN, PreTrainedConfig, torch.Tensor))
+        )
+        if any(isinstance(value, torch.Tensor) for value in vars(each).values()):
+            return None
+        found.append((name, kind, tuple(plain), tuple(told), tuple(others)))
+    named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    first: dict[int, str] = {}
+    return tuple(found), tuple((name, first.setdefault(id(each), name), *_facts(each)) for name, each in named)
 
 
 def structure_of(model: nn.Module) -> Hashable | None:
@@ -62,8 +118,13 @@ def structure_of(model: nn.Module) -> Hashable | None:
     named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     first: dict[int, str] = {}
     tensors = tuple((name, first.setdefault(id(tensor), name), *_facts(tensor)) for name, tensor in named)
-    config = {**model.config.to_dict(), "attention": model.config._attn_implementation}
-    return tuple(modules), tensors, json.dumps(config, sort_keys=True, default=repr)
+    return tuple(modules), tensors, _told(model.config)
+
+
+def _told(config: PreTrainedConfig) -> str:
+    """All that a config says."""
+    said = {**config.to_dict(), "attention": config._attn_implementation}
+    return json.dumps(said, sort_keys=True, default=repr)
 
 
 def _facts(tensor: torch.Tensor) -> tuple[Hashable, ...]:
@@ -78,4 +139,7 @@ def shared_traces() -> Iterator[None]:
     """Tests of this module trace alike models once."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Tracer, "trace", lambda tracer, call: _SHARED.trace(tracer, call))
+        patch.setattr(
+            Compiler, "trace_region", lambda compiler, module, call: _SHARED.trace_region(compiler, module, call)
+        )
         yield

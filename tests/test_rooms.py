@@ -42,6 +42,7 @@ ORDER = (
     "runtime/init",
     "runtime/execution",
     "runtime/peft_format",
+    "runtime/regions",
     "runtime/model",
     "compiler/load_model",
     "compiler/pipeline",

@@ -60,7 +60,7 @@ def test_what_a_forward_reads_makes_a_difference(change):
 def test_a_shared_trace_computes_with_the_weights_of_each():
     ids = torch.tensor([[1, 5, 9, 3]])
     models = [llama(seed) for seed in (0, 1)]
-    adapted = [compiler.apply(each, SPEC).eval() for each in models]
+    adapted = [compiler.apply(each, SPEC, regions="model").eval() for each in models]
     with torch.no_grad():
         outputs = [(one(ids).logits, own(ids).logits) for one, own in zip(models, adapted, strict=True)]
     traces = [set(map(id, each._adapter_state.engine._traces.values())) for each in adapted]

@@ -64,7 +64,7 @@ class Tracer:
         aliases = tied_names(twin.model)  # a packed module may hold no tensor of the name that the twin's weight has
         inputs = self._inputs(twin, call, layout)
         forward = _FlatForward(twin.model, call, layout)
-        with _apart(call):
+        with _apart(_device_of(call)):
             module, guards = _export(twin.model, forward, inputs, type(self._source).__name__)
         graph = _flat_graph(module, inputs)
         managed.run(graph, [SplitOwners(aliases)])
@@ -148,7 +148,7 @@ class Tracer:
         forward = _FlatForward(twin.model, call, None)
         try:
             with (
-                _apart(call),
+                _apart(_device_of(call)),
                 twin.mode,
                 torch.no_grad(),
                 patch_attributes([(torch.compiler, "is_compiling", _always)]),
@@ -157,7 +157,7 @@ class Tracer:
         except AdapterError:
             raise
         except Exception as error:
-            _refuse(type(self._source).__name__, error)
+            refuse(type(self._source).__name__, error)
 
 
 class _FlatForward:
@@ -222,7 +222,7 @@ def _export(
     except AdapterError:
         raise
     except Exception as error:  # whatever the model's own code meets under the exporter
-        _refuse(kind, error)
+        refuse(kind, error)
     finally:
         model.__dict__.pop("forward", None)
 
@@ -242,7 +242,8 @@ def _guards(code: Sequence[str], names: list[str]) -> Iterator[str]:
             yield text
 
 
-def _refuse(kind: str, error: Exception) -> NoReturn:
+def refuse(kind: str, error: Exception) -> NoReturn:
+    """Raise ModelError for what the exporter met in a forward."""
     lines = str(error).strip().splitlines() or ["no message"]
     help = "its forward depends on data, or on something torch.export does not support; the cause is chained"
     if isinstance(error, ValueError | TypeError):
@@ -316,13 +317,16 @@ def _cached_stack(layout: caches.Layout) -> Stack:
     return Stack.DECODER if layout.is_encoder_decoder else Stack.ONLY
 
 
+def _device_of(call: Call) -> str:
+    return call.tensors[0].device.type if call.tensors else "cpu"
+
+
 @contextmanager
-def _apart(call: Call) -> Iterator[None]:
+def _apart(device: str) -> Iterator[None]:
     """Trace whatever the caller's mode: the graph serves calls inside and outside of autocast and inference mode.
 
     Keeps the exporter's advice, which is not for our user, off the user's screen.
     """
-    device = call.tensors[0].device.type if call.tensors else "cpu"
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     exporter = logging.getLogger("torch.export")

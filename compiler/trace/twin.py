@@ -1,6 +1,7 @@
 """A fake twin: a model's structure over tensors without data, for the exporter to do with as it likes."""
 
 import copy
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -8,6 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from peftc.grammar.diagnostics import ModelError, fail
 from peftc.passes.foreign import transformers as contract
+from peftc.passes.plan.plain import make_plain
 from peftc.passes.quantized.packed_operators import QUANTIZED_LINEAR
 from peftc.passes.quantized.schemes.known import Packed, packed
 
@@ -17,12 +19,13 @@ class Twin:
 
     Tracing it needs no memory and no kernels and leaves no trace on the user's model. Tied tensors stay tied. The
     config object is shared, so what a user sets on it is seen by later traces. Where a module stores its weight packed
-    there is a linear of the logical size: how it is stored is bound later.
+    there is a linear of the logical size: how it is stored is bound later. `known` are objects to have in the place of
+    others, by the id of these.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, known: Mapping[int, object] | None = None):
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
-        memo: dict[int, object] = {}
+        memo: dict[int, object] = dict(known or {})
         for module in model.modules():
             held = packed(module)
             if held is not None:
@@ -45,19 +48,25 @@ class Twin:
                 f"{type(model).__name__} cannot be copied: {error}",
                 help="a module holds something deepcopy refuses (a lock, a file, a tensor with a history)",
             )
+        make_plain(self.model)
         for module in self.model.modules():  # what a graph keeps is decided when it runs
             if getattr(module, contract.CHECKPOINTING, False) is True:
                 setattr(module, contract.CHECKPOINTING, False)
 
     def fake(self, tensor: torch.Tensor) -> torch.Tensor:
         """A fake tensor like this one."""
+        while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+            tensor = torch._C._functorch.get_unwrapped(tensor)
         return self.mode.from_tensor(tensor)
 
     def _stand_in(self, held: Packed) -> nn.Module:
         packing, bias = held.packing, held.module._parameters.get("bias")
         with self.mode:
             weight = torch.empty(
-                packing.out_features, packing.in_features, dtype=packing.dtype, device=held.parts[0].device
+                packing.out_features,
+                packing.in_features,
+                dtype=packing.dtype,
+                device=next(held.module.parameters()).device,
             )
         return StandIn(weight, None if bias is None else self.fake(bias.detach()))
 

@@ -70,8 +70,10 @@ OUTPUTS = frozenset((*_CACHE_NAMES, ENCODED, LAST_HIDDEN_STATE, LOGITS))
 
 HAS_ADAPTERS = "_hf_peft_config_loaded"  # by which it knows that a quantized model has something to train
 CHECKPOINTING = "gradient_checkpointing"
+INDICES = ("layer_idx", "layer_id", "layer_index")  # a layer's own number, by which it finds its part of a cache
 QUANTIZER, QUANTIZED, QUANTIZED_BY = "hf_quantizer", "is_quantized", "quantization_method"
 QUANTIZED_BITS = ("is_loaded_in_4bit", "is_loaded_in_8bit")
+OFFLOADED = "_hf_hook"  # what accelerate has on a module whose tensors it keeps elsewhere
 IN_FLOAT32 = "_keep_in_fp32_modules"
 TIED = "all_tied_weights_keys"  # names of tensors, and of those that they share
 EMBEDDINGS_IN, EMBEDDINGS_OUT = "get_input_embeddings", "get_output_embeddings"
@@ -80,7 +82,7 @@ PACKED, PACKED_QUERY = "c_attn", "q_attn"  # GPT-2's, whose three projections ar
 
 ATTRIBUTES = frozenset(
     (
-        *(HAS_ADAPTERS, CHECKPOINTING, QUANTIZER, QUANTIZED, QUANTIZED_BY, *QUANTIZED_BITS, IN_FLOAT32, TIED),
+        *(HAS_ADAPTERS, CHECKPOINTING, *INDICES, QUANTIZER, QUANTIZED, QUANTIZED_BY, *QUANTIZED_BITS, IN_FLOAT32, TIED),
         *(EMBEDDINGS_IN, EMBEDDINGS_OUT),
     )
 )

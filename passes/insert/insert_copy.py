@@ -9,7 +9,7 @@ from torch import fx
 from peftc.passes.ir.emit import Emit, Origin
 from peftc.passes.ir.pass_manager import Change
 from peftc.passes.ir.stages import Stage
-from peftc.passes.plan.structure import Structure, copy_role, copy_slot
+from peftc.passes.plan.structure import Structure, copy_slot, slot_role
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class InsertCopy:
             with base.fake_mode:
                 value = torch.empty_like(base, dtype=copy.dtype)
             emit = Emit(graph, node, Origin(self.name, copy.module), like=node)
-            role = copy_role(copy.tensor)
+            role = slot_role(copy.tensor)
             own = emit.slot(f"{copy_slot(copy.position, copy.module)}.{role}", value, copy.position, role)
             node.replace_all_uses_with(own)
             graph.erase_node(node)

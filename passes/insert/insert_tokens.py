@@ -12,7 +12,7 @@ from peftc.passes.ir.emit import Emit, Origin
 from peftc.passes.ir.pass_manager import Change, Miss
 from peftc.passes.ir.stages import Stage
 from peftc.passes.plan.plan import IDS, ORDER, ROWS
-from peftc.passes.plan.structure import ReplacedRows, Structure, rows_role, rows_slot
+from peftc.passes.plan.structure import ReplacedRows, Structure, rows_slot, slot_role
 
 aten = torch.ops.aten
 
@@ -140,7 +140,7 @@ class InsertTokens:
 
         def read(role: str) -> fx.Node:
             value = self.slot_value(rows.position, rows.source, role, weight)
-            return emit.slot(f"{slot}.{rows_role(role)}", value, rows.position, rows_role(role))
+            return emit.slot(f"{slot}.{slot_role(role)}", value, rows.position, slot_role(role))
 
         values, order, ids = read(ROWS), read(ORDER), read(IDS)
         ordered = emit.call(aten.embedding.default, values, order)

@@ -58,6 +58,7 @@ LEGAL: tuple[Row, ...] = (
     Row("peftc.packed_linear.default", _between(Stage.BOUND, Stage.FUSED) | {Stage.LIFTED, Stage.CLOSED}),
     Row("peftc.unpack.default", _between(Stage.BOUND, Stage.FUSED) | {Stage.LIFTED, Stage.CLOSED}),
     Row("peftc.passes.quantized.packed_operators.*", frozenset({Stage.NATIVE})),
+    Row("peftc.passes.ir.cache_update.update_cache", INSIDE),
     Row("peftc.*", frozenset()),
     # Numbers made of sizes.
     Row("operator.*", ALWAYS),

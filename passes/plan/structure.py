@@ -234,19 +234,13 @@ def rows_slot(position: int, module: str) -> str:
     return f"copies.r{position}__{flat(module)}"
 
 
-def rows_role(role: str) -> str:
-    """The name of a part of trained rows within their slot."""
-    return role.removeprefix("@")
-
-
-def copy_role(tensor: str) -> str:
-    """A copied tensor's name within its slot."""
-    return flat(tensor)
-
-
 def slot_role(role: str) -> str:
-    """A role's name within its slot; graphs become Python code, in which some words are taken."""
-    return f"{role}__" if keyword.iskeyword(role) else role
+    """The name of a role, or of a copied tensor, within its slot, and in the adapter that has it.
+
+    Graphs become Python code, in which some words are taken.
+    """
+    name = flat(role.removeprefix("@"))
+    return f"{name}__" if keyword.iskeyword(name) else name
 
 
 def storage_slot(module: str) -> str:

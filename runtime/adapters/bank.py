@@ -7,14 +7,17 @@ import torch
 from torch import nn
 
 from peftc.passes.plan.plan import ROWS, AdapterPlan, ParamKey
-from peftc.passes.plan.structure import Dtypes, copy_role
+from peftc.passes.plan.structure import Dtypes, flat, slot_role
 from peftc.runtime.adapters.allocation import Allocator, budgeted
 
 ALLOCATOR = "@allocator"  # no module of a model is called so
 
 
 class AdapterParameters(nn.Module):
-    """One adapter's parameters and copies, under the names of the modules they belong to."""
+    """One adapter's parameters and copies, under the names of the modules they belong to, dots written `__`.
+
+    So whoever goes through a model's modules by their names meets each of the base's once.
+    """
 
     def __init__(self, plan: AdapterPlan, tensors: Mapping[ParamKey, torch.Tensor], trained: frozenset[ParamKey]):
         super().__init__()
@@ -22,14 +25,15 @@ class AdapterParameters(nn.Module):
         self.planned = {at.site.name: at for at in plan.sites}
         self._holders: dict[ParamKey, tuple[nn.Module, str]] = {}
         for key, tensor in tensors.items():
-            holder: nn.Module = self
-            for part in filter(None, key.site.split(".")):
-                found = holder._modules.get(part)  # a server loads thousands of these: no look-up by path
-                if found is None:
-                    found = nn.Module()
-                    holder.add_module(part, found)
-                holder = found
-            role = copy_role(key.role)
+            holder: nn.Module | None = self
+            if key.site:
+                name = flat(key.site)
+                holder = self._modules.get(name)  # a server loads thousands of these: no look-up by path
+                if holder is None:
+                    holder = nn.Module()
+                    self.add_module(name, holder)
+            assert holder is not None
+            role = slot_role(key.role)
             if key in trained:
                 holder.register_parameter(role, nn.Parameter(tensor))
             else:
@@ -63,9 +67,15 @@ class AdapterParameters(nn.Module):
         holder, role = self._holders[key]
         return getattr(holder, role)
 
+    def held(self, key: ParamKey) -> tuple[dict[str, Any], str]:
+        """The dictionary that a key's tensor is kept in, and its name there: what is replaced is seen."""
+        holder, role = self._holders[key]
+        found: dict[str, Any] = holder._parameters if role in holder._parameters else holder._buffers
+        return found, role
+
     def attribute(self, key: ParamKey) -> str:
         """The attribute path of a key's tensor within this module."""
-        return f"{key.site}.{copy_role(key.role)}".lstrip(".")
+        return f"{flat(key.site)}.{slot_role(key.role)}".lstrip(".")
 
     def items(self) -> Iterator[tuple[ParamKey, torch.Tensor]]:
         """Every key with its live tensor, in the plan's order."""

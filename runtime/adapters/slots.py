@@ -1,6 +1,8 @@
 """Slots: where graphs read the active adapters' tensors. Switching an adapter is putting other tensors there."""
 
 import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,9 +12,7 @@ from peftc.passes.plan.plan import IDS, ORDER, ROWS, ParamKey
 from peftc.passes.plan.structure import (
     FLOAT,
     LOG_WEIGHT,
-    copy_role,
     copy_slot,
-    rows_role,
     rows_slot,
     site_slot,
     slot_role,
@@ -44,28 +44,13 @@ class Slots:
 
     def bindings(self, position: int, adapter: AdapterParameters, weight: float) -> list[Binding]:
         """What to put where so that this adapter, with this activation weight, is active at this position."""
-        name, plan = adapter.plan.name, adapter.plan
         found: list[Binding] = []
-        for at in plan.sites:
-            slot = self.module(site_slot(position, at.site.name))
-            tensors = [adapter.tensor(at.key(name, param)) for param in at.bound.params]
-            for param, tensor in zip(at.bound.params, tensors, strict=True):
-                found.append(_binding(slot, slot_role(param.role), tensor))
-            like = next((each for each in tensors if each.is_floating_point()), torch.empty(0))
-            for scalar, value in scalars(adapter, at.site.name, weight).items():
-                found.append(_binding(slot, slot_role(scalar), like.new_tensor(value)))
-                found.append((slot.__dict__, FLOAT + slot_role(scalar), value))
-            if at.site.kind == "cache":
-                found.append(_binding(slot, LOG_WEIGHT, like.new_tensor(math.log(weight) if weight else -math.inf)))
-        for copy in plan.copies:
-            slot = self.module(copy_slot(position, copy.module))
-            for tensor_name, _, _ in copy.tensors:
-                tensor = adapter.tensor(ParamKey(name, copy.module, tensor_name))
-                found.append(_binding(slot, copy_role(tensor_name), tensor))
-        for rows in plan.rows:
-            slot = self.module(rows_slot(position, rows.module))
-            for role in (ROWS, IDS, ORDER):
-                found.append(_binding(slot, rows_role(role), adapter.tensor(ParamKey(name, rows.module, role))))
+        for entry in entries(position, adapter, weight):
+            slot = self.module(entry.slot)
+            if isinstance(entry.value, torch.Tensor):
+                found.append(_binding(slot, entry.name, entry.value))
+            else:
+                found.append((slot.__dict__, entry.name, entry.value))
         return found
 
     def tensors(self, adapter: AdapterParameters) -> dict[str, torch.Tensor]:
@@ -75,6 +60,63 @@ class Slots:
         return {
             f"{paths[id(holder)]}.{name}": value for holder, name, value in bindings if isinstance(value, torch.Tensor)
         }
+
+
+Kept = tuple[dict[str, Any], str]
+"""A dictionary, and the name in it of a value, which may be replaced there."""
+
+
+@dataclass(frozen=True, eq=False)
+class Entry:
+    """What a slot has under a name; `held` is where the adapter keeps it, if it is a tensor of its own."""
+
+    slot: str
+    name: str
+    value: torch.Tensor | float
+    held: Kept | None = None
+
+
+def entries(position: int, adapter: AdapterParameters, weight: float) -> Iterator[Entry]:
+    """All that slots have of an adapter, active at a position with a weight."""
+    name, plan = adapter.plan.name, adapter.plan
+    for at in plan.sites:
+        slot = site_slot(position, at.site.name)
+        tensors = []
+        for param in at.bound.params:
+            key = at.key(name, param)
+            tensors.append(adapter.tensor(key))
+            yield Entry(slot, slot_role(param.role), tensors[-1], adapter.held(key))
+        like = next((each for each in tensors if each.is_floating_point()), torch.empty(0))
+        for scalar, value in scalars(adapter, at.site.name, weight).items():
+            yield Entry(slot, slot_role(scalar), like.new_tensor(value))
+            yield Entry(slot, FLOAT + slot_role(scalar), value)
+        if at.site.kind == "cache":
+            yield Entry(slot, LOG_WEIGHT, like.new_tensor(math.log(weight) if weight else -math.inf))
+    for copy in plan.copies:
+        for tensor_name, _, _ in copy.tensors:
+            key = ParamKey(name, copy.module, tensor_name)
+            slot = copy_slot(position, copy.module)
+            yield Entry(slot, slot_role(tensor_name), adapter.tensor(key), adapter.held(key))
+    for rows in plan.rows:
+        for role in (ROWS, IDS, ORDER):
+            key = ParamKey(name, rows.module, role)
+            slot = rows_slot(position, rows.module)
+            yield Entry(slot, slot_role(role), adapter.tensor(key), adapter.held(key))
+
+
+Sources = Mapping[tuple[str, str], Kept]
+"""A slot and a name in it -> where the value is kept."""
+
+
+def sources(active: Sequence[tuple[AdapterParameters, float]]) -> Sources:
+    """Where everything is kept that slots have of adapters active in this order, with their weights."""
+    found: dict[tuple[str, str], Kept] = {}
+    with torch.inference_mode(False):
+        for position, (adapter, weight) in enumerate(active):
+            for entry in entries(position, adapter, weight):
+                own = ({entry.name: entry.value}, entry.name)
+                found[entry.slot, entry.name] = own if entry.held is None else entry.held
+    return found
 
 
 def scalars(adapter: AdapterParameters, site: str, weight: float) -> dict[str, float]:

@@ -1,12 +1,16 @@
 """Copies of a model that share its weights: new modules and new Parameter objects over the same storage."""
 
 import copy
+import functools
+import types
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
 
 from peftc.grammar.diagnostics import ModelError, fail
+from peftc.passes.plan.plain import make_plain, plain_class
 from peftc.passes.quantized.schemes.known import packed
 from peftc.runtime.base.replaced import Replaced, put
 
@@ -26,14 +30,7 @@ def share(
     model's own, shared in the same way. Raises ModelError if the model cannot be copied.
     """
     replaced = replaced or {}
-    forward = model.__dict__.get("forward")
-    if forward is not None and getattr(forward, "__func__", None) is not type(model).forward:
-        fail(
-            ModelError,
-            "E404",
-            f"the forward of this {type(model).__name__} object was replaced",
-            help="pass the model as its class defines it; hooks and patches on the object would be lost",
-        )
+    _check_forwards(model)
     skipped = {name: getattr(model, name, None) for name in leave_out}
     memo: dict[int, object] = {id(value): None for value in skipped.values() if value is not None}
     for value in _held(model, replaced):
@@ -54,11 +51,46 @@ def share(
             f"{type(model).__name__} cannot be copied: {error}",
             help="one of its modules holds something that cannot be copied: a lock, a file, a tensor with a history",
         )
-    copied.__dict__.pop("forward", None)
+    make_plain(copied)
+    for name in list(vars(copied)):
+        vars(copied)[name] = rebound(vars(copied)[name], model, copied)
     for name in leave_out:
         copied.__dict__.pop(name, None)
         copied._modules.pop(name, None)
     return copied
+
+
+def rebound(value: Any, old: nn.Module, new: nn.Module) -> Any:
+    """A method, or what a library made of one, of one module as that of another."""
+    if isinstance(value, types.MethodType) and value.__self__ is old:
+        own = value.__func__ is plain_class(old).forward
+        return types.MethodType(type(new).forward if own else value.__func__, new)
+    if isinstance(value, functools.partial) and any(each is old for each in value.args):
+        made = functools.partial(value.func, *(new if each is old else each for each in value.args), **value.keywords)
+        vars(made).update({name: rebound(each, old, new) for name, each in vars(value).items()})
+        return made
+    return value
+
+
+def _check_forwards(model: nn.Module) -> None:
+    """Raise ModelError for a forward put on an object that would go on calling the original and not a copy."""
+    modules = {id(each) for each in model.modules()}
+    for name, module in model.named_modules():
+        forward = vars(module).get("forward")
+        if not isinstance(forward, types.FunctionType):
+            continue
+        cells = [each.cell_contents for each in forward.__closure__ or () if _is_filled(each)]
+        if module is model or any(id(each) in modules for each in cells):
+            what = f"of {name}" if name else f"of this {type(model).__name__} object"
+            help = "pass the model as its class defines it: that function would go on with the model it was made for"
+            fail(ModelError, "E404", f"the forward {what} was replaced", help=help)
+
+
+def _is_filled(cell: types.CellType) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:
+        return False
 
 
 def _held(model: nn.Module, replaced: Replaced) -> Iterator[torch.Tensor | nn.Module]:

@@ -29,7 +29,7 @@ _EXACT = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWin
 
 def check(layer: Any) -> None:
     """Raises ModelError for a layer that holds more than keys and values (a linear attention's state, an index)."""
-    if type(layer) not in _EXACT and not isinstance(layer, BaseQuantizedLayer):
+    if not is_known(layer):
         fail(
             ModelError,
             "E410",
@@ -37,6 +37,11 @@ def check(layer: Any) -> None:
             help="a graph keeps keys and values only: use a dynamic, static or quantized cache of attention layers, "
             "or call with use_cache=False",
         )
+
+
+def is_known(layer: Any) -> bool:
+    """Whether a layer holds keys and values and nothing else, and looks at nothing else when it is updated."""
+    return type(layer) in _EXACT or isinstance(layer, BaseQuantizedLayer)
 
 
 def lengths(layers: Sequence[Any]) -> list[int]:

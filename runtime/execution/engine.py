@@ -1,6 +1,6 @@
 """Keeps the traces and programs of one model, and finds the one that serves a call."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -16,9 +16,10 @@ from peftc.passes.ir.traced import Traced
 from peftc.passes.plan import structure as structures
 from peftc.passes.plan.resolve import ModelSurvey
 from peftc.passes.plan.structure import Structure
-from peftc.runtime.adapters.slots import Slots
+from peftc.runtime.adapters.slots import Binding, Slots, Sources, bind
 from peftc.runtime.execution.call import Call, Signature, read_call
 from peftc.runtime.execution.call_routing import positions_of, widened
+from peftc.runtime.execution.outside import outside
 from peftc.runtime.execution.program import Lowered, Program
 from peftc.runtime.execution.segments import Recompute
 from peftc.runtime.execution.storage import Storage
@@ -42,12 +43,20 @@ class CompilerProtocol(Protocol):
         autocast: bool,
         choice: Choice,
         mode: str,
+        region: nn.Module | None = None,
     ) -> fx.Graph:
-        """The base graph with adapters of this structure in it, widened in a way; the trace is left as it is."""
+        """The base graph with adapters of this structure in it, widened in a way; the trace is left as it is.
+
+        The graph is that of the whole model, or of a `region` of it.
+        """
         ...
 
     def lower(self, graph: fx.Graph, *, autocast: bool, choice: Choice) -> Lowered:
         """Copies of a specialised graph: for torch.compile to trace, and for Python to run as it is."""
+        ...
+
+    def trace_region(self, module: nn.Module, call: Any) -> Any:
+        """The graph of a module by itself: see `peftc.runtime.regions`. Raises ModelError for what has none."""
         ...
 
     def takes_cache(self, call: Call) -> bool:
@@ -87,6 +96,8 @@ class ActiveAdapters:
     penalties: tuple[Callable[[], torch.Tensor | None], ...] = ()  # added to the loss in training
     choices: dict[tuple[int, bool], Choice] = field(default_factory=dict)
     virtual: Virtual = field(default_factory=Virtual)
+    sources: Callable[[], Sources] = dict
+    regions: dict[str, Any] = field(default_factory=dict)  # what modules by themselves run with these adapters
 
 
 class Engine:
@@ -96,10 +107,12 @@ class Engine:
         self.backend = backend
         self.slots = Slots()
         self.storage = Storage(model)
+        self.when_reset: list[Callable[[], None]] = []  # to be told when what was made is forgotten
         self.recompute: Recompute | None = None  # how layers are recomputed in training, if they are
         self.model = model
         self.forward = contract.forward_of(model.forward)
         self._fixed: Choice | None = None
+        self._bindings: Sequence[Binding] = ()
         self._takes_cache: dict[str, bool] = {}
         self._traces: dict[Signature, Traced] = {}
         self._specialisations: dict[Structure, Specialisation] = {}
@@ -114,9 +127,23 @@ class Engine:
         """The programs of this structure, the same object for equal structures."""
         return self._specialisations.setdefault(structure, Specialisation(structure))
 
-    def activate(self, tenant: ActiveAdapters) -> None:
-        """Serve calls with these adapters from now on. Makes no graph: calls do."""
-        self._tenant = tenant
+    def activate(self, tenant: ActiveAdapters, bindings: Sequence[Binding] = ()) -> None:
+        """Serve calls with these adapters from now on. Makes no graph: calls do.
+
+        `bindings` put their tensors into the slots, when a graph of the whole model is first asked for.
+        """
+        self._tenant, self._bindings = tenant, bindings
+
+    def bind(self) -> None:
+        """Put the active adapters' tensors into the slots."""
+        if self._bindings:
+            bind(list(self._bindings))
+            self._bindings = ()
+
+    @property
+    def active(self) -> ActiveAdapters:
+        """What calls are served with now."""
+        return self._tenant
 
     @property
     def structure(self) -> Structure:
@@ -127,9 +154,14 @@ class Engine:
         """Call the model (or a submodule of it) with named arguments."""
         call, tenant = self.call(entry, arguments), self._tenant
         output = self.program(call)(call, self.recompute)
-        if call.signature.training and tenant.trainable and tenant.penalties:
-            _penalise(output, tenant)
+        if call.signature.training:
+            self.penalise(output, tenant)
         return output
+
+    def penalise(self, output: Any, tenant: ActiveAdapters) -> None:
+        """Add the regularisers of adapters that are trained to the loss, where the model gives one."""
+        if tenant.trainable and tenant.penalties:
+            _penalise(output, tenant)
 
     def call(self, entry: str, arguments: Mapping[str, Any]) -> Call:
         """A call of the model as it stands (training or not, with its config), taken apart. Raises UsageError.
@@ -155,6 +187,7 @@ class Engine:
 
         Sites are lowered by `choice`, or as is cheapest for a call of this size.
         """
+        self.bind()
         autocast = torch.is_autocast_enabled(_device_type(call))
         choice = self._choice(call) if choice is None else choice
         programs = self._tenant.specialisation.programs
@@ -180,7 +213,8 @@ class Engine:
         """The base graph for a call, traced now if it was not before."""
         signature = replace(call.signature, mode="")
         if signature not in self._traces:
-            self._traces[signature] = self.backend.trace(replace(call, signature=signature))
+            with outside():
+                self._traces[signature] = self.backend.trace(replace(call, signature=signature))
         return self._traces[signature]
 
     def graph(self, call: Call) -> fx.Graph:
@@ -197,6 +231,12 @@ class Engine:
         self.storage.refresh()
         for each in self._specialisations.values():
             each.programs.clear()
+        for tell in self.when_reset:
+            tell()
+
+    def __reduce__(self) -> Any:
+        """Without what it made: another process makes its own."""
+        return Engine, (self.backend, self.model), {"recompute": self.recompute}
 
     def copy_for(self, model: nn.Module) -> "Engine":
         """An engine for a copy of the model; it has the traces that there are, programs are not shared."""
@@ -214,18 +254,23 @@ class Engine:
     def find(self, owner: str) -> nn.Module:
         """The module that an attribute of a graph belongs to."""
         if owner.startswith(ADAPTERS):
+            self.bind()
             return self.slots.module(owner)
         return self.storage.module(owner) if owner.startswith(STORED) else self.model.get_submodule(owner)
 
     def _choice(self, call: Call) -> Choice:
         """How sites are lowered for a call of this size: sizes between two powers of two share one choice."""
+        return self.choice(_tokens(call), _device_type(call))
+
+    def choice(self, tokens: int, device: str, tenant: ActiveAdapters | None = None) -> Choice:
+        """How sites are lowered that see so many tokens on a type of device."""
+        tenant = tenant or self._tenant
         # A compiler would specialise on the sizes that are compared here, and autocast would round a computed weight.
-        fixed = torch.compiler.is_compiling() or torch.is_autocast_enabled(_device_type(call))
+        fixed = torch.compiler.is_compiling() or torch.is_autocast_enabled(device)
         if self._fixed is not None:
             return self._fixed
-        if fixed or not self._tenant.specialisation.structure.sites:
+        if fixed or not tenant.specialisation.structure.sites:
             return COMPILED
-        tenant, tokens = self._tenant, _tokens(call)
         training = tenant.trainable and torch.is_grad_enabled()
         key = (tokens.bit_length(), training)
         if key not in tenant.choices:
@@ -234,10 +279,11 @@ class Engine:
         return tenant.choices[key]
 
     def _make(self, call: Call, autocast: bool, choice: Choice) -> Program:
-        traced = self.traced(call)
-        graph = self._specialised(traced, call.signature, autocast, choice)
-        lowered = self.backend.lower(graph, autocast=autocast, choice=choice)
-        program = Program(traced, lowered, self.find, training=call.signature.training)
+        with outside():
+            traced = self.traced(call)
+            graph = self._specialised(traced, call.signature, autocast, choice)
+            lowered = self.backend.lower(graph, autocast=autocast, choice=choice)
+            program = Program(traced, lowered, self.find, training=call.signature.training)
         self._tenant.specialisation.programs[call.signature, autocast, choice] = program
         return program
 

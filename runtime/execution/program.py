@@ -45,12 +45,16 @@ class Program:
         self.cached = traced.cached
         self.count = nest.count_tensors(self.form)
         self._guard = guard_of(traced.guards)
-        self.pieces = None if lowered.prologue is None else HoistedConstants(lowered.prologue, find)
-        root = _bound(lowered.plain, traced.constants, find, self.pieces)
+
+        def held(owner: str, leaf: str) -> tuple[dict[str, Any], str]:
+            return held_by(find(owner), leaf), leaf
+
+        self.pieces = None if lowered.prologue is None else HoistedConstants(lowered.prologue, held)
+        root = _bound(lowered.plain, traced.constants, held, self.pieces)
         self.function = _function(lowered.plain, root)
         self._recomputed: tuple[Recompute, Callable[..., Any]] | None = None
         self._cut = partial(_cut, lowered.plain, find(""), root) if training else None
-        self.module = _module(lowered.traceable, traced.constants, find)
+        self.module = graph_module(lowered.traceable, traced.constants, find)
 
     def fits(self, call: Call) -> bool:
         """Whether the sizes the trace is bound to are those of the call."""
@@ -105,12 +109,10 @@ class Program:
 class HoistedConstants:
     """What a graph reads that weights and parameters alone decide; computed anew when one of them changed."""
 
-    def __init__(self, prologue: fx.Graph, find: "Finder"):
+    def __init__(self, prologue: fx.Graph, held: "Held"):
         targets = [str(node.target) for node in prologue.find_nodes(op="get_attr")]
-        self._sources = [
-            (_held(find(owner), leaf), leaf) for owner, _, leaf in (each.rpartition(".") for each in targets)
-        ]
-        self._compute = _function(prologue, _bound(prologue, {}, find, None))
+        self._sources = [held(owner, leaf) for owner, _, leaf in (each.rpartition(".") for each in targets)]
+        self._compute = _function(prologue, _bound(prologue, {}, held, None))
         self._seen: list[torch.Tensor] = []
         self._versions: list[int] = []
         self.values: dict[str, torch.Tensor] = {}
@@ -149,8 +151,11 @@ def guard_of(guards: tuple[str, ...]) -> Guard | None:
 Finder = Callable[[str], nn.Module]
 """The path of a module in graphs -> the live module; the empty path is the model."""
 
+Held = Callable[[str, str], tuple[dict[str, Any], str]]
+"""The path of a module in graphs, and a name -> the dictionary in which what is read is kept, and its name there."""
 
-def _module(graph: fx.Graph, constants: Constants, find: Finder) -> fx.GraphModule:
+
+def graph_module(graph: fx.Graph, constants: Constants, find: Finder) -> fx.GraphModule:
     """Takes the graph over: a GraphModule whose direct children are the live leaf modules it reads."""
     root = nn.Module()
     owners: dict[str, str] = {}
@@ -176,14 +181,14 @@ def _module(graph: fx.Graph, constants: Constants, find: Finder) -> fx.GraphModu
     return module
 
 
-def _bound(graph: fx.Graph, constants: Constants, find: Finder, pieces: HoistedConstants | None) -> Namespace:
+def _bound(graph: fx.Graph, constants: Constants, held_at: Held, pieces: HoistedConstants | None) -> Namespace:
     """Takes the graph over: what its attributes are to be read from.
 
     `nn.Module` looks an attribute up in microseconds, which hundreds of weights a token add up. Here a name stands for
     the very dictionary the module keeps its parameters in: as live, and a plain look-up.
     """
     root = Namespace()
-    names: dict[int, str] = {}
+    names: dict[object, str] = {}
     for node in graph.find_nodes(op="get_attr"):
         target = str(node.target)
         if target in constants:
@@ -193,16 +198,34 @@ def _bound(graph: fx.Graph, constants: Constants, find: Finder, pieces: HoistedC
         owner, _, leaf = target.rpartition(".")
         if owner == PIECES:
             assert pieces is not None
-            held: dict[str, Any] = pieces.values
+            held, name = pieces.values, leaf
         else:
-            held = _held(find(owner), leaf)
-        short = names.setdefault(id(held), f"n{len(names)}")
+            held, name = held_at(owner, leaf)
+        key = id(held) if name == leaf else (id(held), name)
+        short = names.setdefault(key, f"n{len(names)}")
         if not hasattr(root, short):
-            namespace = Namespace()
-            namespace.__dict__ = held
-            setattr(root, short, namespace)
+            setattr(root, short, namespace_of(held, leaf, name))
         node.target = f"{short}.{leaf}"
     return root
+
+
+def namespace_of(held: dict[str, Any], leaf: str, name: str) -> Any:
+    """What has the values of a dictionary as attributes, or one that is kept under another name."""
+    if name != leaf:
+        return Alias(held, name)
+    namespace = Namespace()
+    namespace.__dict__ = held
+    return namespace
+
+
+class Alias:
+    """One value of a dictionary, as whatever attribute it is asked for."""
+
+    def __init__(self, held: dict[str, Any], name: str):
+        self._held, self._name = held, name
+
+    def __getattr__(self, _: str) -> Any:
+        return self._held[self._name]
 
 
 def _function(graph: fx.Graph, root: Namespace) -> Callable[..., tuple[torch.Tensor, ...]]:
@@ -219,7 +242,7 @@ def _cut(graph: fx.Graph, model: nn.Module, root: Namespace, recompute: Recomput
     return stitched(graph, layer_names(model), root, recompute)
 
 
-def _held(module: nn.Module, leaf: str) -> dict[str, Any]:
+def held_by(module: nn.Module, leaf: str) -> dict[str, Any]:
     """The dictionary in which a module keeps a tensor or number of this name."""
     for held in (module._parameters, module._buffers):
         if leaf in held:

@@ -151,6 +151,12 @@ def segments(order: Sequence[fx.Node], layers: tuple[str, ...], every: int = 1) 
     ]
 
 
+def writes_outside(graph: fx.Graph) -> bool:
+    """Whether a graph writes to what it did not make, such as running statistics: it is not one that can run twice."""
+    origins = [_origin(each) for node in graph.nodes for each in _targets(node)]
+    return any(isinstance(each, str) or (isinstance(each, fx.Node) and each.op == "placeholder") for each in origins)
+
+
 def python_function(graph: fx.Graph) -> Callable[..., Any]:
     """The function that Python makes of a graph; its first argument is what weights are read from."""
     code = graph.python_code("self")

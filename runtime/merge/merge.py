@@ -10,6 +10,7 @@ from peftc.grammar.diagnostics import UsageError, fail
 from peftc.passes.expression.apply import Primes, compose, renamed
 from peftc.passes.expression.materialise import Evaluator, to_logical, to_stored, unstack
 from peftc.passes.expression.scene import Eager
+from peftc.passes.plan.plain import make_plain
 from peftc.passes.plan.plan import ROWS, ParamKey, PlannedRows, PlannedSite
 from peftc.passes.plan.site import Site
 from peftc.passes.plan.structure import weighted
@@ -55,6 +56,8 @@ def merged_tensors(
         modules[site.module] = stored(model, site, {**_held_by(site.module, copied), **found}, quantized)
     if quantized == DEQUANTIZE:
         modules |= unpacked_modules(model, modules, copied)
+    for made in modules.values():
+        make_plain(made)
     folded = {name for module in modules for name in _held_by(module, copied)}
     return {**modules, **{name: tensor for name, tensor in tensors.items() if name not in folded}}
 

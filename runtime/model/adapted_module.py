@@ -21,7 +21,10 @@ from peftc.runtime.execution.segments import OPTIONS, Recompute, layer_names
 from peftc.runtime.execution.storage import check_trainable, without_packed
 from peftc.runtime.execution.virtual import EXTRA_INPUTS
 from peftc.runtime.model.adapter_set import AdapterSet
-from peftc.runtime.model.base_weights import COMPILED_CALLS, STATE
+from peftc.runtime.model.base_weights import COMPILED_CALLS, STATE, base_view
+from peftc.runtime.regions.modules import layers_become_regions
+
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 Root = TypeVar("Root", bound="AdaptedModule")
 
@@ -36,6 +39,7 @@ class AdaptedModule(nn.Module):
     supports_gradient_checkpointing = True
     _adapter_state: AdapterSet
     _base_class: type[nn.Module]
+    _root_class: "type[AdaptedModule]"
     _named: Callable[[tuple[Any, ...], Mapping[str, Any]], dict[str, Any]]  # a call's arguments, by name
 
     @property
@@ -46,20 +50,30 @@ class AdaptedModule(nn.Module):
     def get_encoder(self, *args: Any, **kwargs: Any) -> Any:
         """The encoder, adapted: `generate` runs it on its own."""
         encoder = self._inherited("get_encoder")(*args, **kwargs)
+        if not self._adapter_state.whole:
+            return encoder
         for path, module in self.named_modules():
             if module is encoder and path:
                 return EntryPoint(self, path, module)
         return encoder
 
-    def create_masks_for_generate(self, *, attention_mask: torch.Tensor | None = None, **_: Any) -> torch.Tensor | None:
-        """The mask as it is: `generate` asks for finished ones for caches with buffers, and graphs make their own."""
-        return attention_mask
+    @property
+    def create_masks_for_generate(self) -> Callable[..., Any]:
+        """What makes masks for caches with buffers: one graph of the whole model makes its own from the mask as it is.
+
+        Otherwise it is the user's class's; raises AttributeError, as transformers expects, where that has none.
+        """
+        if self._adapter_state.whole:
+            return lambda *, attention_mask=None, **_: attention_mask
+        return self._inherited("create_masks_for_generate")
 
     def get_compiled_call(self, compile_config: Any) -> Callable[..., Any]:
         """The call itself, unless a compiler was asked for: `generate` compiles by itself for caches with buffers, for
-        sizes that stay, and here they follow the tokens.
+        sizes that stay, and in one graph of the whole model they follow the tokens.
         """
-        return self.__call__ if compile_config is None else self._inherited("get_compiled_call")(compile_config)
+        if compile_config is None and self._adapter_state.whole:
+            return self.__call__
+        return self._inherited("get_compiled_call")(compile_config)
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
         """As transformers; afterwards the model is traced anew. Refused where an adapter holds the embedding's size."""
@@ -150,6 +164,7 @@ class AdaptedModule(nn.Module):
             message = f"{type(self).__name__} has no repeated layers to recompute"
             fail(UsageError, "E562", message, help="put its layers into a torch.nn.ModuleList")
         recompute = Recompute(every_n_layers, bool(offload), tuple(sorted(options.items())))
+        layers_become_regions(self, self._adapter_state.host)
         self._adapter_state.engine.recompute = recompute
 
     def gradient_checkpointing_disable(self) -> None:
@@ -193,15 +208,25 @@ class AdaptedModule(nn.Module):
 
     def _infer_parameters(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
         engine = self._adapter_state.engine
-        engine.program(engine.call("", self._named(args, kwargs or {})), COMPILED)
+        if self._adapter_state.whole:
+            engine.program(engine.call("", self._named(args, kwargs or {})), COMPILED)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
         before = placement(self)
         self._inherited("_apply")(fn, recurse)
+        self._adapter_state.base.apply(fn)
         if placement(self) != before:
             self._adapter_state.engine.reset()
         self._adapter_state.refresh()
         return self
+
+    def __reduce_ex__(self, _: Any) -> Any:
+        state = {name: value for name, value in self.__dict__.items() if name not in COMPILED_CALLS}
+        return _remade, (self._base_class, self._root_class), state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._adapter_state.refresh()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         copied = self.__class__.__new__(self.__class__)
@@ -249,7 +274,23 @@ class EntryPoint:
         return getattr(self._module, name)
 
 
+def _remade(base: type[nn.Module], root: type[Root]) -> Root:
+    """An object of an adapted class with nothing in it, for pickle to fill."""
+    return object.__new__(adapted_class(base, root))
+
+
+_CLASSES: dict[tuple[type[nn.Module], type[nn.Module]], Any] = {}
+
+
 def adapted_class(base: type[nn.Module], root: type[Root]) -> type[Root]:
+    """The class of adapted models of a class: named like it, with its forward signature, deriving from `root` too."""
+    if (base, root) not in _CLASSES:
+        _CLASSES[base, root] = _adapted_class(base, root)
+    found: type[Root] = _CLASSES[base, root]
+    return found
+
+
+def _adapted_class(base: type[nn.Module], root: type[Root]) -> type[Root]:
     """The class of adapted models of a class: named like it, with its forward signature, deriving from `root` too."""
     signature = inspect.signature(base.forward)
     parameters = list(signature.parameters.values())[1:]
@@ -275,7 +316,16 @@ def adapted_class(base: type[nn.Module], root: type[Root]) -> type[Root]:
         return arguments
 
     def forward(self: AdaptedModule, *args: Any, **kwargs: Any) -> Any:
-        return self._adapter_state.engine.run("", self._named(args, kwargs))
+        state = self._adapter_state
+        if state.whole or any(name in kwargs for name in EXTRA_INPUTS) or (state.host.stored and _is_exporting()):
+            return state.engine.run("", self._named(args, kwargs))
+        # A container goes through everything that it holds, and is not to meet the adapters there.
+        plain = base_view(self) if isinstance(self, CONTAINERS) else self
+        with state.host.pinned() as tenant:
+            output = base.forward(plain, *args, **kwargs)
+        if self.training:
+            state.engine.penalise(output, tenant)
+        return output
 
     forward.__signature__ = signature  # type: ignore[attr-defined]
     forward.__doc__ = base.forward.__doc__
@@ -283,10 +333,16 @@ def adapted_class(base: type[nn.Module], root: type[Root]) -> type[Root]:
         "forward": forward,
         "_named": named,
         "_base_class": base,
+        "_root_class": root,
         "__module__": base.__module__,
         "__doc__": base.__doc__,
     }
     return type(base.__name__, (root, base), namespace)
+
+
+def _is_exporting() -> bool:
+    """Whether torch.export goes through the forward, for which it has put something else in the place of weights."""
+    return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
 
 
 def _unshare(model: nn.Module, state_dict: Mapping[str, Any] | None) -> None:

@@ -3,6 +3,8 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -14,12 +16,14 @@ from peftc.passes.plan.plan import IDS, ORDER, ROWS, AdapterPlan, ParamKey
 from peftc.passes.plan.site import WHOLE
 from peftc.passes.plan.structure import structure_of, weighted
 from peftc.runtime.adapters.bank import AdapterParameters
-from peftc.runtime.adapters.slots import Binding, bind
+from peftc.runtime.adapters.slots import Binding, sources
 from peftc.runtime.base.overlay import BANK
 from peftc.runtime.base.replaced import Replaced
 from peftc.runtime.execution.engine import ActiveAdapters, Engine
 from peftc.runtime.execution.virtual import Owner, Virtual
 from peftc.runtime.model.base_weights import Active, BaseWeights
+from peftc.runtime.regions.host import Host
+from peftc.runtime.regions.modules import Regions, become_regions, layers_become_regions, needs_whole
 
 
 @dataclass
@@ -33,7 +37,23 @@ class AdapterSet:
     base: BaseWeights
     active: Active = ()
     enabled: bool = True
+    regions: Regions = "layers"
+    host: Host = field(init=False)
     _prepared: dict[Active, tuple[ActiveAdapters, list[Binding]]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.host = Host(self.engine)
+        self.engine.when_reset.append(self.host.reset)
+
+    def __reduce__(self) -> Any:
+        """Without programs, and not yet activated: see `AdaptedModule.__setstate__`."""
+        state = {"active": self.active, "enabled": self.enabled, "regions": self.regions}
+        return AdapterSet, (self.engine, self.bank, self.base), state
+
+    @property
+    def whole(self) -> bool:
+        """Whether a call of the model runs one graph: as asked, or since what is active needs it."""
+        return self.regions == "model" or needs_whole(self.engine.structure)
 
     @property
     def displaced(self) -> Replaced:
@@ -108,14 +128,25 @@ class AdapterSet:
             for name in self.names():
                 self.adapter(name).train_only(trainable and name in chosen)
         if self.enabled and not self.displaced:
-            bind(bindings)
             can_train = any(self.adapter(name).is_trainable for name in chosen)
-            self.engine.activate(tenant if can_train == tenant.trainable else self._retrained(active, can_train))
+            if can_train != tenant.trainable:
+                tenant = self._retrained(active, can_train)
+            self.engine.activate(tenant, bindings)
+            if self.whole or self.host.compiled:
+                self.engine.bind()
         else:
             self.engine.activate(self.engine.plain)
+        self.host.enter()
+
+    def check(self, active: Active) -> None:
+        """Raise UsageError where these adapters cannot be activated; nothing is changed."""
+        if active not in self._prepared:
+            self._prepare(active)
 
     def refresh(self) -> None:
         """Look at every tensor again: they were moved or replaced."""
+        if self.engine.recompute is not None:
+            layers_become_regions(self.engine.model, self.host)
         self.engine.storage.refresh()
         self._prepared.clear()
         self.activate(self.active)
@@ -129,8 +160,10 @@ class AdapterSet:
         """That of a deep copy of the model."""
         engine = self.engine.copy_for(model)
         base = self.base.copy_for(model, engine, memo)
-        copied = AdapterSet(engine, model.get_submodule(BANK), base, enabled=self.enabled)
+        copied = AdapterSet(engine, model.get_submodule(BANK), base, enabled=self.enabled, regions=self.regions)
         copied.activate(self.active)
+        if engine.recompute is not None:
+            layers_become_regions(model, copied.host)
         return copied
 
     def _forget(self, names: Sequence[str]) -> None:
@@ -143,7 +176,7 @@ class AdapterSet:
     def _retrained(self, active: Active, trainable: bool) -> ActiveAdapters:
         """The same adapters where they can, or can no longer, be trained: another choice of lowerings."""
         before, bindings = self._prepared[active]
-        tenant = replace(before, trainable=trainable, choices={})
+        tenant = replace(before, trainable=trainable, choices={}, regions={})
         self._prepared[active] = (tenant, bindings)
         return tenant
 
@@ -153,6 +186,7 @@ class AdapterSet:
         weights = [weight for _, weight in active]
         structure = structure_of([(each.plan, each.dtypes()) for each in adapters], weights)
         specialisation = self.engine.specialisation(structure)
+        become_regions(self.engine.model, self.host, structure, self.regions)
         bindings: list[Binding] = []
         for position, (adapter, (_, weight)) in enumerate(zip(adapters, active, strict=True)):
             bindings += self.engine.slots.bindings(position, adapter, weight)
@@ -173,7 +207,8 @@ class AdapterSet:
 
         penalties = tuple(each.penalty for each in adapters if each.allocator is not None)
         virtual = Virtual(specialisation.structure.fronts, owner=Owner(active, adapters))
-        tenant = ActiveAdapters(specialisation, slot_value, lookup, penalties=penalties, virtual=virtual)
+        found = cache(lambda: sources(list(zip(adapters, weights, strict=True))))
+        tenant = ActiveAdapters(specialisation, slot_value, lookup, penalties=penalties, virtual=virtual, sources=found)
         self._prepared[active] = (tenant, bindings)
         return self._prepared[active]
 

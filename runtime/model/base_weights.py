@@ -1,6 +1,6 @@
 """What the user's model has and the adapted one holds something else in place of."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -35,6 +35,15 @@ class BaseProvenance:
     fingerprint: str | None = None  # of the base before its vocabulary was enlarged for an adapter
 
 
+@dataclass(frozen=True)
+class Resting:
+    """Merged weights that are not in the model for now, what they displace, and which adapters they have."""
+
+    tensors: Replaced
+    displaced: Replaced
+    merged: Active
+
+
 @dataclass
 class BaseWeights:
     """Owns what differs between the user's model and the base that an adapted model holds: merged, or widened.
@@ -46,6 +55,7 @@ class BaseWeights:
     engine: Engine
     displaced: Replaced = field(default_factory=dict)  # full name -> the base's own tensor, not there while merged
     merged: Active = ()
+    resting: "Resting | None" = None  # what is merged, taken out while adapters are disabled
     widened: Mapping[str, torch.dtype] = field(default_factory=dict)  # held in float32, for the types of before
     requires_grad: Mapping[str, bool] = field(default_factory=dict)  # the user's model's own, given back on unload
     facts: BaseProvenance = field(default_factory=BaseProvenance)
@@ -105,6 +115,23 @@ class BaseWeights:
             self.engine.storage.refresh()
         return before
 
+    @property
+    def is_merged(self) -> bool:
+        """Whether adapters are in the weights, or would be if they were not disabled."""
+        return bool(self.displaced) or self.resting is not None
+
+    def apply(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Do to what is out of the model for now what was done to the model's tensors: it was moved, say."""
+        made: dict[int, Any] = {}
+
+        def applied(values: Replaced) -> Replaced:
+            return {name: made.setdefault(id(value), _applied(value, fn)) for name, value in values.items()}
+
+        self.displaced = applied(self.displaced)
+        if self.resting is not None:
+            tensors, displaced = applied(self.resting.tensors), applied(self.resting.displaced)
+            self.resting = replace(self.resting, tensors=tensors, displaced=displaced)
+
     def widen(self) -> None:
         """Hold what a quantized base has beside its packed weights in float32, as training wants it."""
         before = put(self.model, widened_tensors(base_view(self.model)))
@@ -115,8 +142,9 @@ class BaseWeights:
 
     def copy_for(self, model: nn.Module, engine: Engine, memo: dict[int, object]) -> "BaseWeights":
         """Those of a deep copy of the model."""
-        displaced = deepcopy(self.displaced, memo)
-        return replace(self, model=model, engine=engine, displaced=displaced, facts=replace(self.facts))
+        displaced, resting = deepcopy(self.displaced, memo), deepcopy(self.resting, memo)
+        facts = replace(self.facts)
+        return replace(self, model=model, engine=engine, displaced=displaced, resting=resting, facts=facts)
 
     def _unmerged_tensor(self, name: str) -> torch.Tensor:
         owner, _, leaf = name.rpartition(".")
@@ -127,13 +155,21 @@ class BaseWeights:
         return found.get_parameter(leaf)
 
 
+def _applied(value: Any, fn: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    if isinstance(value, nn.Module):
+        return value._apply(fn)  # type: ignore[no-untyped-call]
+    if isinstance(value, nn.Parameter):
+        return nn.Parameter(fn(value.detach()), requires_grad=value.requires_grad)
+    return value if value is None else fn(value)
+
+
 def base_view(model: nn.Module) -> nn.Module:
     """An adapted model as an object of the user's class: the same modules, without the adapters. Not to be kept."""
     user_class: Any = model.base_class
     view: nn.Module = object.__new__(user_class)
     view.__dict__.update({name: value for name, value in model.__dict__.items() if name not in (STATE, ADAPTED)})
     view.__dict__["_modules"] = {name: module for name, module in model._modules.items() if name != BANK}
-    for name in COMPILED_CALLS:
+    for name in (*COMPILED_CALLS, "forward", "_old_forward"):
         view.__dict__.pop(name, None)
     return view
 

@@ -31,6 +31,7 @@ from peftc.runtime.model.base_weights import (
     STATE,
     Active,
     BaseWeights,
+    Resting,
     base_view,
     bias_came_or_went,
     has_other_biases,
@@ -52,7 +53,27 @@ def merge(state: AdapterSet, names: Sequence[str] | None, *, safe: bool, quantiz
 
 def unmerge(state: AdapterSet) -> None:
     """Give the base its own tensors back, bit for bit."""
-    _exchange(state, state.displaced, {}, ())
+    if state.displaced:
+        _exchange(state, state.displaced, {}, ())
+    state.base.resting = None
+
+
+def rest(state: AdapterSet) -> None:
+    """Run as the base; what is merged is kept aside until `wake`."""
+    displaced, merged = state.displaced, state.base.merged
+    if displaced:
+        tensors = _exchange(state, displaced, {}, ())
+        state.base.resting = Resting(tensors, displaced, merged)
+    state.enable(False)
+
+
+def wake(state: AdapterSet) -> None:
+    """Undo `rest`."""
+    resting = state.base.resting
+    if resting is not None:
+        _exchange(state, resting.tensors, resting.displaced, resting.merged)
+        state.base.resting = None
+    state.enable(True)
 
 
 @contextmanager
@@ -164,7 +185,7 @@ def measured_drift(
 
 def mergeable(state: AdapterSet, names: Sequence[str] | None) -> Active:
     """The active adapters, or those named, if they can be merged now. Raises UsageError."""
-    if state.displaced:
+    if state.base.is_merged:
         fail(UsageError, "E516", "the model is merged already", help="call unmerge_adapter first")
     active = state.active if names is None else _subset(state, names)
     if not state.names():

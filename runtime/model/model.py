@@ -24,7 +24,7 @@ from peftc.runtime.model.allocating import regularization_loss, update_and_alloc
 from peftc.runtime.model.base_weights import Active
 from peftc.runtime.model.kv_prefix import start_from_cache, start_from_text
 from peftc.runtime.model.loading import load_adapter
-from peftc.runtime.model.merging import disabled, measured_drift, merge, merged_model, unmerge
+from peftc.runtime.model.merging import disabled, measured_drift, merge, merged_model, rest, unmerge, wake
 from peftc.runtime.model.one_adapter import one_adapter
 from peftc.runtime.model.saving import adapter_tensors, save_adapters
 from peftc.runtime.peft_format.checkpoint import kept_masks
@@ -107,7 +107,7 @@ class AdaptedModel(AdaptedModule):
 
     def delete_adapter(self, adapter_names: str | Sequence[str]) -> None:
         """Remove adapters. Refused while merged, as in PEFT. Unknown names are refused before anything is removed."""
-        if self._adapter_state.displaced:
+        if self._adapter_state.base.is_merged:
             help = "call unmerge_adapter first"
             fail(UsageError, "E515", "adapters cannot be deleted while they are merged", help=help)
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
@@ -127,8 +127,7 @@ class AdaptedModel(AdaptedModule):
         in PEFT. Switching between adapters of one structure rebinds tensors and does nothing else.
         """
         active = _as_active(adapter_name)
-        for name, _ in active:
-            self._adapter_state.adapter(name)
+        self._adapter_state.check(active)
         self._unmerge_for_others(stacklevel=3)
         self._adapter_state.activate(active, trainable=not inference_mode)
 
@@ -137,12 +136,12 @@ class AdaptedModel(AdaptedModule):
         return [name for name, _ in self._adapter_state.active]
 
     def disable_adapters(self) -> None:
-        """Run as the base model until `enable_adapters`; trained copies of modules rest too."""
-        self._adapter_state.enable(False)
+        """Run as the base model until `enable_adapters`; trained copies of modules, and what is merged, rest too."""
+        rest(self._adapter_state)
 
     def enable_adapters(self) -> None:
         """Undo `disable_adapters`."""
-        self._adapter_state.enable(True)
+        wake(self._adapter_state)
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -170,7 +169,7 @@ class AdaptedModel(AdaptedModule):
 
     def unmerge_adapter(self) -> None:
         """Give the base its own tensors back, bit for bit."""
-        if self._adapter_state.displaced:
+        if self._adapter_state.base.is_merged:
             unmerge(self._adapter_state)
         else:
             warnings.warn("the model is not merged, so there is nothing to unmerge", stacklevel=2)
@@ -350,7 +349,7 @@ class AdaptedModel(AdaptedModule):
         return start_from_cache(self, past_key_values, adapter_name)
 
     def _unmerge_for_others(self, *, stacklevel: int) -> None:
-        if self._adapter_state.displaced:
+        if self._adapter_state.base.is_merged:
             warnings.warn("the merged adapters are unmerged before others are activated", stacklevel=stacklevel)
             unmerge(self._adapter_state)
 

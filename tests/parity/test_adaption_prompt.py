@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import re
 from typing import Any
 
 import peft
@@ -42,7 +43,7 @@ def test_both_directions(name: str, zoo: Any, tmp_path: Any) -> None:
             each.backward()
         for key, mine in ours.named_parameters():
             if mine.grad is not None and mine.dim() == 3:
-                layer = key.split(".")[-3]
+                layer = re.search(r"__(\d+)__", key)[1]
                 (other,) = (
                     each for name, each in theirs.named_parameters() if f".{layer}." in name and "n_prompt" in name
                 )
@@ -125,7 +126,7 @@ def test_heads_that_are_not_the_hidden_size_and_lora_beside(zoo: Any) -> None:
     zoo.randomise(adapted.get_submodule("adapter_bank.b"), scale=0.5)
     other = copy.deepcopy(model)
     for name in ("q_proj", "k_proj", "o_proj"):
-        low = adapted.get_submodule(f"adapter_bank.b.model.layers.0.self_attn.{name}")
+        low = adapted.get_submodule(f"adapter_bank.b.model__layers__0__self_attn__{name}")
         other.get_submodule(f"model.layers.0.self_attn.{name}").weight.data += (low.B @ low.A).detach()
     wanted = _by_hand(other, model, batch, bank)
     assert_close(adapted(**batch).logits, wanted, atol=1e-5, rtol=1e-5)

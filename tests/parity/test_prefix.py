@@ -138,7 +138,7 @@ def test_beside_lora_and_another_prefix(llama: Any, zoo: Any) -> None:
         for key, low in bank.items():
             place, role = key.removeprefix("adapter_bank.l.").rsplit(".", 1)
             if role == "A":
-                tuned.get_submodule(place).weight.add_(3 * bank[key[:-1] + "B"] @ low)
+                tuned.get_submodule(place.replace("__", ".")).weight.add_(3 * bank[key[:-1] + "B"] @ low)
     prefixes = [own(llama, name)["P"] for name in "ab"]
     cases = {("a",): (base, prefixes[:1]), ("l", "a"): (tuned, prefixes[:1]), ("a", "b"): (base, prefixes)}
     cases[("b", "l", "a")] = (tuned, prefixes[::-1])

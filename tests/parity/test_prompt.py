@@ -218,7 +218,7 @@ def test_beside_lora_and_another_prompt(gpt2: Any, zoo: Any) -> None:
         for key, low in bank.items():
             place, role = key.removeprefix("adapter_bank.l.").rsplit(".", 1)
             if role == "A":
-                tuned.get_submodule(place).weight.add_((3 * bank[key[:-1] + "B"] @ low).T)
+                tuned.get_submodule(place.replace("__", ".")).weight.add_((3 * bank[key[:-1] + "B"] @ low).T)
     cases = {("a",): (base, prompts[:1]), ("l", "a"): (tuned, prompts[:1]), ("a", "b"): (base, prompts)}
     seen: list[torch.Tensor] = []
     for active, (model, parts) in cases.items():

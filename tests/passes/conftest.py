@@ -26,11 +26,11 @@ from peftc.passes.plan.resolve import resolve, survey
 from peftc.passes.plan.structure import (
     LOG_WEIGHT,
     Structure,
-    copy_role,
     copy_slot,
     float_of,
     rows_slot,
     site_slot,
+    slot_role,
     structure_of,
     weighted,
 )
@@ -353,7 +353,7 @@ class Lab:
                     tensors[float_of(f"{slot}.{scalar}")] = value
             for copy in plan.copies:
                 for tensor, shape, _ in copy.tensors:
-                    path = f"{copy_slot(position, copy.module)}.{copy_role(tensor)}"
+                    path = f"{copy_slot(position, copy.module)}.{slot_role(tensor)}"
                     tensors[path] = torch.randn(shape, generator=generator)
                     dtypes[position][copy.module, tensor] = torch.float32
             for rows in plan.rows:

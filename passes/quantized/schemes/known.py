@@ -1,9 +1,11 @@
 """Every scheme there is, and which one a module is of."""
 
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from peftc.grammar.diagnostics import UsageError, fail
 from peftc.passes.quantized.schemes.bitsandbytes_4bit import FourBit
@@ -13,6 +15,8 @@ from peftc.passes.quantized.schemes.packing import Packing, Scheme
 from peftc.passes.quantized.schemes.torchao import TorchAo
 
 SCHEMES: tuple[Scheme, ...] = (FourBit(), EightBit(), TorchAo(), HalfQuadratic())
+_BEFORE: "WeakKeyDictionary[nn.Module, tuple[Scheme, Packing]]" = WeakKeyDictionary()
+_PARTS: "WeakKeyDictionary[nn.Module, tuple[torch.Tensor, ...]]" = WeakKeyDictionary()
 _BY_NAME = {each.name: each for each in SCHEMES}
 
 
@@ -51,7 +55,10 @@ class Packed:
     @property
     def parts(self) -> tuple[torch.Tensor, ...]:
         """The stored tensors."""
-        return self.scheme.parts(self.module)
+        module = self.module
+        if not _is_emptied(module):
+            _PARTS[module] = self.scheme.parts(module)
+        return _PARTS[module]
 
     def unpack(self) -> torch.Tensor:
         """The weight, `[out, in]`."""
@@ -59,12 +66,25 @@ class Packed:
 
 
 def packed(module: nn.Module) -> Packed | None:
-    """What a module stores packed, if it does so in a way known here."""
+    """What a module stores packed, if it does so in a way known here.
+
+    While torch.export goes through a model it has tensors without data in the place of what is stored, which say
+    nothing; then it is what it was before.
+    """
+    if _is_emptied(module):
+        known = _BEFORE.get(module)
+        return None if known is None else Packed(module, *known)
     for scheme in known_schemes():
         packing = scheme.packing(module)
         if packing is not None:
+            _BEFORE[module] = scheme, packing
             return Packed(module, scheme, packing)
     return None
+
+
+def _is_emptied(module: nn.Module) -> bool:
+    """Whether somebody has put tensors without data in the place of a module's."""
+    return any(isinstance(each, FakeTensor) for each in module._parameters.values())
 
 
 def packed_modules(model: nn.Module) -> dict[str, Packed]:

@@ -27,7 +27,7 @@ class TorchAo:
     def packing(self, module: nn.Module) -> Packing | None:
         """How a linear's torchao tensor is stored; None for other modules and other tensors."""
         weight: Any = module._parameters.get("weight")
-        if type(module) is not nn.Linear or not is_torchao(weight) or refusal(weight):
+        if not isinstance(module, nn.Linear) or not is_torchao(weight) or refusal(weight):
             return None
         kind = type(weight).__name__
         stored = weight.__tensor_flatten__()[0]

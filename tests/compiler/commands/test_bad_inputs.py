@@ -91,8 +91,8 @@ class Ground:
         (self.checkpoint / name).unlink()
         return self
 
-    def adapted(self) -> compiler.AdaptedModel:
-        return compiler.apply(self.model, SPEC)
+    def adapted(self, **options: object) -> compiler.AdaptedModel:
+        return compiler.apply(self.model, SPEC, **options)  # type: ignore[arg-type]
 
 
 HEAD = "base_model.model.lm_head.weight"
@@ -166,12 +166,12 @@ def _merged_twice(ground: Ground) -> object:
 def _not_finite(ground: Ground) -> object:
     adapted = ground.adapted()
     with torch.no_grad():
-        adapted.get_parameter("adapter_bank.a.model.layers.0.self_attn.q_proj.B").fill_(float("nan"))
+        adapted.get_parameter("adapter_bank.a.model__layers__0__self_attn__q_proj.B").fill_(float("nan"))
     return adapted.merge_adapter(safe_merge=True)
 
 
 def _tensor_like(ground: Ground) -> object:
-    return ground.adapted()(input_ids=[1, "two", object()])
+    return ground.adapted(regions="model")(input_ids=[1, "two", object()])
 
 
 def _randomised(adapted: nn.Module) -> None:
@@ -475,10 +475,10 @@ CASES: dict[str, Case] = {
     "export_no_disk_left": lambda g: _without_disk(g, 1_000),
     "export_no_disk_left_for_a_checkpoint": lambda g: _checkpoint_without_disk(g, 3_000),
     "call_without_tensors": _tensor_like,
-    "call_linear_attention_cache": lambda g: g.adapted()(
+    "call_linear_attention_cache": lambda g: g.adapted(regions="model")(
         torch.ones(1, 3, dtype=torch.long), past_key_values=Cache(layers=[LinearAttentionLayer()])
     ),
-    "call_full_static_cache": lambda g: g.adapted()(
+    "call_full_static_cache": lambda g: g.adapted(regions="model")(
         torch.ones(1, 3, dtype=torch.long), past_key_values=StaticCache(g.model.config, max_cache_len=2)
     ),
 }

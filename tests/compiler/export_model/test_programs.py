@@ -226,7 +226,7 @@ def test_adapters_that_cannot_be_added(here):
         other.export_adapters(here / "out")
     assert {each.name: each.read_bytes() for each in (here / "out").rglob("*") if each.is_file()} == before
     with torch.no_grad():
-        adapted.adapter_bank.first.get_parameter("model.layers.0.self_attn.q_proj.B").fill_(1)
+        adapted.adapter_bank.first.get_parameter("model__layers__0__self_attn__q_proj.B").fill_(1)
     assert adapted.export_adapters(here / "out", "first", force=True) == ("adapters/first-1.safetensors",)
     replaced = compiler.Artifact.load(here / "out").adapter("first")
     assert (replaced["model.layers.0.self_attn.q_proj.B"] == 1).all()

@@ -58,7 +58,7 @@ def test_gradients_under_autocast(pair: tuple[torch.nn.Module, torch.nn.Module, 
     for each in (ours, theirs):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             each(**INPUTS, labels=INPUTS["input_ids"]).loss.backward()
-    mine = ours.get_parameter("adapter_bank.default.model.layers.0.self_attn.q_proj.A").grad
+    mine = ours.get_parameter("adapter_bank.default.model__layers__0__self_attn__q_proj.A").grad
     its = dict(theirs.named_parameters())["base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight"].grad
     assert mine is not None
     assert_close(mine, its, rtol=0.05, atol=1e-4)

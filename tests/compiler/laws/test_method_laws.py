@@ -207,7 +207,17 @@ def materialised(model: nn.Module, *adapters: AdapterParameters) -> torch.Tensor
     return functional_call(model, tensors, (), inputs())
 
 
+@pytest.fixture
+def op_by_op() -> Iterator[None]:
+    """Without gradients torch has one kernel for a whole MultiheadAttention, which rounds otherwise."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    yield
+    torch.backends.mha.set_fastpath_enabled(before)
+
+
 @every_pair
+@pytest.mark.usefixtures("op_by_op")
 def test_laws(case: Case, site: str, nets: tuple[nn.Module, compiler.AdaptedModel]) -> None:
     model, adapted = nets
     adapter = add(adapted, case, site)

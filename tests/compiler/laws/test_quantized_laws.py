@@ -160,9 +160,9 @@ def keeps_nothing_large(adapted: Any, adapter: AdapterParameters) -> None:
     stored = [each for _, holder in engine.storage._modules.values() for each in holder.buffers()]
     assert stored
     assert all(each.numel() < WHOLE for each in stored)
-    programs = engine._tenant.specialisation.programs.values()
+    programs = [each for local in engine.active.regions.values() for each in local.bound.values()]
     assert programs
-    for pieces in (each.pieces for each in programs if each.pieces is not None):
+    for pieces in (each.code.pieces for each in programs if each.code.pieces is not None):
         assert all(each.numel() <= WHOLE // KEPT_SHARE for each in pieces.values.values())
         read = [each for each in pieces._seen if not any(each is own for own in large.values())]
         assert all(each.numel() < WHOLE for each in read)

@@ -52,7 +52,7 @@ def test_both_directions(name: str, way: str, zoo: Any, tmp_path: Any) -> None:
         wanted.backward()
         got.backward()
         rows = {tuple(each.shape): each.grad for key, each in theirs.named_parameters() if "tokens_delta" in key}
-        own = {tuple(each.shape): each.grad for key, each in ours.named_parameters() if key.endswith("@rows")}
+        own = {tuple(each.shape): each.grad for key, each in ours.named_parameters() if key.endswith(".rows")}
         assert set(own) == set(rows)
         for shape, grad in own.items():
             torch.testing.assert_close(grad, rows[shape], atol=1e-5, rtol=1e-4)
@@ -228,7 +228,7 @@ def test_a_text_is_one_token(token: str, zoo: Any, tokenizer: Any) -> None:
 
 
 def _rows(model: Any) -> str:
-    return next(key for key, _ in model.named_parameters() if key.endswith("@rows"))
+    return next(key for key, _ in model.named_parameters() if key.endswith(".rows"))
 
 
 def _code(kind: type[AdapterError], action: Any) -> str:

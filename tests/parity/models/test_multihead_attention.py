@@ -104,6 +104,7 @@ def by_hand(adapted: nn.Module, model: nn.Module, inputs: tuple[torch.Tensor, ..
     bank = {name.partition(".")[2]: each for name, each in adapted.named_parameters() if "adapter_bank" in name}
     bank = {name.partition(".")[2]: each.detach() for name, each in bank.items()}
     changed = {}
+    bank = {name.replace("__", "."): each for name, each in bank.items()}
     for name in {key.rpartition(".")[0] for key in bank}:
         weight = name if name in weights else f"{name}.weight"
         changed[weight] = weights[weight].detach() + scale * bank[f"{name}.B"] @ bank[f"{name}.A"]

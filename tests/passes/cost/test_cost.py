@@ -194,7 +194,7 @@ def test_more_threads_are_faster_at_work_and_not_at_calls(monkeypatch):
 def test_outputs_and_gradients_are_equal_whatever_is_chosen(method, mode):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 8)).eval()
-    made = compiler.apply(model, f"adapter a = {method} {{ on all linear }}").train(mode == "train")
+    made = compiler.apply(model, f"adapter a = {method} {{ on all linear }}", regions="model").train(mode == "train")
     for each in made.parameters():
         if each.requires_grad:
             nn.init.normal_(each, std=0.3)

@@ -8,10 +8,10 @@ from peftc.grammar.syntax import tree
 from peftc.passes.plan.structure import (
     WEIGHT,
     CopiedTensor,
-    copy_role,
     copy_slot,
     float_of,
     site_slot,
+    slot_role,
     structure_of,
     weighted,
 )
@@ -87,7 +87,7 @@ def test_a_scalar_used_twice_cannot_carry_the_weight():
 def test_slots():
     assert site_slot(1, "model.layers.0.q") == "slots.p1__model__layers__0__q"
     assert copy_slot(0, "model.norm") == "copies.p0__model__norm"
-    assert copy_role("inner.weight") == "inner__weight"
+    assert slot_role("inner.weight") == "inner__weight"
     assert len({site_slot(0, each) for each in ("a.b", "a__b", "a_.b", "a._b", "a___b")}) == 5
     assert float_of("slots.p0__q.s") == "slots.p0__q.float__s"
 

@@ -80,8 +80,8 @@ def test_buffers_are_not_trained():
 def test_names_and_keys(plan):
     made, found = bank(plan, linear(), ["block.q"], rank=4)
     assert {name: tuple(each.shape) for name, each in found.named_parameters()} == {
-        "block.q.A": (4, 64),
-        "block.q.B": (48, 4),
+        "block__q.A": (4, 64),
+        "block__q.B": (48, 4),
     }
     key = ParamKey("default", "block.q", "A")
     assert found.get_parameter(found.attribute(key)) is found.tensor(key)
@@ -94,7 +94,7 @@ def test_tensors_are_live(plan):
     key = ParamKey("default", "block.q", "A")
     found.double()
     assert found.tensor(key).dtype == torch.float64
-    found.get_submodule("block.q").A = nn.Parameter(torch.ones(8, 64))
+    found.get_submodule("block__q").A = nn.Parameter(torch.ones(8, 64))
     assert torch.equal(found.tensor(key), torch.ones(8, 64))
 
 

@@ -34,7 +34,8 @@ def counted(monkeypatch):
     counting("trace")
     counting("specialise")
     torch.manual_seed(0)
-    adapted = compiler.apply(nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).eval(), SPEC).eval()
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).eval()
+    adapted = compiler.apply(model, SPEC, regions="model").eval()
     for parameter in adapted.adapter_bank.parameters():
         nn.init.normal_(parameter)
     return adapted, counts

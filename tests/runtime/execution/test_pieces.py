@@ -29,7 +29,7 @@ def counted(monkeypatch):
     monkeypatch.setattr(HoistedConstants, "_put", put)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 4)).eval()
-    adapted = compiler.apply(model, SPEC).eval()
+    adapted = compiler.apply(model, SPEC, regions="model").eval()
     for each in adapted.adapter_bank.parameters():
         nn.init.normal_(each)
     adapted.set_adapter("a", inference_mode=True)
@@ -184,7 +184,7 @@ def prologue():
 def test_alone():
     module = nn.Linear(2, 2)
     module.weight.requires_grad_(False)
-    pieces = HoistedConstants(prologue(), {"w": module}.__getitem__)
+    pieces = HoistedConstants(prologue(), lambda owner, leaf: ({"w": module}[owner]._parameters, leaf))
     assert pieces.values == {}
     pieces.refresh()
     first = pieces.values["p0"]
@@ -199,7 +199,7 @@ def test_alone():
 def test_alone_with_a_gradient():
     """A piece made for a graph of gradients serves that call only."""
     module = nn.Linear(2, 2)
-    pieces = HoistedConstants(prologue(), {"w": module}.__getitem__)
+    pieces = HoistedConstants(prologue(), lambda owner, leaf: ({"w": module}[owner]._parameters, leaf))
     pieces.refresh()
     first = pieces.values["p0"]
     assert first.requires_grad

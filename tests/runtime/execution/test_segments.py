@@ -97,7 +97,7 @@ class Counts(TorchDispatchMode):
 
 
 def adapt(model, spec=SPEC):
-    adapted = compiler.apply(model, spec).train()
+    adapted = compiler.apply(model, spec, regions="model").train()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in adapted.parameters():

@@ -152,6 +152,7 @@ def test_what_is_traced_while_the_weights_are_dense_serves_packed_ones(kind):
     adapted.merge_adapter(quantized="dequantize")
     logits(adapted)
     adapted.unmerge_adapter()
+    adapted._adapter_state.engine.run("", {"input_ids": IDS})
     traces = adapted._adapter_state.engine._traces
     assert len(traces) == 1
     graph = next(iter(traces.values())).graph

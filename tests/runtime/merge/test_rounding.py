@@ -84,7 +84,10 @@ def test_weights_against_the_formula_by_hand(dtype):
     found = by_name(adapted.merge_drift())
     assert list(found) == ["first.weight", "second.weight"]
     for name in ("first", "second"):
-        bank, weight = adapted.adapter_bank.a.get_submodule(name), adapted.get_submodule(name).weight.detach()
+        bank, weight = (
+            adapted.adapter_bank.a.get_submodule(name),
+            adapted.get_submodule(name).weight.detach(),
+        )
         exact = weight.double() + 3 * bank.B.detach().double() @ bank.A.detach().double()
         kept = (weight.float() + 3 * bank.B.detach() @ bank.A.detach()).to(dtype)
         largest = float((kept.double() - exact).abs().max())

@@ -76,9 +76,9 @@ def test_a_class_of_the_user_s_that_derives_from_it(adapted):
 @pytest.mark.parametrize(
     ("args", "kwargs", "message"),
     [
-        ((X, 2), {}, "takes 1 positional arguments, 2 were given"),
-        ((X,), {"x": X}, "got two values for 'x'"),
-        ((X,), {"scle": 2}, "has no argument 'scle'"),
+        ((X, 2), {}, "takes 2 positional arguments but 3 were given"),
+        ((X,), {"x": X}, "got multiple values for argument 'x'"),
+        ((X,), {"scle": 2}, "got an unexpected keyword argument 'scle'"),
     ],
 )
 def test_a_call_that_the_user_s_forward_refuses(args, kwargs, message, adapted):

@@ -120,7 +120,6 @@ def test_a_view_has_no_adapters_and_the_very_modules(pair):
     assert type(view) is Net
     assert view.first is adapted.first
     assert [name for name, _ in view.named_children()] == [name for name, _ in model.named_children()]
-    assert torch.equal(view(X), model(X))
 
 
 def test_the_survey_is_made_again_when_a_weight_is_another_kind_of_tensor():

@@ -1,0 +1,73 @@
+"""The arguments of a module's call: a key that is equal for calls alike, the tensors in order, the cache."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache
+
+from peftc.runtime.regions.kinds import PLAIN
+
+
+class OpaqueError(Exception):
+    """An argument is of a kind that no graph takes. Says which."""
+
+
+@dataclass
+class Arguments:
+    """A call taken apart. `key` has types, sizes and plain values."""
+
+    key: list[Any] = field(default_factory=list)
+    tensors: list[torch.Tensor] = field(default_factory=list)
+    cache: Cache | None = None
+
+    def take(self, value: Any) -> None:
+        """Add one value. Raises OpaqueError."""
+        if isinstance(value, torch.Tensor):
+            for at, other in enumerate(self.tensors):
+                if other is value:  # attention asks whether queries, keys and values are one
+                    self.key.append(-1 - at)
+                    return
+            self.tensors.append(value)
+            self.key.append(value.dtype)
+            self.key.append(value.shape)
+        elif isinstance(value, PLAIN):
+            self.key.append(value)
+            self.key.append(type(value))
+        elif isinstance(value, tuple | list):
+            self.key.append(type(value))
+            self.key.append(len(value))
+            for each in value:
+                self.take(each)
+        elif isinstance(value, Cache):
+            if self.cache is not None and self.cache is not value:
+                raise OpaqueError("two caches")
+            self.cache = value
+            self.key.append(type(value))
+            layers = getattr(value, "layers", None)
+            self.key.append((type(layers[0]), type(layers[-1])) if layers else None)
+        elif isinstance(value, dict):
+            self.key.append(type(value))
+            for name, each in value.items():
+                self.key.append(name)
+                self.take(each)
+            self.key.append(None)
+        else:
+            raise OpaqueError(f"a {type(value).__name__}")
+
+
+def taken(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+    """A call's arguments. Raises OpaqueError."""
+    found = Arguments()
+    found.key.append(len(args))
+    for value in args:
+        found.take(value)
+    for name, value in kwargs.items():
+        found.key.append(name)
+        found.take(value)
+    return found
+
+
+def pattern(tensor: torch.Tensor) -> tuple[int, ...]:
+    """Which sizes of a tensor a trace is bound to: those of 0 and 1, which broadcast or are empty; -1 for others."""
+    return tuple(size if size <= 1 else -1 for size in tensor.shape)

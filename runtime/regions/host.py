@@ -1,0 +1,373 @@
+"""What regions of one model share: traces of modules alike, the active adapters' parts, programs."""
+
+import re
+import threading
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from peftc.grammar.diagnostics import AdapterError, ModelError, fail
+from peftc.passes.cost.cost import Choice
+from peftc.passes.foreign import transformers as contract
+from peftc.passes.plan.structure import Structure, storage_slot
+from peftc.runtime.base.overlay import BANK
+from peftc.runtime.execution import nest
+from peftc.runtime.execution.engine import COMPILED, ActiveAdapters, Engine, Specialisation
+from peftc.runtime.execution.outside import outside
+from peftc.runtime.execution.program import Finder, Held, Lowered, graph_module, held_by
+from peftc.runtime.execution.segments import Recompute
+from peftc.runtime.regions.arguments import Arguments
+from peftc.runtime.regions.kinds import GLOBAL_HOOKS, HOOKS, attached, fingerprint, indices
+from peftc.runtime.regions.region import Bound, Inlined, Programs, Region, RegionCall, RegionTrace, Split
+from peftc.runtime.regions.template import Template
+from peftc.runtime.regions.watch import Facts, Holds, watch
+from peftc.runtime.regions.within import HEAD, Part, part_of
+
+
+@dataclass(eq=False)
+class _Local:
+    """What adapters have inside of one module, and its programs with them: by call, and by what made them."""
+
+    version: int
+    tenant: ActiveAdapters
+    part: Part | None
+    specialisation: Specialisation | None = None
+    programs: Programs = field(default_factory=dict)
+    bound: dict[Hashable, Bound] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class _Kept:
+    """Traces for calls of one pattern of modules of one kind, the latest last, or why there can be none.
+
+    A failure is of calls that keep gradients, or of those that do not.
+    """
+
+    traces: list[RegionTrace] = field(default_factory=list)
+    failures: dict[bool, AdapterError] = field(default_factory=dict)
+
+
+_LOCK = threading.RLock()
+
+WAYS = 256
+"""How many traces a kind may have: one that is called with another number each time runs its own Python after that."""
+
+EXACT = 16
+"""After so many traces of one kind for calls alike but for their sizes, traces are bound to these."""
+
+
+class Host:
+    """Makes programs for the regions of a model."""
+
+    def __init__(self, engine: Engine):
+        self.engine = engine
+        self.regions: dict[str, Region] = {}
+        self.stored: set[str] = set()  # modules that store their weight packed, which graphs compute with
+        self.packed: set[str] = set()  # regions with such modules
+        self._traces: dict[Hashable, _Kept] = {}
+        self._ways: dict[Hashable, int] = {}
+        self._templates: dict[Hashable, Template] = {}
+        self._version = 0
+        self.compiled = False  # whether a compiler has graphs that read slots
+        self._entered: Specialisation | None = None
+        self._told = 0
+        self._numbers: dict[Specialisation, int] = {}
+        self._pinned = threading.local()
+
+    @contextmanager
+    def pinned(self, tenant: ActiveAdapters | None = None) -> Iterator[ActiveAdapters]:
+        """Inside, and in this thread, modules are served with these adapters, or those that are active now."""
+        before = getattr(self._pinned, "tenant", None)
+        self._pinned.tenant = tenant = tenant or self.engine.active
+        try:
+            yield tenant
+        finally:
+            self._pinned.tenant = before
+
+    def local(self, path: str) -> _Local:
+        """What the active adapters have inside of a module."""
+        tenant: ActiveAdapters = getattr(self._pinned, "tenant", None) or self.engine.active
+        found: _Local | None = tenant.regions.get(path)
+        if found is None or found.version != self._version:
+            part = part_of(tenant.specialisation.structure, path)
+            if part is None and path in self.packed:
+                part = Part(path, Structure(), {})
+            found = _Local(self._version, tenant, part)
+            if part is not None:
+                found.specialisation = self.engine.specialisation(part.structure)
+            tenant.regions[path] = found
+        return found
+
+    @property
+    def recompute(self) -> Recompute | None:
+        """How layers are computed again in the backward pass, if they are."""
+        return self.engine.recompute
+
+    def reset(self) -> None:
+        """Forget everything that was made: the model was moved, or holds something else."""
+        self._version += 1
+        self._traces.clear()
+        self._ways.clear()
+        self._templates.clear()
+
+    def enter(self) -> None:
+        """Let regions know whether the active adapters adapt weights of their own: what compilers ask."""
+        specialisation = self.engine.active.specialisation
+        if specialisation is self._entered and len(self.regions) == self._told:
+            return
+        number = self._numbers.setdefault(specialisation, len(self._numbers) + 1)
+        structure = specialisation.structure
+        users = {at.site.user for at in structure.sites} | {each.module for each in structure.rows}
+        users |= {copy.target.rpartition(".")[0] for copy in structure.copies} | self.stored
+        for path, region in self.regions.items():
+            region.owned, region.structure = path in users, number
+        self._entered, self._told = specialisation, len(self.regions)
+
+    def inlined(self, region: Region, tensors: Sequence[torch.Tensor], names: tuple[str, ...]) -> Any:
+        """What an adapted module gives for these tensors, the last of them by name, while torch traces it."""
+        local = self.local(region.path)
+        form = tuple((each.dim(), each.dtype) for each in tensors)
+        key = ("inlined", form, region.module.training)
+        found = local.programs.get(key)
+        if not isinstance(found, Bound):
+            with _LOCK, outside():
+                trace = self._traced_from(region, local, form, names)
+                lowered = self._lowered(trace, local, False, COMPILED, region.module)
+                portable = replace(lowered, plain=lowered.traceable, prologue=None)
+                code = Template(portable, trace.traced.constants).bind(self._held(region.module, local))
+            outputs: nest.Form = trace.traced.outputs  # type: ignore[assignment]
+            found = Bound(code, outputs, outputs[0] == nest.TENSOR, False, lambda: True)
+            local.programs[key] = found
+        return found(Arguments(tensors=list(tensors)))
+
+    def graph(self, region: Region, form: Any, names: tuple[str, ...]) -> nn.Module:
+        """The graph of an adapted module for a compiler, which reads adapters from slots."""
+        with _LOCK, outside():
+            local = self.local(region.path)
+            trace = self._traced_from(region, local, form, names)
+            self.compiled = True
+            self.engine.bind()
+            lowered = self._lowered(trace, local, False, COMPILED, region.module)
+            graph = graph_module(lowered.traceable, trace.traced.constants, self._finder(region.module, local))
+            return Inlined(graph, trace.traced.outputs)  # type: ignore[arg-type]
+
+    def _traced_from(self, region: Region, local: _Local, form: Any, names: tuple[str, ...]) -> RegionTrace:
+        """The trace of a module that takes tensors of this form and no other arguments."""
+        made, width = [], _width(region.module, local)
+        for axes, dtype in form:
+            shape = [2 + axis for axis in range(axes)]
+            if axes > 2 and _is_convolution(region.module):
+                shape = [2, width, *(64 + axis for axis in range(axes - 2))]
+            elif axes and dtype.is_floating_point:
+                shape[-1] = width
+            made.append(torch.zeros(shape, dtype=dtype, device=next(region.module.parameters()).device))
+        count = len(made) - len(names)
+        call = RegionCall(tuple(made[:count]), dict(zip(names, made[count:], strict=True)))
+        found: RegionTrace = self.engine.backend.trace_region(region.module, call)
+        return found
+
+    def program(
+        self, region: Region, local: _Local, arguments: Arguments, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Bound | Split:
+        """The program for a call, made now if there is none; or why there is none."""
+        with _LOCK, outside():
+            return self._program(region, local, arguments, args, kwargs)
+
+    def check_split(self, region: Region, local: _Local, reason: str) -> None:
+        """Raise ModelError where a module has to run its program, since an adapted weight is its own."""
+        assert local.part is not None
+        owned = [at.site.name for at in local.part.structure.sites if at.site.user == HEAD]
+        if owned:
+            message = f"{region.path or 'the model'} holds adapted weights and has no graph: {reason}"
+            fail(ModelError, "E465", message, help="choose other sites")
+
+    def _program(
+        self, region: Region, local: _Local, arguments: Arguments, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Bound | Split:
+        module = region.module
+        assert local.part is not None
+        why = attached(module, region.path) or _mixed(module)
+        if why:
+            return Split(why, _still_attached(module))
+        autocast = torch.is_autocast_enabled(_device(arguments))
+        try:
+            trace = self._trace(module, arguments, args, kwargs)
+        except AdapterError as error:
+            return Split(error.diagnostics[0].message, watch(module, Facts()))
+        choice = self._choice(arguments, local)
+        training = module.training
+        key = (id(trace), id(local.specialisation), autocast, choice, training)
+        found = local.bound.get(key)
+        if found is None or not found.holds():
+            template = self._templates.get(key)
+            if template is None:
+                template = self._templates[key] = self._template(trace, local, autocast, choice, module)
+            code = template.bind(self._held(module, local))
+            form: nest.Form = trace.traced.outputs  # type: ignore[assignment]
+            single = form[0] == nest.TENSOR
+            found = Bound(code, form, single, bool(trace.updates), watch(module, trace.facts))
+            local.bound[key] = found
+        return found
+
+    def _template(
+        self, trace: RegionTrace, local: _Local, autocast: bool, choice: Choice, module: nn.Module
+    ) -> Template:
+        return Template(self._lowered(trace, local, autocast, choice, module), trace.traced.constants)
+
+    def _lowered(self, trace: RegionTrace, local: _Local, autocast: bool, choice: Choice, module: nn.Module) -> Lowered:
+        tenant, part = local.tenant, local.part
+        assert part is not None
+
+        def slot_value(position: int, site: str, role: str, near: fx.Node) -> torch.Tensor:
+            return tenant.slot_value(position, part.absolute(site), role, near)
+
+        try:
+            graph = self.engine.backend.specialise(
+                trace.traced,
+                part.structure,
+                slot_value,
+                training=module.training,
+                autocast=autocast,
+                choice=choice,
+                mode="",
+                region=module,
+            )
+        except ModelError as error:  # names are those within the region
+            told = (replace(each, message=_named(each.message, part)) for each in error.diagnostics)
+            raise ModelError(*told) from error.__cause__
+        return self.engine.backend.lower(graph, autocast=autocast, choice=choice)
+
+    def _trace(
+        self, module: nn.Module, arguments: Arguments, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> RegionTrace:
+        """A trace that holds for a call: one that there is, of a module alike, or a new one."""
+        kind = fingerprint(module)
+        shape = tuple(each if not isinstance(each, torch.Size) else _ones(each) for each in arguments.key)
+        kept = self._traces.setdefault((kind, shape), _Kept())
+        for trace in reversed(kept.traces):
+            if trace.numbered and trace.numbers != indices(module):
+                continue
+            if trace.facts.gradients not in (None, torch.is_grad_enabled()):
+                continue
+            if trace.fits(arguments.tensors, arguments.cache, module):
+                return trace
+        gradients = torch.is_grad_enabled()
+        if gradients in kept.failures:
+            raise kept.failures[gradients]
+        self._ways[kind] = ways = self._ways.get(kind, 0) + 1
+        if ways > WAYS:
+            fail(ModelError, "E465", f"{type(module).__name__} is called in more than {WAYS} ways", help="")
+        numbered = any(each.numbered for each in kept.traces)
+        call = RegionCall(args, kwargs, arguments.cache, exact=len(kept.traces) >= EXACT, numbered=numbered)
+        try:
+            made = self._traced(module, call)
+        except AdapterError as error:
+            kept.failures[gradients] = error
+            raise
+        kept.traces.append(made)
+        return made
+
+    def _traced(self, module: nn.Module, call: RegionCall) -> RegionTrace:
+        made: RegionTrace = self.engine.backend.trace_region(module, call)
+        if made.numbered and not call.numbered:
+            call = replace(call, numbered=True)
+            made = self.engine.backend.trace_region(module, call)
+        return replace(made, numbered=True, numbers=indices(module)) if call.numbered else made
+
+    def _choice(self, arguments: Arguments, local: _Local) -> Choice:
+        tokens = 1
+        if arguments.tensors:
+            first = arguments.tensors[0]
+            width = first.shape[-1] if first.is_floating_point() and first.dim() else 1
+            tokens = max(1, first.numel() // max(1, width))
+        assert local.part is not None
+        choice, path = self.engine.choice(tokens, _device(arguments), local.tenant), local.part.path
+        return Choice(_below(choice.dense, path), _below(choice.kept, path), choice.frozen)
+
+    def _held(self, module: nn.Module, local: _Local) -> Held:
+        """Where graphs find what they read: in the module, in the adapters, in what quantized modules store."""
+        keep_here(self.engine.model.get_submodule(BANK))
+        find = self._finder(module, local)
+        part, sources = local.part, local.tenant.sources()
+        assert part is not None
+
+        def held(owner: str, leaf: str) -> tuple[dict[str, Any], str]:
+            return sources.get((part.owner(owner), leaf)) or (held_by(find(owner), leaf), leaf)
+
+        return held
+
+    def _finder(self, module: nn.Module, local: _Local) -> Finder:
+        """The modules that graphs of a region read from."""
+        inside = dict(module.named_modules(remove_duplicate=False))
+        part = local.part
+        assert part is not None
+        stored = {storage_slot(f"{HEAD}.{name}".rstrip(".")): f"{part.path}.{name}".rstrip(".") for name in inside}
+
+        def find(owner: str) -> nn.Module:
+            if owner == HEAD or owner.startswith(f"{HEAD}."):
+                return inside[owner[len(HEAD) + 1 :]]
+            return self.engine.find(storage_slot(stored[owner]) if owner in stored else part.owner(owner))
+
+        return find
+
+
+def keep_here(bank: nn.Module) -> None:
+    """Have adapters where they are computed with: accelerate would bring what it took away when a module is called, and
+    these are only read.
+    """
+    for each in bank.modules():
+        hook = vars(each).pop(contract.OFFLOADED, None)
+        if hook is not None:
+            hook.detach_hook(each)
+            for name in ("forward", "_old_forward"):
+                vars(each).pop(name, None)
+
+
+def _named(message: str, part: Part) -> str:
+    return re.sub(rf"\b{HEAD}\b(?=[. ]|$)", part.path, message)
+
+
+def _width(module: nn.Module, local: _Local) -> int:
+    """How many features a module with adapted weights takes."""
+    assert local.part is not None
+    for at in local.part.structure.sites:
+        if at.site.user == HEAD:
+            return at.site.channels * at.site.groups if _is_convolution(module) else at.site.in_features
+    weight = next((each for each in module.parameters(recurse=False) if each.dim()), None)
+    return 2 if weight is None else weight.shape[-1]
+
+
+def _is_convolution(module: nn.Module) -> bool:
+    return isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+
+
+def _ones(shape: torch.Size) -> tuple[int, ...]:
+    return tuple(size if size <= 1 else -1 for size in shape)
+
+
+def _below(names: frozenset[str], path: str) -> frozenset[str]:
+    start = f"{path}."
+    return frozenset(HEAD + name[len(path) :] for name in names if name == path or name.startswith(start))
+
+
+def _device(arguments: Arguments) -> str:
+    return arguments.tensors[0].device.type if arguments.tensors else "cpu"
+
+
+def _mixed(module: nn.Module) -> str:
+    """Where a part of a module is in training and another is not: adapters drop where their own module trains."""
+    for name, each in module.named_modules():
+        if each.training is not module.training:
+            return f"{name} is {'not ' * (not each.training)}in training, and the rest is otherwise"
+    return ""
+
+
+def _still_attached(module: nn.Module) -> Holds:
+    """Whether something is attached to a module inside: while it is, nothing else matters."""
+    inside = [vars(each) for each in module.modules() if each is not module]
+    hooks = (*(own[kind] for own in inside for kind in HOOKS), *(GLOBAL_HOOKS if inside else ()))
+    return lambda: any(hooks) or any("forward" in own for own in inside)

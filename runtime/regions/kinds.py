@@ -1,0 +1,100 @@
+"""Which modules are alike, so that one trace serves all of them, and what is attached to one, so that none does."""
+
+from collections.abc import Hashable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules import module as torch_module
+
+from peftc.passes.foreign import transformers as contract
+from peftc.passes.plan.plain import plain_class
+from peftc.passes.quantized.schemes.known import packed
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+"""The dictionaries that a module keeps its hooks in."""
+
+OWN = frozenset(vars(nn.Module())) - {"training"}
+"""What `nn.Module` itself keeps in a module, beside whether it is in training."""
+
+_LEFT_OUT = OWN | {"training"} | frozenset(contract.INDICES)
+
+PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+
+GLOBAL_HOOKS = tuple(
+    value
+    for name, value in vars(torch_module).items()
+    if name.startswith("_global_") and name.endswith("_hooks") and isinstance(value, dict)
+)
+
+
+def hooked_everywhere() -> bool:
+    """Whether some hook is called for every module there is."""
+    return any(GLOBAL_HOOKS)
+
+
+def attached(module: nn.Module, path: str = "") -> str:
+    """What has been attached to a module inside of this one, which has to be called for it to run; empty for nothing.
+
+    What is attached to the module itself runs around its program.
+    """
+    if hooked_everywhere() and any(each is not module for each in module.modules()):
+        return "a hook on every module"
+    for name, each in module.named_modules():
+        if each is module:
+            continue
+        where = f"{path}.{name}".lstrip(".")
+        if any(vars(each)[hooks] for hooks in HOOKS):
+            return f"a hook on {where}"
+        if "forward" in vars(each):
+            return f"a forward of its own on {where}"
+        if "parametrizations" in each._modules:
+            return f"a parametrization of {where}"
+    return ""
+
+
+def fingerprint(module: nn.Module) -> Hashable:
+    """Equal for modules that compute alike: classes, children, shapes, types, devices, training and plain attributes.
+
+    Of attributes that are no plain values it counts which object it is. A layer's own number in its stack is left out.
+    """
+    return tuple(_lines(module))
+
+
+def indices(module: nn.Module) -> tuple[tuple[str, str, int], ...]:
+    """The modules inside that know their own number in a stack: path, attribute and number."""
+    return tuple(
+        (path, name, value)
+        for path, each in module.named_modules()
+        for name in contract.INDICES
+        if isinstance(value := vars(each).get(name), int) and not isinstance(value, bool)
+    )
+
+
+def _lines(module: nn.Module) -> Iterator[Hashable]:
+    for path, each in module.named_modules(remove_duplicate=False):
+        held = packed(each)
+        yield path, plain_class(each), each.training, None if held is None else held.packing
+        for group in (each._parameters, each._buffers) if held is None else ():
+            yield tuple(
+                (name, None if value is None else (tuple(value.shape), value.dtype, value.device))
+                for name, value in group.items()
+            )
+        for name, value in vars(each).items():
+            if name not in _LEFT_OUT and not name.startswith("_peftc"):
+                yield name, identity(value)
+
+
+def identity(value: Any) -> Hashable:
+    """What a value is told from others by: plain ones by what they are, others by which object they are."""
+    if isinstance(value, PLAIN):
+        return type(value), value
+    if isinstance(value, tuple | list) and len(value) < 64:
+        return type(value), tuple(map(identity, value))
+    if isinstance(value, dict) and len(value) < 64 and all(isinstance(key, str) for key in value):
+        return dict, tuple((key, identity(each)) for key, each in value.items())
+    if isinstance(value, torch.Tensor):
+        return id(value), value._version if not value.is_inference() else 0
+    if isinstance(value, nn.Module):
+        return nn.Module, type(value)
+    return id(value)
