@@ -163,7 +163,7 @@ def graph_module(graph: fx.Graph, constants: Constants, find: Finder) -> fx.Grap
     for node in graph.find_nodes(op="get_attr"):
         target = str(node.target)
         if target in constants:
-            node.target = _constant_name(target)
+            node.target = constant_name(target)
             value = constants[target]
             if isinstance(value, nn.Module):
                 root.add_module(node.target, value)
@@ -192,7 +192,7 @@ def _bound(graph: fx.Graph, constants: Constants, held_at: Held, pieces: Hoisted
     for node in graph.find_nodes(op="get_attr"):
         target = str(node.target)
         if target in constants:
-            node.target = _constant_name(target)
+            node.target = constant_name(target)
             setattr(root, node.target, constants[target])
             continue
         owner, _, leaf = target.rpartition(".")
@@ -250,5 +250,6 @@ def held_by(module: nn.Module, leaf: str) -> dict[str, Any]:
     return module.__dict__
 
 
-def _constant_name(target: str) -> str:
+def constant_name(target: str) -> str:
+    """What code reads a constant of a graph by."""
     return f"constant_{target.replace('.', '_')}"

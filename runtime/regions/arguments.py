@@ -21,6 +21,11 @@ class Arguments:
     tensors: list[torch.Tensor] = field(default_factory=list)
     cache: Cache | None = None
 
+    @property
+    def device(self) -> str:
+        """The type of device that the call is on."""
+        return self.tensors[0].device.type if self.tensors else "cpu"
+
     def take(self, value: Any) -> None:
         """Add one value. Raises OpaqueError."""
         if isinstance(value, torch.Tensor):
@@ -68,6 +73,6 @@ def taken(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
     return found
 
 
-def pattern(tensor: torch.Tensor) -> tuple[int, ...]:
+def pattern(shape: torch.Size) -> tuple[int, ...]:
     """Which sizes of a tensor a trace is bound to: those of 0 and 1, which broadcast or are empty; -1 for others."""
-    return tuple(size if size <= 1 else -1 for size in tensor.shape)
+    return tuple(size if size <= 1 else -1 for size in shape)

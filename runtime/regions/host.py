@@ -20,12 +20,12 @@ from peftc.runtime.execution.engine import COMPILED, ActiveAdapters, Engine, Spe
 from peftc.runtime.execution.outside import outside
 from peftc.runtime.execution.program import Finder, Held, Lowered, graph_module, held_by
 from peftc.runtime.execution.segments import Recompute
-from peftc.runtime.regions.arguments import Arguments
+from peftc.runtime.regions.arguments import Arguments, pattern
 from peftc.runtime.regions.kinds import GLOBAL_HOOKS, HOOKS, attached, fingerprint, indices
 from peftc.runtime.regions.region import Bound, Inlined, Programs, Region, RegionCall, RegionTrace, Split
 from peftc.runtime.regions.template import Template
 from peftc.runtime.regions.watch import Facts, Holds, watch
-from peftc.runtime.regions.within import HEAD, Part, part_of
+from peftc.runtime.regions.within import HEAD, Part, is_within, moved, part_of
 
 
 @dataclass(eq=False)
@@ -193,7 +193,7 @@ class Host:
         why = attached(module, region.path) or _mixed(module)
         if why:
             return Split(why, _still_attached(module))
-        autocast = torch.is_autocast_enabled(_device(arguments))
+        autocast = torch.is_autocast_enabled(arguments.device)
         try:
             trace = self._trace(module, arguments, args, kwargs)
         except AdapterError as error:
@@ -246,7 +246,7 @@ class Host:
     ) -> RegionTrace:
         """A trace that holds for a call: one that there is, of a module alike, or a new one."""
         kind = fingerprint(module)
-        shape = tuple(each if not isinstance(each, torch.Size) else _ones(each) for each in arguments.key)
+        shape = tuple(each if not isinstance(each, torch.Size) else pattern(each) for each in arguments.key)
         kept = self._traces.setdefault((kind, shape), _Kept())
         for trace in reversed(kept.traces):
             if trace.numbered and trace.numbers != indices(module):
@@ -285,7 +285,7 @@ class Host:
             width = first.shape[-1] if first.is_floating_point() and first.dim() else 1
             tokens = max(1, first.numel() // max(1, width))
         assert local.part is not None
-        choice, path = self.engine.choice(tokens, _device(arguments), local.tenant), local.part.path
+        choice, path = self.engine.choice(tokens, arguments.device, local.tenant), local.part.path
         return Choice(_below(choice.dense, path), _below(choice.kept, path), choice.frozen)
 
     def _held(self, module: nn.Module, local: _Local) -> Held:
@@ -345,17 +345,8 @@ def _is_convolution(module: nn.Module) -> bool:
     return isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
 
 
-def _ones(shape: torch.Size) -> tuple[int, ...]:
-    return tuple(size if size <= 1 else -1 for size in shape)
-
-
 def _below(names: frozenset[str], path: str) -> frozenset[str]:
-    start = f"{path}."
-    return frozenset(HEAD + name[len(path) :] for name in names if name == path or name.startswith(start))
-
-
-def _device(arguments: Arguments) -> str:
-    return arguments.tensors[0].device.type if arguments.tensors else "cpu"
+    return frozenset(moved(name, path, HEAD) for name in names if is_within(name, path))
 
 
 def _mixed(module: nn.Module) -> str:

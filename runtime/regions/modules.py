@@ -67,7 +67,7 @@ def places(model: nn.Module, owners: Iterable[str], regions: Regions = "layers")
     layers = () if regions == "modules" else layer_names(model)
     found: dict[str, None] = {}
     for owner in owners:
-        head = next((each for each in layers if owner == each or owner.startswith(f"{each}.")), owner)
+        head = next((each for each in layers if is_within(owner, each)), owner)
         name = owner
         while True:
             found[name] = None

@@ -209,7 +209,7 @@ class Region:
             return self._split(local, f"it is called with {error}", args, kwargs, recompute)
         if arguments.cache is not None:
             arguments.key.append(self._is_empty(arguments.cache))
-        key = (*arguments.key, torch.is_grad_enabled(), torch.is_autocast_enabled(_device(arguments)))
+        key = (*arguments.key, torch.is_grad_enabled(), torch.is_autocast_enabled(arguments.device))
         program = local.programs.get(key)
         if program is None or not program.holds():
             program = self.host.program(self, local, arguments, args, kwargs)
@@ -300,7 +300,3 @@ class Region:
 
 def _nothing() -> None:
     return None
-
-
-def _device(arguments: Arguments) -> str:
-    return arguments.tensors[0].device.type if arguments.tensors else "cpu"

@@ -9,7 +9,7 @@ import torch
 from torch import fx, nn
 
 from peftc.passes.optimize.hoist import PIECES
-from peftc.runtime.execution.program import Alias, Held, HoistedConstants, Lowered, namespace_of
+from peftc.runtime.execution.program import Alias, Held, HoistedConstants, Lowered, constant_name, namespace_of
 from peftc.runtime.execution.segments import Namespace, python_function, writes_outside
 
 Constants = Mapping[str, torch.Tensor | nn.Module]
@@ -31,7 +31,7 @@ class Template:
         for node in graph.find_nodes(op="get_attr"):
             target = str(node.target)
             if target in self.constants:
-                node.target = f"constant_{target.replace('.', '_')}"
+                node.target = constant_name(target)
                 continue
             owner, _, leaf = target.rpartition(".")
             kind = "" if owner == PIECES else leaf
@@ -54,7 +54,7 @@ class Template:
                 where, kept = held(owner, leaf)
                 setattr(root, name, namespace_of(where, leaf, kept))
         for target, value in self.constants.items():
-            setattr(root, f"constant_{target.replace('.', '_')}", value)
+            setattr(root, constant_name(target), value)
         assert self._code is not None
         return Code(self._code, root, pieces, self.writes)
 
@@ -67,10 +67,6 @@ class Code:
     root: Namespace
     pieces: HoistedConstants | None
     writes: bool = False
-
-    def __call__(self, *inputs: Any) -> tuple[Any, ...]:
-        """Run it on what modules hold now."""
-        return self.function(self.root, *inputs)
 
     def frozen(self) -> Callable[..., tuple[Any, ...]]:
         """The function over the very tensors that there are now, whatever is replaced later."""
