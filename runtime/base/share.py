@@ -57,7 +57,16 @@ def share(
     for name in leave_out:
         copied.__dict__.pop(name, None)
         copied._modules.pop(name, None)
+    for module in copied.modules():
+        _drop_own_forward(module)
     return copied
+
+
+def _drop_own_forward(module: nn.Module) -> None:
+    """Take away a `forward` on an object that is its class's: an exporter leaves one, and the class may change."""
+    forward = vars(module).get("forward")
+    if isinstance(forward, types.MethodType) and forward.__func__ is type(module).forward:
+        del module.forward
 
 
 def rebound(value: Any, old: nn.Module, new: nn.Module) -> Any:
