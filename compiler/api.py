@@ -12,6 +12,7 @@ from peftc.compiler.load_model.quantizing import check_is_backed, quantize_linea
 from peftc.compiler.pipeline.lower import lower, specialise
 from peftc.compiler.trace.regions import trace_region
 from peftc.compiler.trace.trace import Tracer
+from peftc.compiler.trace.weights import trace_weights
 from peftc.compiler.versions import warn_if_untested
 from peftc.grammar.diagnostics import ModelError, UsageError, fail
 from peftc.grammar.method.rule import Value
@@ -86,6 +87,10 @@ class Compiler:
     def trace_region(self, module: nn.Module, call: RegionCall) -> RegionTrace:
         """The graph of a module for calls like this one. Raises ModelError for what has none."""
         return trace_region(module, call)
+
+    def trace_weights(self, module: nn.Module, names: Sequence[str]) -> Traced:
+        """The graph that gives these tensors of a module's own."""
+        return trace_weights(module, names)
 
     def takes_cache(self, call: Call) -> bool:
         """Whether the model can be given keys and values that attention sees beside the call's own."""

@@ -59,6 +59,10 @@ class CompilerProtocol(Protocol):
         """The graph of a module by itself: see `peftc.runtime.regions`. Raises ModelError for what has none."""
         ...
 
+    def trace_weights(self, module: nn.Module, names: Sequence[str]) -> Traced:
+        """The graph that gives these tensors of a module's own, for one whose forward has no graph."""
+        ...
+
     def takes_cache(self, call: Call) -> bool:
         """Whether the model can be given keys and values that attention sees beside the call's own."""
         ...

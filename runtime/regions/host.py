@@ -22,6 +22,7 @@ from peftc.runtime.execution.program import Finder, Held, Lowered, graph_module,
 from peftc.runtime.execution.segments import Recompute
 from peftc.runtime.regions.arguments import Arguments, pattern
 from peftc.runtime.regions.kinds import GLOBAL_HOOKS, HOOKS, attached, fingerprint, indices
+from peftc.runtime.regions.owned import has_more, owned_tensors
 from peftc.runtime.regions.region import Bound, Inlined, Programs, Region, RegionCall, RegionTrace, Split
 from peftc.runtime.regions.template import Template
 from peftc.runtime.regions.watch import Facts, Holds, watch
@@ -177,13 +178,35 @@ class Host:
         with _LOCK, outside():
             return self._program(region, local, arguments, args, kwargs)
 
-    def check_split(self, region: Region, local: _Local, reason: str) -> None:
-        """Raise ModelError where a module has to run its program, since an adapted weight is its own."""
+    def own_weights(self, region: Region, local: _Local, reason: str) -> Mapping[str, torch.Tensor]:
+        """The adapted tensors of a module's own, for its Python to run with. Computed outside of autocast, which would
+        round them. Raises ModelError where adapters of it are no weights, and so cannot act in its Python.
+        """
         assert local.part is not None
-        owned = [at.site.name for at in local.part.structure.sites if at.site.user == HEAD]
-        if owned:
+        module, structure = region.module, local.part.structure
+        names = owned_tensors(module, structure)
+        stored = [name for name in names if self._is_stored(region.path, name)]
+        if stored or has_more(structure):
             message = f"{region.path or 'the model'} holds adapted weights and has no graph: {reason}"
             fail(ModelError, "E465", message, help="choose other sites")
+        if not names:
+            return {}
+        key = ("weights", module.training, *((name, _kind(module, name)) for name in names))
+        found = local.programs.get(key)
+        if not isinstance(found, Bound):
+            with _LOCK, outside():
+                traced = self.engine.backend.trace_weights(module, names)
+                trace = RegionTrace(traced, Facts())
+                lowered = self._lowered(trace, local, False, Choice(dense=frozenset(names)), module)
+                code = Template(lowered, traced.constants).bind(self._held(module, local))
+            found = Bound(code, (), False, False, lambda: True)
+            local.programs[key] = found
+        with torch.autocast(next(module.parameters()).device.type, enabled=False):
+            return dict(zip(names, found.code.function(found.code.root), strict=True))
+
+    def _is_stored(self, path: str, name: str) -> bool:
+        """Whether a tensor below a module is one of a module that stores it packed."""
+        return f"{path}.{name}".lstrip(".").rpartition(".")[0] in self.stored
 
     def _program(
         self, region: Region, local: _Local, arguments: Arguments, args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -325,6 +348,12 @@ def keep_here(bank: nn.Module) -> None:
             hook.detach_hook(each)
             for name in ("forward", "_old_forward"):
                 vars(each).pop(name, None)
+
+
+def _kind(module: nn.Module, name: str) -> Hashable:
+    owner, _, leaf = name.rpartition(".")
+    value: torch.Tensor = getattr(module.get_submodule(owner), leaf)
+    return value.shape, value.dtype, value.device
 
 
 def _named(message: str, part: Part) -> str:

@@ -18,6 +18,7 @@ from peftc.runtime.execution.program import Guard, guard_of
 from peftc.runtime.execution.segments import Recompute
 from peftc.runtime.regions.arguments import Arguments, OpaqueError, taken
 from peftc.runtime.regions.kinds import indices
+from peftc.runtime.regions.owned import run_with
 from peftc.runtime.regions.template import Code
 from peftc.runtime.regions.watch import Facts, Holds
 
@@ -168,8 +169,8 @@ class Host(Protocol):
         """The program for a call, made now if there is none; or why there is none."""
         ...
 
-    def check_split(self, region: "Region", local: Any, reason: str) -> None:
-        """Raise ModelError where a module has to run its program, since an adapted weight is its own."""
+    def own_weights(self, region: "Region", local: Any, reason: str) -> Mapping[str, torch.Tensor]:
+        """The adapted tensors of a module's own, for its Python to run with. Raises ModelError where it cannot."""
         ...
 
     def inlined(self, region: "Region", tensors: Sequence[torch.Tensor], names: tuple[str, ...]) -> Any:
@@ -202,7 +203,7 @@ class Region:
         if self.layer is not None and self.host.recompute is not None:
             recompute = self._recompute(args, kwargs)
         if local.part is None:
-            return self._plain(local, args, kwargs, recompute)
+            return self._plain(self.plain, local, args, kwargs, recompute)
         try:
             arguments = taken(args, kwargs)
         except OpaqueError as error:
@@ -263,18 +264,28 @@ class Region:
         kwargs: dict[str, Any],
         recompute: Recompute | None = None,
     ) -> Any:
-        self.host.check_split(self, local, reason)
-        return self._plain(local, args, kwargs, recompute)
+        def plain(*args: Any, **kwargs: Any) -> Any:
+            values = self.host.own_weights(self, local, reason)
+            return run_with(self.module, values, args, kwargs) if values else self.plain(*args, **kwargs)
 
-    def _plain(self, local: Any, args: tuple[Any, ...], kwargs: dict[str, Any], recompute: Recompute | None) -> Any:
+        return self._plain(plain, local, args, kwargs, recompute)
+
+    def _plain(
+        self,
+        plain: Callable[..., Any],
+        local: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        recompute: Recompute | None,
+    ) -> Any:
         """The user's own forward; what it calls again in the backward pass is served with the adapters of now."""
         if recompute is None:
-            return self.plain(*args, **kwargs)
+            return plain(*args, **kwargs)
         count, names = len(args), tuple(kwargs)
 
         def again(*values: Any) -> Any:
             with self.host.pinned(local.tenant):
-                return self.plain(*values[:count], **dict(zip(names, values[count:], strict=True)))
+                return plain(*values[:count], **dict(zip(names, values[count:], strict=True)))
 
         return recompute.run(again, (*args, *kwargs.values()))
 

@@ -9,7 +9,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from peftc import compiler
-from peftc.compiler import ModelError, UsageError
+from peftc.compiler import UsageError
 from peftc.compiler.api import Compiler
 from peftc.passes.ir.cache_update import update_cache
 from peftc.passes.plan.plain import plain_class
@@ -143,23 +143,6 @@ def test_why_a_region_is_split() -> None:
         handle.remove()
         adapted(IDS)
     assert isinstance(programs(adapted, "model.layers.0")[0], Bound)
-
-
-class Experts(nn.Module):
-    """Holds the weight itself, and its forward depends on data."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight_of = nn.Parameter(torch.randn(4, 4))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x @ self.weight_of if x.sum() > 0 else x
-
-
-def test_a_weight_without_a_graph_is_refused() -> None:
-    adapted = compiler.apply(Net(Experts(), Experts()), "adapter a = lora(rank = 2) { on blocks[*].weight_of }")
-    with pytest.raises(ModelError, match=r"E465.*blocks\.0"):
-        adapted(torch.randn(3, 4))
 
 
 @pytest.mark.parametrize("every", [1, 2])
