@@ -26,6 +26,20 @@ class Arguments:
         """The type of device that the call is on."""
         return self.tensors[0].device.type if self.tensors else "cpu"
 
+    @property
+    def tokens(self) -> int:
+        """How many rows of features there are: what adapters are chosen to be lowered for."""
+        if not self.tensors:
+            return 1
+        first = self.tensors[0]
+        width = first.shape[-1] if first.is_floating_point() and first.dim() else 1
+        return max(1, first.numel() // max(1, width))
+
+    def alike(self, key: tuple[Any, ...]) -> tuple[Any, ...]:
+        """A key that is equal for calls that a program may serve alike: sizes by what a trace is bound to."""
+        sizes = (pattern(each) if isinstance(each, torch.Size) else each for each in key)
+        return *sizes, self.tokens.bit_length()
+
     def take(self, value: Any) -> None:
         """Add one value. Raises OpaqueError."""
         if isinstance(value, torch.Tensor):

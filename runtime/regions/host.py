@@ -38,6 +38,7 @@ class _Local:
     part: Part | None
     specialisation: Specialisation | None = None
     programs: Programs = field(default_factory=dict)
+    alike: dict[Hashable, list[Bound | Split]] = field(default_factory=dict)
     bound: dict[Hashable, Bound] = field(default_factory=dict)
 
 
@@ -232,7 +233,7 @@ class Host:
             code = template.bind(self._held(module, local))
             form: nest.Form = trace.traced.outputs  # type: ignore[assignment]
             single = form[0] == nest.TENSOR
-            found = Bound(code, form, single, bool(trace.updates), watch(module, trace.facts))
+            found = Bound(code, form, single, bool(trace.updates), watch(module, trace.facts), trace)
             local.bound[key] = found
         return found
 
@@ -302,13 +303,8 @@ class Host:
         return replace(made, numbered=True, numbers=indices(module)) if call.numbered else made
 
     def _choice(self, arguments: Arguments, local: _Local) -> Choice:
-        tokens = 1
-        if arguments.tensors:
-            first = arguments.tensors[0]
-            width = first.shape[-1] if first.is_floating_point() and first.dim() else 1
-            tokens = max(1, first.numel() // max(1, width))
         assert local.part is not None
-        choice, path = self.engine.choice(tokens, arguments.device, local.tenant), local.part.path
+        choice, path = self.engine.choice(arguments.tokens, arguments.device, local.tenant), local.part.path
         return Choice(_below(choice.dense, path), _below(choice.kept, path), choice.frozen)
 
     def _held(self, module: nn.Module, local: _Local) -> Held:

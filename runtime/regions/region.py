@@ -109,6 +109,12 @@ class Bound:
     single: bool  # whether the output is one tensor
     cached: bool  # whether it takes the cache
     holds: Holds
+    trace: RegionTrace | None = None
+
+    def serves(self, arguments: Arguments, module: nn.Module) -> bool:
+        """Whether it is right for a call that differs in sizes from the one that it was made for."""
+        assert self.trace is not None
+        return self.holds() and self.trace.fits(arguments.tensors, arguments.cache, module)
 
     def __call__(self, arguments: Arguments, recompute: Recompute | None = None) -> Any:
         """Run it, and put the output together as the module would have."""
@@ -142,6 +148,10 @@ class Split:
 
     reason: str
     holds: Holds
+
+    def serves(self, arguments: Arguments, module: nn.Module) -> bool:
+        """Whether it is right for a call that differs in sizes from the one that it was made for."""
+        return self.holds()
 
 
 Programs = dict[Hashable, Bound | Split]
@@ -213,13 +223,24 @@ class Region:
         key = (*arguments.key, torch.is_grad_enabled(), torch.is_autocast_enabled(arguments.device))
         program = local.programs.get(key)
         if program is None or not program.holds():
-            program = self.host.program(self, local, arguments, args, kwargs)
-            if len(local.programs) >= KEPT:
-                local.programs.clear()
-            local.programs[key] = program
+            program = self._found(local, key, arguments, args, kwargs)
         if isinstance(program, Split):
             return self._split(local, program.reason, args, kwargs, recompute)
         return program(arguments, recompute)
+
+    def _found(
+        self, local: Any, key: tuple[Any, ...], arguments: Arguments, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Bound | Split:
+        """A program that serves calls alike, as those of a text that grows are, or what the host finds."""
+        alike: list[Bound | Split] = local.alike.setdefault(arguments.alike(key), [])
+        found = next((each for each in alike if each.serves(arguments, self.module)), None)
+        if found is None:
+            found = self.host.program(self, local, arguments, args, kwargs)
+            alike[:] = [found, *alike[: KEPT - 1]]
+        if len(local.programs) >= KEPT:
+            local.programs.clear()
+        local.programs[key] = found
+        return found
 
     def _inlined(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """For a compiler that traces the call: the user's own code, and graphs of adapted modules in it."""

@@ -13,6 +13,7 @@ from peftc.compiler import UsageError
 from peftc.compiler.api import Compiler
 from peftc.passes.ir.cache_update import update_cache
 from peftc.passes.plan.plain import plain_class
+from peftc.runtime.regions.host import Host
 from peftc.runtime.regions.region import Bound, Split
 
 IDS = torch.tensor([[5, 9, 11, 3, 8], [7, 7, 2, 1, 30]])
@@ -161,3 +162,27 @@ def test_layers_are_computed_again(every: int) -> None:
         grads.append({name: p.grad.clone() for name, p in adapted.named_parameters() if p.grad is not None})
     assert calls == [4, 4 + 4 // every]
     assert_close(grads[1], grads[0])
+
+
+def test_a_text_that_grows_is_served_without_asking_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With padding the mask is longer at every token, and no length was seen before."""
+    asked: list[str] = []
+    original = Host.program
+
+    def program(self: Host, region: Any, *call: Any) -> Any:
+        asked.append(region.path)
+        return original(self, region, *call)
+
+    monkeypatch.setattr(Host, "program", program)
+    base = llama()
+    adapted = compiler.apply(base, SPEC).eval()
+    mask = torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 1]])
+    options = dict(attention_mask=mask, max_new_tokens=12, min_new_tokens=12, do_sample=False)
+    adapted.generate(IDS, **options)
+    assert len(asked) == 4, "each layer for the text, and for a token"
+    merged = compiler.apply(base, SPEC.replace("random", "default")).eval()
+    merged.load_state_dict(adapted.state_dict())
+    assert torch.equal(merged.merge_and_unload().generate(IDS, **options), adapted.generate(IDS, **options))
+    longer = [0, 1, 2, 3, 4, 4, 4]
+    adapted.generate(IDS[:, longer], **(options | dict(attention_mask=mask[:, longer])))
+    assert len(asked) == 4, "and none for another text of about as many tokens"
