@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from peftc.runtime.artifact.artifact import Artifact
     from peftc.runtime.artifact.sampling import Sampling
     from peftc.runtime.model.rank_callback import RankAllocation
+    from peftc.runtime.regions.partition import Partition, RegionRow, SplitRow
 
 __all__ = [
     "AdaptedModel",
@@ -45,9 +46,12 @@ __all__ = [
     "Diagnostic",
     "FoundModel",
     "ModelError",
+    "Partition",
     "RankAllocation",
+    "RegionRow",
     "Sampling",
     "SpecError",
+    "SplitRow",
     "UsageError",
     "apply",
     "bench",
@@ -94,6 +98,7 @@ _HOMES = {
     "peftc.runtime.artifact.artifact": ("Artifact",),
     "peftc.runtime.artifact.sampling": ("Sampling",),
     "peftc.runtime.model.rank_callback": ("RankAllocation",),
+    "peftc.runtime.regions.partition": ("Partition", "RegionRow", "SplitRow"),
 }
 
 

@@ -41,7 +41,8 @@ from peftc.runtime.model.adding import add_fresh, plan_adapters
 from peftc.runtime.model.base_weights import ADAPTED, STATE, BaseProvenance, BaseWeights, base_view
 from peftc.runtime.model.loading import load_adapter
 from peftc.runtime.peft_format.load_options import LoadOptions
-from peftc.runtime.regions.modules import Regions, checked, layers_become_regions
+from peftc.runtime.regions.modules import layers_become_regions
+from peftc.runtime.regions.places import Regions, checked
 from peftc.runtime.regions.region import RegionCall, RegionTrace
 from peftc.runtime.regions.within import HEAD
 

@@ -1,14 +1,16 @@
 """explain: how each site of a spec would be lowered, and what the alternatives would cost."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from os import PathLike
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from peftc.compiler.api import adapt
 from peftc.compiler.jobs.drawing import as_found
-from peftc.compiler.jobs.refusing import refusals
+from peftc.compiler.jobs.refusing import Refused, refusals
 from peftc.compiler.load_model.models import FoundModel
 from peftc.compiler.load_model.quantizing import quantized_copy
 from peftc.compiler.load_model.tokenizers import tokenizer_for
@@ -17,7 +19,6 @@ from peftc.compiler.report.facts import (
     CostFacts,
     ExplainFacts,
     GroupFacts,
-    RefusalFacts,
     TermFacts,
     TogetherFacts,
 )
@@ -29,13 +30,16 @@ from peftc.grammar.spec.spec import Spec
 from peftc.passes.cost.cost import LOWERINGS, Sizes, alternatives, anonymous, cheapest, sizes_of, typical
 from peftc.passes.plan.plan import AdapterPlan
 from peftc.passes.plan.resolve import check_base, survey
-from peftc.passes.plan.structure import AdaptedSite, structure_of
+from peftc.passes.plan.structure import AdaptedSite, Structure, structure_of
 from peftc.passes.quantized.schemes.known import packed_modules
 from peftc.runtime.adapters.bank import AdapterParameters
 from peftc.runtime.init.calibration import imagined
 from peftc.runtime.init.dense import ImaginedDense
 from peftc.runtime.init.tokens import imagined as imagined_tokenizer
 from peftc.runtime.model.adding import Values, make_adapter, plan_adapters
+from peftc.runtime.regions.modules import become_regions
+from peftc.runtime.regions.outline import partition_of
+from peftc.runtime.regions.partition import Partition
 
 TOKENS = (1, 32, 1024)
 
@@ -58,7 +62,8 @@ def explain(
         tokens: Of a call: batch times sequence. One answer for each number.
         training: With gradients. Otherwise the adapters are taken to be loaded for inference: what depends on them and
             the weights alone is computed once.
-        why: Also tell what each pass left as it is, and why. The model is traced for that, and else it is not.
+        why: Also tell what each pass left as it is, and why, and which modules are split because they cannot be traced.
+            The model is traced and called once for that, with example inputs; else neither.
 
     Raises:
         SpecError: the spec is wrong, in itself or for this model.
@@ -75,7 +80,8 @@ def explain(
     planned = plan_adapters(meant.adapters, survey(stored), tokenizer_for(meant, found))
     plans = {each.name: each for each in planned.plans}
     together = [tuple(name for name, _ in meant.active)] if meant.active else [(name,) for name in plans]
-    told: Sequence[tuple[RefusalFacts, ...] | None] = [None] * len(together)
+    made = [_Imagined.of(stored, [plans[name] for name in names]) for names in together]
+    told: Sequence[Refused | None] = [None] * len(together)
     if why:
         told = refusals(meant, found, together, training=training)
     return ExplainFacts(
@@ -86,25 +92,44 @@ def explain(
         together=tuple(
             TogetherFacts(
                 names,
-                tuple(_groups(stored, [plans[name] for name in names], tokens, training)),
-                tuple(each for name in names for each in inserted(plans[name])),
-                refused,
+                tuple(_groups(each, tokens, training)),
+                tuple(part for name in names for part in inserted(plans[name])),
+                None if refused is None else refused.by_passes,
+                _partition(stored, each.structure) if refused is None else refused.partition,
+                "" if refused is None else refused.untraced,
             )
-            for names, refused in zip(together, told, strict=True)
+            for names, each, refused in zip(together, made, told, strict=True)
         ),
         warnings=found.warnings,
     )
 
 
-def _groups(
-    model: nn.Module, plans: Sequence[AdapterPlan], tokens: Sequence[int], training: bool
-) -> Iterator[GroupFacts]:
-    made = list(_imagined(model, plans))
-    structure = structure_of([(each.plan, each.dtypes()) for each in made])
+@dataclass(frozen=True)
+class _Imagined:
+    """Adapters that are active together, with tensors that have shapes and no numbers."""
 
-    def lookup(position: int, site: str, role: str) -> torch.Tensor:
-        return made[position].at_site(site)[role]
+    plans: Sequence[AdapterPlan]
+    made: Sequence[AdapterParameters]
+    structure: Structure
 
+    @classmethod
+    def of(cls, model: nn.Module, plans: Sequence[AdapterPlan]) -> "_Imagined":
+        made = list(_imagined(model, plans))
+        return cls(plans, made, structure_of([(each.plan, each.dtypes()) for each in made]))
+
+    def lookup(self, position: int, site: str, role: str) -> torch.Tensor:
+        return self.made[position].at_site(site)[role]
+
+
+def _partition(model: nn.Module, structure: Structure) -> Partition:
+    """What an adapted model would tell of itself; this one has no adapters, and only learns where they would be."""
+    state = adapt(model)._adapter_state
+    become_regions(state.engine.model, state.host, structure, state.regions)
+    return partition_of(state.host, structure, state.regions)
+
+
+def _groups(imagined: _Imagined, tokens: Sequence[int], training: bool) -> Iterator[GroupFacts]:
+    structure, lookup, plans = imagined.structure, imagined.lookup, imagined.plans
     groups: dict[tuple[AdaptedSite, Sizes], list[str]] = {}
     for adapted in structure.sites:
         groups.setdefault((anonymous(adapted), sizes_of(adapted, lookup)), []).append(adapted.site.name)

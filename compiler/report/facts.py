@@ -6,6 +6,7 @@ from typing import Any
 
 from peftc.grammar.diagnostics import Diagnostic
 from peftc.runtime.merge.drift import OutputDrift
+from peftc.runtime.regions.partition import Partition
 
 Values = Mapping[str, int | float | bool | str | tuple[int, ...] | None]
 
@@ -173,13 +174,16 @@ class RefusalFacts:
 class TogetherFacts:
     """Adapters that are active together, in this order, the sites they reach, and what they insert beside those.
 
-    `refusals` are what passes left as it is, or None where this was not asked.
+    `refusals` are what passes left as it is, or None where this was not asked. `regions` says which modules run graphs,
+    and `untraced` why the whole model has no graph, empty where it has one or this was not asked.
     """
 
     adapters: tuple[str, ...]
     groups: tuple[GroupFacts, ...]
     inserted: tuple[InsertedFacts, ...] = ()
     refusals: tuple[RefusalFacts, ...] | None = None
+    regions: Partition = field(default_factory=lambda: Partition("layers"))
+    untraced: str = ""
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from peftc.grammar.method.rule import MethodRule
 from peftc.grammar.syntax import expression
 from peftc.passes.foreign.peft import OWN_TYPE
 from peftc.runtime.merge.drift import MergeDrift, TensorDrift
+from peftc.runtime.regions.partition import Partition, SplitRow
 
 
 def adapters_report(adapters: Iterable[AdapterFacts]) -> RenderableType:
@@ -138,13 +139,52 @@ def explain_report(facts: ExplainFacts) -> RenderableType:
         for group in each.groups:
             parts.append(_group(group))
             parts.append(_costs(group))
+        parts.append(_partition(each.regions))
         if each.refusals is not None:
-            parts.append(_refusals(each.refusals))
+            parts.append(_refusals(each.refusals, each.untraced))
     return Group(*parts)
 
 
-def _refusals(refusals: Sequence[RefusalFacts]) -> RenderableType:
+def _partition(partition: Partition) -> RenderableType:
+    """Which modules run graphs, kind by kind, and which are split."""
+    if not partition.regions and not partition.splits:
+        return Text("\nno module runs a graph")
+    traced = any(each.traces for each in partition.regions)
+    rows = [
+        (
+            "\n".join(_modules(each.modules)),
+            each.kind,
+            each.why,
+            str(len(each.modules)),
+            str(each.variants),
+            *((str(each.traces),) if traced else ()),
+        )
+        for each in partition.regions
+    ]
+    right = ("#", "variants", *(("traces",) if traced else ()))
+    splits = [("\n".join(_modules(each.modules)), _how(each), each.why) for each in partition.splits]
+    parts: list[RenderableType] = [Text("")]
+    if rows:
+        parts.append(_table(("region", "kind", "because"), rows, right=right))
+    if splits:
+        parts.append(_table(("runs its own Python", "in calls", "because"), splits))
+    return Group(*parts)
+
+
+def _modules(names: Sequence[str]) -> tuple[str, ...]:
+    return tuple(each or "the model" for each in collapse(names))
+
+
+def _how(split: SplitRow) -> str:
+    if split.refused:
+        return "refused"
+    return ("some" if split.called else "all") + (", on adapted weights" if split.owned else "")
+
+
+def _refusals(refusals: Sequence[RefusalFacts], untraced: str) -> RenderableType:
     """What passes left as it is: alike ones of several sites in a row of their own."""
+    if untraced:
+        return Text(f"\nthere is no graph of the whole model: {untraced}")
     sites: dict[tuple[str, str], list[str]] = {}
     for each in refusals:
         sites.setdefault((each.made_by, each.reason), []).append(each.site or each.node)

@@ -221,6 +221,11 @@ class Engine:
                 self._traces[signature] = self.backend.trace(replace(call, signature=signature))
         return self._traces[signature]
 
+    @property
+    def trace_count(self) -> int:
+        """How many graphs of the whole model there are so far, without adapters."""
+        return len(self._traces)
+
     def graph(self, call: Call) -> fx.Graph:
         """The graph that serves a call: what diagrams show."""
         return self._specialised(self.traced(call), call.signature, False, COMPILED)

@@ -23,7 +23,10 @@ from peftc.runtime.execution.engine import ActiveAdapters, Engine
 from peftc.runtime.execution.virtual import Owner, Virtual
 from peftc.runtime.model.base_weights import Active, BaseWeights
 from peftc.runtime.regions.host import Host
-from peftc.runtime.regions.modules import Regions, become_regions, layers_become_regions, needs_whole
+from peftc.runtime.regions.modules import become_regions, layers_become_regions
+from peftc.runtime.regions.outline import partition_of
+from peftc.runtime.regions.partition import Partition
+from peftc.runtime.regions.places import Regions, why_whole
 
 
 @dataclass
@@ -53,7 +56,11 @@ class AdapterSet:
     @property
     def whole(self) -> bool:
         """Whether a call of the model runs one graph: as asked, or since what is active needs it."""
-        return self.regions == "model" or needs_whole(self.engine.structure)
+        return self.regions == "model" or bool(why_whole(self.engine.structure))
+
+    def partition(self) -> Partition:
+        """Which modules run graphs now, and why."""
+        return partition_of(self.host, self.engine.structure, self.regions)
 
     @property
     def displaced(self) -> Replaced:

@@ -29,6 +29,7 @@ from peftc.runtime.model.one_adapter import one_adapter
 from peftc.runtime.model.saving import adapter_tensors, save_adapters
 from peftc.runtime.peft_format.checkpoint import kept_masks
 from peftc.runtime.peft_format.load_options import LoadOptions
+from peftc.runtime.regions.partition import Partition
 
 
 class AdaptedModel(AdaptedModule):
@@ -275,6 +276,15 @@ class AdaptedModel(AdaptedModule):
     def adapter_plan(self, adapter_name: str) -> AdapterPlan:
         """Which rule with which values an adapter puts where. Raises UsageError for an unknown name."""
         return self._adapter_state.adapter(adapter_name).plan
+
+    def region_partition(self) -> Partition:
+        """Which modules run graphs as the model stands, why they begin there, and what is split and why.
+
+        It may be printed. Nothing is traced: what is attached to modules is seen at once, what cannot be traced when a
+        call has tried. Without active adapters (none, at rest, merged) there are no regions but of weights that are
+        stored packed.
+        """
+        return self._adapter_state.partition()
 
     # --- budgets, and prefixes that start from a text ---
 

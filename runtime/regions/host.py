@@ -20,11 +20,12 @@ from peftc.runtime.execution.engine import COMPILED, ActiveAdapters, Engine, Spe
 from peftc.runtime.execution.outside import outside
 from peftc.runtime.execution.program import Finder, Held, Lowered, graph_module, held_by
 from peftc.runtime.execution.segments import Recompute
-from peftc.runtime.regions.arguments import Arguments, pattern
-from peftc.runtime.regions.kinds import GLOBAL_HOOKS, HOOKS, attached, fingerprint, indices
+from peftc.runtime.regions.arguments import Arguments
+from peftc.runtime.regions.kinds import GLOBAL_HOOKS, HOOKS, split_by
 from peftc.runtime.regions.owned import has_more, owned_tensors
 from peftc.runtime.regions.region import Bound, Inlined, Programs, Region, RegionCall, RegionTrace, Split
 from peftc.runtime.regions.template import Template
+from peftc.runtime.regions.traces import Traces
 from peftc.runtime.regions.watch import Facts, Holds, watch
 from peftc.runtime.regions.within import HEAD, Part, is_within, moved, part_of
 
@@ -42,24 +43,7 @@ class _Local:
     bound: dict[Hashable, Bound] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, eq=False)
-class _Kept:
-    """Traces for calls of one pattern of modules of one kind, the latest last, or why there can be none.
-
-    A failure is of calls that keep gradients, or of those that do not.
-    """
-
-    traces: list[RegionTrace] = field(default_factory=list)
-    failures: dict[bool, AdapterError] = field(default_factory=dict)
-
-
 _LOCK = threading.RLock()
-
-WAYS = 256
-"""How many traces a kind may have: one that is called with another number each time runs its own Python after that."""
-
-EXACT = 16
-"""After so many traces of one kind for calls alike but for their sizes, traces are bound to these."""
 
 
 class Host:
@@ -70,8 +54,7 @@ class Host:
         self.regions: dict[str, Region] = {}
         self.stored: set[str] = set()  # modules that store their weight packed, which graphs compute with
         self.packed: set[str] = set()  # regions with such modules
-        self._traces: dict[Hashable, _Kept] = {}
-        self._ways: dict[Hashable, int] = {}
+        self.traces = Traces(engine.backend.trace_region)
         self._templates: dict[Hashable, Template] = {}
         self._version = 0
         self.compiled = False  # whether a compiler has graphs that read slots
@@ -95,14 +78,17 @@ class Host:
         tenant: ActiveAdapters = getattr(self._pinned, "tenant", None) or self.engine.active
         found: _Local | None = tenant.regions.get(path)
         if found is None or found.version != self._version:
-            part = part_of(tenant.specialisation.structure, path)
-            if part is None and path in self.packed:
-                part = Part(path, Structure(), {})
+            part = self.part(tenant.specialisation.structure, path)
             found = _Local(self._version, tenant, part)
             if part is not None:
                 found.specialisation = self.engine.specialisation(part.structure)
             tenant.regions[path] = found
         return found
+
+    def part(self, structure: Structure, path: str) -> Part | None:
+        """What of a structure is inside of a region; None where there is nothing to run a graph for."""
+        found = part_of(structure, path)
+        return Part(path, Structure(), {}) if found is None and path in self.packed else found
 
     @property
     def recompute(self) -> Recompute | None:
@@ -112,9 +98,10 @@ class Host:
     def reset(self) -> None:
         """Forget everything that was made: the model was moved, or holds something else."""
         self._version += 1
-        self._traces.clear()
-        self._ways.clear()
+        self.traces.clear()
         self._templates.clear()
+        for each in self.regions.values():
+            each.opaque.clear()
 
     def enter(self) -> None:
         """Let regions know whether the active adapters adapt weights of their own: what compilers ask."""
@@ -186,8 +173,7 @@ class Host:
         assert local.part is not None
         module, structure = region.module, local.part.structure
         names = owned_tensors(module, structure)
-        stored = [name for name in names if self._is_stored(region.path, name)]
-        if stored or has_more(structure):
+        if self.is_refused(region, local.part):
             message = f"{region.path or 'the model'} holds adapted weights and has no graph: {reason}"
             fail(ModelError, "E465", message, help="choose other sites")
         if not names:
@@ -205,6 +191,11 @@ class Host:
         with torch.autocast(next(module.parameters()).device.type, enabled=False):
             return dict(zip(names, found.code.function(found.code.root), strict=True))
 
+    def is_refused(self, region: Region, part: Part) -> bool:
+        """Whether a module must have a graph: adapters of its own are no weights, or are on one that is stored packed."""
+        names = owned_tensors(region.module, part.structure)
+        return has_more(part.structure) or any(self._is_stored(region.path, name) for name in names)
+
     def _is_stored(self, path: str, name: str) -> bool:
         """Whether a tensor below a module is one of a module that stores it packed."""
         return f"{path}.{name}".lstrip(".").rpartition(".")[0] in self.stored
@@ -214,12 +205,12 @@ class Host:
     ) -> Bound | Split:
         module = region.module
         assert local.part is not None
-        why = attached(module, region.path) or _mixed(module)
+        why = split_by(module, region.path)
         if why:
             return Split(why, _still_attached(module))
         autocast = torch.is_autocast_enabled(arguments.device)
         try:
-            trace = self._trace(module, arguments, args, kwargs)
+            trace = self.traces.find(module, arguments, args, kwargs)
         except AdapterError as error:
             return Split(error.diagnostics[0].message, watch(module, Facts()))
         choice = self._choice(arguments, local)
@@ -264,43 +255,6 @@ class Host:
             told = (replace(each, message=_named(each.message, part)) for each in error.diagnostics)
             raise ModelError(*told) from error.__cause__
         return self.engine.backend.lower(graph, autocast=autocast, choice=choice)
-
-    def _trace(
-        self, module: nn.Module, arguments: Arguments, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> RegionTrace:
-        """A trace that holds for a call: one that there is, of a module alike, or a new one."""
-        kind = fingerprint(module)
-        shape = tuple(each if not isinstance(each, torch.Size) else pattern(each) for each in arguments.key)
-        kept = self._traces.setdefault((kind, shape), _Kept())
-        for trace in reversed(kept.traces):
-            if trace.numbered and trace.numbers != indices(module):
-                continue
-            if trace.facts.gradients not in (None, torch.is_grad_enabled()):
-                continue
-            if trace.fits(arguments.tensors, arguments.cache, module):
-                return trace
-        gradients = torch.is_grad_enabled()
-        if gradients in kept.failures:
-            raise kept.failures[gradients]
-        self._ways[kind] = ways = self._ways.get(kind, 0) + 1
-        if ways > WAYS:
-            fail(ModelError, "E465", f"{type(module).__name__} is called in more than {WAYS} ways", help="")
-        numbered = any(each.numbered for each in kept.traces)
-        call = RegionCall(args, kwargs, arguments.cache, exact=len(kept.traces) >= EXACT, numbered=numbered)
-        try:
-            made = self._traced(module, call)
-        except AdapterError as error:
-            kept.failures[gradients] = error
-            raise
-        kept.traces.append(made)
-        return made
-
-    def _traced(self, module: nn.Module, call: RegionCall) -> RegionTrace:
-        made: RegionTrace = self.engine.backend.trace_region(module, call)
-        if made.numbered and not call.numbered:
-            call = replace(call, numbered=True)
-            made = self.engine.backend.trace_region(module, call)
-        return replace(made, numbered=True, numbers=indices(module)) if call.numbered else made
 
     def _choice(self, arguments: Arguments, local: _Local) -> Choice:
         assert local.part is not None
@@ -372,14 +326,6 @@ def _is_convolution(module: nn.Module) -> bool:
 
 def _below(names: frozenset[str], path: str) -> frozenset[str]:
     return frozenset(moved(name, path, HEAD) for name in names if is_within(name, path))
-
-
-def _mixed(module: nn.Module) -> str:
-    """Where a part of a module is in training and another is not: adapters drop where their own module trains."""
-    for name, each in module.named_modules():
-        if each.training is not module.training:
-            return f"{name} is {'not ' * (not each.training)}in training, and the rest is otherwise"
-    return ""
 
 
 def _still_attached(module: nn.Module) -> Holds:

@@ -53,6 +53,19 @@ def attached(module: nn.Module, path: str = "") -> str:
     return ""
 
 
+def split_by(module: nn.Module, path: str) -> str:
+    """Why a module cannot be one graph whatever it is called with, as the tree tells; empty where it may be."""
+    return attached(module, path) or _mixed(module, path)
+
+
+def _mixed(module: nn.Module, path: str) -> str:
+    """Where a part of a module is in training and another is not: adapters drop where their own module trains."""
+    for name, each in module.named_modules():
+        if each.training is not module.training:
+            return f"{path}.{name} is {'not ' * (not each.training)}in training, and the rest is otherwise".lstrip(".")
+    return ""
+
+
 def fingerprint(module: nn.Module) -> Hashable:
     """Equal for modules that compute alike: classes, children, shapes, types, devices, training and plain attributes.
 

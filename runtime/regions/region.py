@@ -203,6 +203,8 @@ class Region:
         self.host, self.path, self.module, self.plain = host, path, module, plain
         self.owned, self.structure = False, 0  # whether weights of its own are adapted now, and by what
         self.layer: int | None = None  # which of the model's repeated layers it is
+        self.why = ""  # why it begins here; empty where one around it has to be split first
+        self.opaque: dict[str, None] = {}  # why it was split that no trace could tell, each once
         self.number = next(iter(indices(module)), ("", "", None))[2]
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -217,7 +219,9 @@ class Region:
         try:
             arguments = taken(args, kwargs)
         except OpaqueError as error:
-            return self._split(local, f"it is called with {error}", args, kwargs, recompute)
+            why = f"it is called with {error}"
+            self.opaque[why] = None
+            return self._split(local, why, args, kwargs, recompute)
         if arguments.cache is not None:
             arguments.key.append(self._is_empty(arguments.cache))
         key = (*arguments.key, torch.is_grad_enabled(), torch.is_autocast_enabled(arguments.device))

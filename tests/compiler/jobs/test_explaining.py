@@ -8,6 +8,7 @@ from peftc import compiler
 from peftc.compiler.api import Compiler, call_like
 from peftc.passes.cost import cost
 from tests.compiler.commands.cli_help import peftc, write_model
+from tests.zoo import make
 
 SPEC = """adapter turned = dora(rank = 2) {
     on layers[*].self_attn.{q_proj, v_proj}
@@ -35,6 +36,7 @@ def no_trace(monkeypatch):
         raise AssertionError("explain traces nothing")
 
     monkeypatch.setattr(Compiler, "trace", refuse)
+    monkeypatch.setattr(Compiler, "trace_region", refuse)
 
 
 def test_the_table(place, golden):
@@ -123,6 +125,42 @@ def test_the_model_may_lie_on_the_meta_device():
     (call,) = together.groups[0].calls
     assert call.costs["pushed"].flops == 2 * 3 * (4096 * 4096 + 2 * 8 * 4096)
     assert json.loads(json.dumps(together.groups[0].terms[0].shapes)) == {"A": [8, 4096], "B": [4096, 8]}
+
+
+REGIONS = {
+    "alike": "adapter a = lora { on all linear }",
+    "unlike": "adapter a = lora { on layers[0].mlp.up_proj, layers[*].self_attn.q_proj } adapter b = ia3 { on v_proj } "
+    "activate a + b",
+    "around": "adapter a = lora { on embed_tokens, lm_head train layers[1].mlp }",
+    "prompt": "adapter a = prompt(length = 2)",
+    "prefix": "adapter a = prefix(length = 2)",
+    "beside": "adapter a = adaption_prompt(length = 2, layers = 1)",
+}
+
+
+@pytest.mark.parametrize("name", REGIONS)
+def test_regions_are_those_of_the_adapted_model(name):
+    model = make("llama", num_hidden_layers=2)
+    (together,) = compiler.explain(REGIONS[name], model).together
+    assert together.regions == compiler.apply(model, REGIONS[name]).region_partition()
+    assert together.regions.regions
+
+
+def test_regions_of_a_model_without_weights():
+    with torch.device("meta"):
+        model = make("llama", num_hidden_layers=3)
+    (together,) = compiler.explain("adapter a = lora { on q_proj, lm_head }", model).together
+    layers, head = together.regions.regions
+    assert (layers.modules, layers.kind) == (tuple(f"model.layers.{each}" for each in range(3)), "LlamaDecoderLayer")
+    assert (head.modules, head.why) == (("lm_head",), "adapted, outside of repeated layers")
+
+
+def test_regions_in_json(place):
+    (place / "some.adapter").write_text("adapter a = lora { on q_proj }")
+    (together,) = peftc("explain", "some.adapter", "tiny", "--json").json["together"]
+    assert together["regions"]["whole"] == ""
+    (row,) = together["regions"]["regions"]
+    assert row["modules"] == ["model.layers.0", "model.layers.1"]
 
 
 @pytest.mark.parametrize("tokens", [[0], [4, -1]])

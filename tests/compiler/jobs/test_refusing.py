@@ -8,7 +8,7 @@ from torch import nn
 
 from peftc import compiler
 from peftc.compiler.load_model.models import FoundModel
-from peftc.compiler.report.facts import RefusalFacts
+from peftc.compiler.report.facts import RefusalFacts, TogetherFacts
 from tests.compiler.commands.cli_help import peftc
 
 TINY = Path(__file__).parents[3] / "examples" / "tiny-llama"
@@ -65,3 +65,83 @@ def test_the_table(tmp_path):
     table = done.out[done.out.index("left as it is") :]
     assert "stop-early" in table or "fuse-low-rank" in table
     assert "self_attn.q_proj" in table
+
+
+class Choosy(nn.Module):
+    """What it computes depends on data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(x) if x.sum() > 0 else x
+
+
+class Stack(nn.Module):
+    def __init__(self, *blocks: nn.Module):
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for each in self.blocks:
+            x = each(x)
+        return x
+
+
+def explained(spec: str, *blocks: nn.Module, why: bool = True) -> TogetherFacts:
+    found = FoundModel(Stack(*blocks), "Stack", "factory", example_inputs={"x": torch.ones(2, 3, 4)})
+    (together,) = compiler.explain(spec, found, tokens=(1,), why=why).together
+    return together
+
+
+def test_what_cannot_be_traced_is_told_when_asked():
+    spec = "adapter a = lora(rank = 2) { on fc }"
+    asked = explained(spec, Choosy(), Choosy())
+    (split,) = asked.regions.splits
+    assert (split.modules, split.called, split.refused) == (("blocks.0", "blocks.1"), True, False)
+    assert split.why.startswith("Choosy cannot be traced for this call")
+    assert [(each.modules, each.traces) for each in asked.regions.regions] == [(("blocks.0.fc", "blocks.1.fc"), 1)]
+    assert asked.untraced.startswith("Stack cannot be traced for this call")
+    assert asked.refusals == ()
+    unasked = explained(spec, Choosy(), Choosy(), why=False)
+    assert (unasked.regions.splits, unasked.untraced) == ((), "")
+
+
+class Holder(nn.Module):
+    """Holds the weight itself, and what it computes depends on data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.own = nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.own if x.sum() > 0 else x
+
+
+def test_what_is_refused_is_told_when_asked():
+    (split,) = explained("adapter a = lora(rank = 2) { on blocks[*].own }", Holder()).regions.splits
+    assert (split.modules, split.refused) == (("blocks.0",), True)
+
+
+def test_a_call_that_the_model_refuses():
+    class Wrong(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise ValueError("not today")
+
+    with pytest.raises(compiler.ModelError, match=r"E402.*not today"):
+        explained("adapter a = lora(rank = 2) { on fc }", Choosy(), Wrong())
+
+
+def test_the_table_of_what_is_split(place):
+    (place / "some.adapter").write_text("adapter a = lora(rank = 2) { on fc }")
+    done = peftc("explain", "some.adapter", "tests.compiler.jobs.test_refusing:choosy", "--why", "--tokens", 1)
+    assert done.code == 0, done.err
+    table = " ".join(done.out[done.out.index("region") :].split())
+    assert "blocks[0, 1].fc Linear the module around it is split 2 1 1" in table or "blocks[0..2].fc" in table
+    assert "blocks[0..2] some Choosy cannot be traced for this call" in table
+    assert "there is no graph of the whole model: Stack cannot be traced" in table
+
+
+def choosy():
+    return Stack(Choosy(), Choosy()), {"x": torch.ones(2, 3, 4)}

@@ -96,7 +96,8 @@ def test_the_cache_is_updated_by_itself() -> None:
     adapted = compiler.apply(llama(), SPEC).eval()
     with torch.no_grad():
         adapted(IDS)
-    (trace,) = (each for kept in adapted._adapter_state.host._traces.values() for each in kept.traces)
+    kinds = adapted._adapter_state.host.traces._kept.values()
+    (trace,) = (each for calls in kinds for kept in calls.values() for each in kept.traces)
     (node,) = (node for node in trace.traced.graph.nodes if node.target is update_cache)
     assert [each.index for each in trace.updates] == ["self_attn.layer_idx"]
     assert str(node.args[3].target) == "region.self_attn.layer_idx", "read from each layer"
