@@ -17,7 +17,7 @@ from peftc.compiler.versions import warn_if_untested
 from peftc.grammar.diagnostics import ModelError, UsageError, fail
 from peftc.grammar.method.rule import Value
 from peftc.grammar.spec.elaborate import read_spec
-from peftc.grammar.spec.spec import Spec
+from peftc.grammar.spec.spec import Regions, Spec
 from peftc.passes.cost.cost import Choice
 from peftc.passes.foreign import transformers as contract
 from peftc.passes.insert.insert_delta import SlotValue
@@ -42,7 +42,7 @@ from peftc.runtime.model.base_weights import ADAPTED, STATE, BaseProvenance, Bas
 from peftc.runtime.model.loading import load_adapter
 from peftc.runtime.peft_format.load_options import LoadOptions
 from peftc.runtime.regions.modules import layers_become_regions
-from peftc.runtime.regions.places import Regions, checked
+from peftc.runtime.regions.places import DEFAULT, checked
 from peftc.runtime.regions.region import RegionCall, RegionTrace
 from peftc.runtime.regions.within import HEAD
 
@@ -142,7 +142,7 @@ def apply(
     tokenizer: Any | None = None,
     dense: Source | None = None,
     prepare_for_kbit_training: bool = True,
-    regions: Regions = "layers",
+    regions: Regions | None = None,
 ) -> AdaptedModel:
     """Put the adapters of a spec into a model.
 
@@ -165,7 +165,8 @@ def apply(
             is unloaded. Without effect elsewhere.
         regions: Which modules run graphs: the members of repeated stacks and adapted modules outside of them
             ("layers"), adapted modules alone ("modules"), or the whole model at once ("model"). Everything else runs
-            the model's own Python.
+            the model's own Python. Said here it wins over what `base { regions = ... }` of the spec says; where neither
+            says, it is "layers".
 
     Returns:
         An object of the model's class with the spec's adapters, freshly initialised. The adapters that the spec
@@ -178,8 +179,10 @@ def apply(
             dense model.
     """
     meant = spec if isinstance(spec, Spec) else read_spec(spec)
-    adapted = adapt(_checked(model), regions=checked(regions))
+    wanted = checked(regions) if regions is not None else meant.regions or DEFAULT
+    adapted = adapt(_checked(model), regions=wanted)
     state = adapted._adapter_state
+    state.base.facts.regions = meant.regions
     check_base(meant.base, state.engine.backend.survey())
     if meant.quantize is not None and quantize_linears(adapted, meant.quantize):
         mark_adapted(adapted)
@@ -209,7 +212,7 @@ def load(
     use: str | PathLike[str] | None = None,
     values: Mapping[str, Value] | None = None,
     prepare_for_kbit_training: bool = True,
-    regions: Regions = "layers",
+    regions: Regions | None = None,
 ) -> AdaptedModel:
     """Put an adapter from a PEFT checkpoint, ours or peft's, into a model.
 
@@ -229,13 +232,13 @@ def load(
         values: Hyperparameters that are to be other than the file says. `{"peft_compatible": True}` has virtual tokens
             counted and returned as PEFT does.
         prepare_for_kbit_training: As in `apply`, if the adapter `is_trainable`.
-        regions: As in `apply`.
+        regions: As in `apply`; where it is not said, what the spec said that the checkpoint was made with.
 
     Raises:
         CheckpointError: the checkpoint is damaged, unsupported, or does not fit the model.
         ModelError: the model cannot be copied or traced.
     """
-    adapted = adapt(_checked(model), regions=checked(regions))
+    adapted = adapt(_checked(model), regions=DEFAULT if regions is None else checked(regions))
     if is_trainable and prepare_for_kbit_training:
         adapted._adapter_state.base.widen()
     options = LoadOptions(
@@ -250,11 +253,11 @@ def load(
         use=use,
         values=values,
     )
-    load_adapter(adapted, peft_model_id, adapter_name, options)
+    load_adapter(adapted, peft_model_id, adapter_name, options, follows_regions=regions is None)
     return adapted
 
 
-def adapt(model: nn.Module, *, regions: Regions = "layers") -> AdaptedModel:
+def adapt(model: nn.Module, *, regions: Regions = DEFAULT) -> AdaptedModel:
     """An adapted model that has no adapter yet."""
     warn_if_untested()
     plain = share(model, requires_grad=False)

@@ -82,7 +82,7 @@ def decompile(
     revision: str | None = None,
     local_files_only: bool = False,
 ) -> str:
-    """A checkpoint's adapter_config.json as the text of a spec.
+    """A checkpoint's adapter_config.json as the text of a spec, with what its manifest says of regions.
 
     Args:
         path_or_id: A directory, or a repository on the Hub.
@@ -96,8 +96,9 @@ def decompile(
     """
     directory = _locate(path_or_id, revision, local_files_only)
     config = read_json(directory / CONFIG)
-    facts = _facts(config, directory, name or _saved_name(read_manifest(directory)), use)
-    return spec_text(facts.spec)
+    manifest = read_manifest(directory)
+    facts = _facts(config, directory, name or _saved_name(manifest), use)
+    return spec_text(facts.spec, manifest.regions if manifest else None)
 
 
 def _locate(path_or_id: str | PathLike[str], revision: str | None, local_files_only: bool) -> Path:

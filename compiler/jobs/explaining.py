@@ -26,7 +26,7 @@ from peftc.compiler.report.inserted import inserted
 from peftc.grammar.algebra import algebra
 from peftc.grammar.diagnostics import UsageError, fail
 from peftc.grammar.spec.elaborate import read_spec
-from peftc.grammar.spec.spec import Spec
+from peftc.grammar.spec.spec import Regions, Spec
 from peftc.passes.cost.cost import LOWERINGS, Sizes, alternatives, anonymous, cheapest, sizes_of, typical
 from peftc.passes.plan.plan import AdapterPlan
 from peftc.passes.plan.resolve import check_base, survey
@@ -40,6 +40,7 @@ from peftc.runtime.model.adding import Values, make_adapter, plan_adapters
 from peftc.runtime.regions.modules import become_regions
 from peftc.runtime.regions.outline import partition_of
 from peftc.runtime.regions.partition import Partition
+from peftc.runtime.regions.places import DEFAULT
 
 TOKENS = (1, 32, 1024)
 
@@ -95,7 +96,7 @@ def explain(
                 tuple(_groups(each, tokens, training)),
                 tuple(part for name in names for part in inserted(plans[name])),
                 None if refused is None else refused.by_passes,
-                _partition(stored, each.structure) if refused is None else refused.partition,
+                _partition(stored, each.structure, meant.regions) if refused is None else refused.partition,
                 "" if refused is None else refused.untraced,
             )
             for names, each, refused in zip(together, made, told, strict=True)
@@ -121,9 +122,9 @@ class _Imagined:
         return self.made[position].at_site(site)[role]
 
 
-def _partition(model: nn.Module, structure: Structure) -> Partition:
+def _partition(model: nn.Module, structure: Structure, regions: Regions | None) -> Partition:
     """What an adapted model would tell of itself; this one has no adapters, and only learns where they would be."""
-    state = adapt(model)._adapter_state
+    state = adapt(model, regions=regions or DEFAULT)._adapter_state
     become_regions(state.engine.model, state.host, structure, state.regions)
     return partition_of(state.host, structure, state.regions)
 

@@ -13,13 +13,16 @@ from peftc.grammar.source import Source, Span
 from peftc.grammar.spec.library import builtin_methods
 from peftc.grammar.spec.methods_of import Loader, Methods, methods_of
 from peftc.grammar.spec.quantize import read_quantize
-from peftc.grammar.spec.spec import AdapterSpec, Base, Spec, Target, Tokens
+from peftc.grammar.spec.spec import REGIONS, AdapterSpec, Base, Regions, Spec, Target, Tokens
 from peftc.grammar.spec.values import complete, partial
 from peftc.grammar.syntax import expression, tree
 from peftc.grammar.syntax.load import load_source
 from peftc.grammar.syntax.parse import parse
 
 MAX_NAME = 64
+
+_TEXTS = ("architecture", "model_type", "regions")  # entries of `base` that are texts
+_SETTINGS = ("quantize", "regions")  # those that say how the model is to be stored and run; others are demands
 
 _S = TypeVar("_S", bound=tree.Statement)
 
@@ -222,12 +225,25 @@ def _base(file: tree.File) -> Base | None:
         if each.name in seen:
             fail(SpecError, "E147", f"'{each.name}' is demanded twice", each.span)
         seen.add(each.name)
-        if each.name in ("architecture", "model_type") and not isinstance(each.value, tree.Text):
-            fail(SpecError, "E152", f"'{each.name}' is a text in double quotes", each.value.span)
-        if each.name != "quantize":
+        if each.name in _TEXTS and not isinstance(each.value, tree.Text):
+            help = f'as in {each.name} = "{each.value.id}"' if isinstance(each.value, tree.Name) else ""
+            fail(SpecError, "E152", f"'{each.name}' is a text in double quotes", each.value.span, help)
+        if each.name not in _SETTINGS:
             _check_entry(each)
     quantize = next((read_quantize(each) for each in found.entries if each.name == "quantize"), None)
-    return Base(tuple(each for each in found.entries if each.name != "quantize"), quantize, found.span)
+    regions = next((_regions(each) for each in found.entries if each.name == "regions"), None)
+    return Base(tuple(each for each in found.entries if each.name not in _SETTINGS), quantize, regions, found.span)
+
+
+def _regions(entry: tree.BaseEntry) -> Regions:
+    value = entry.value
+    assert isinstance(value, tree.Text)
+    for each in REGIONS:
+        if each == value.value:
+            return each
+    shown = expression.text(value)
+    help = did_you_mean(value.value, REGIONS) or f"it is one of {', '.join(REGIONS)}"
+    fail(SpecError, "E151", f"{shown} is not a choice for 'regions'", value.span, help)
 
 
 def _check_entry(entry: tree.BaseEntry) -> None:

@@ -1,12 +1,16 @@
 """What a spec means: the one object that text and adapter_config.json both become."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 from peftc.grammar.method.rule import MethodRule, Values
 from peftc.grammar.source import Source, Span
 from peftc.grammar.syntax import tree
 
+Regions = Literal["model", "layers", "modules"]
+"""Where regions begin: at the model, at repeated layers and adapted modules outside of them, or at adapted modules."""
+
+REGIONS: tuple[Regions, ...] = get_args(Regions)
 COMPUTE_TYPES = ("float32", "bfloat16", "float16")
 SCHEMES = {
     "nf4": ("double_quant", "compute", "skip"),
@@ -77,13 +81,15 @@ class Quantize:
 
 @dataclass(frozen=True)
 class Base:
-    """What a spec demands of the model, checked before anything is rewritten, and how it is to be stored.
+    """What a spec demands of the model, checked before anything is rewritten, and how it is to be stored and run.
 
-    `entries` are the entries as written but for `quantize`, e.g. ("architecture", Text("LlamaForCausalLM")).
+    `entries` are the entries as written but for `quantize` and `regions`, e.g. ("architecture",
+    Text("LlamaForCausalLM")). `regions` says which modules run graphs, None where the spec does not.
     """
 
     entries: tuple[tree.BaseEntry, ...] = ()
     quantize: Quantize | None = None
+    regions: Regions | None = None
     span: Span | None = field(default=None, compare=False, repr=False)
 
 
@@ -103,6 +109,11 @@ class Spec:
     def quantize(self) -> Quantize | None:
         """How the base is to be stored, if the spec says so."""
         return None if self.base is None else self.base.quantize
+
+    @property
+    def regions(self) -> Regions | None:
+        """Which modules are to run graphs, if the spec says so."""
+        return None if self.base is None else self.base.regions
 
     def adapter(self, name: str) -> AdapterSpec:
         """The adapter of that name. Raises KeyError."""

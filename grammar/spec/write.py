@@ -26,9 +26,12 @@ def to_tree(spec: Spec) -> tree.File:
 
 
 def _base(base: Base) -> tree.Base:
-    if base.quantize is None:
-        return tree.Base(base.entries)
-    return tree.Base((*base.entries, tree.BaseEntry("quantize", to_expression(base.quantize))))
+    entries = list(base.entries)
+    if base.quantize is not None:
+        entries.append(tree.BaseEntry("quantize", to_expression(base.quantize)))
+    if base.regions is not None:
+        entries.append(tree.BaseEntry("regions", tree.Text(base.regions)))
+    return tree.Base(tuple(entries))
 
 
 def _adapter(spec: AdapterSpec) -> tree.Adapter:

@@ -11,6 +11,7 @@ from torch import fx, nn
 
 from peftc.grammar.diagnostics import UsageError, did_you_mean, fail
 from peftc.grammar.method.rule import COMPATIBLE
+from peftc.grammar.spec.spec import Regions
 from peftc.passes.ir.emit import fake_like
 from peftc.passes.plan.plan import IDS, ORDER, ROWS, AdapterPlan, ParamKey
 from peftc.passes.plan.site import WHOLE
@@ -26,7 +27,7 @@ from peftc.runtime.regions.host import Host
 from peftc.runtime.regions.modules import become_regions, layers_become_regions
 from peftc.runtime.regions.outline import partition_of
 from peftc.runtime.regions.partition import Partition
-from peftc.runtime.regions.places import Regions, why_whole
+from peftc.runtime.regions.places import DEFAULT, why_whole
 
 
 @dataclass
@@ -40,7 +41,7 @@ class AdapterSet:
     base: BaseWeights
     active: Active = ()
     enabled: bool = True
-    regions: Regions = "layers"
+    regions: Regions = DEFAULT
     host: Host = field(init=False)
     _prepared: dict[Active, tuple[ActiveAdapters, list[Binding]]] = field(default_factory=dict)
 

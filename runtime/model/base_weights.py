@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from peftc.grammar.spec.spec import Regions
 from peftc.passes.foreign import transformers as contract
 from peftc.passes.quantized.schemes.known import packed
 from peftc.passes.quantized.schemes.packing import Packing
@@ -33,6 +34,7 @@ class BaseProvenance:
     base_revision: str | None = None
     task_type: str | None = None
     fingerprint: str | None = None  # of the base before its vocabulary was enlarged for an adapter
+    regions: Regions | None = None  # which modules the spec has run graphs, if it says so
 
 
 @dataclass(frozen=True)

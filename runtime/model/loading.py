@@ -26,8 +26,18 @@ from peftc.runtime.peft_format.saved_value import settled
 from peftc.runtime.peft_format.spec_config import check_growth, known_methods
 
 
-def load_adapter(model: AdaptedModule, source: str | PathLike[str], name: str, options: LoadOptions) -> None:
-    """Load an adapter beside the others: see `AdaptedModel.load_adapter`."""
+def load_adapter(
+    model: AdaptedModule,
+    source: str | PathLike[str],
+    name: str,
+    options: LoadOptions,
+    *,
+    follows_regions: bool = False,
+) -> None:
+    """Load an adapter beside the others: see `AdaptedModel.load_adapter`.
+
+    With `follows_regions` the model's regions begin where the checkpoint's spec said.
+    """
     state = model._adapter_state
     state.check_name(name, help="choose another adapter_name")
     directory = locate(
@@ -53,7 +63,7 @@ def load_adapter(model: AdaptedModule, source: str | PathLike[str], name: str, o
     plan = settled(plan, set(tensors))
     fitted = fit(plan, tensors, where=where, base_shapes=shapes, base_tensors=base.get)
     check_growth(plan, fitted, directory)
-    _check_manifest(model, directory)
+    _follow_manifest(model, directory, follows_regions=follows_regions)
 
     def values() -> Iterator[Values]:
         yield Values(given=fitted, masks=masks, upcast=options.autocast_adapter_dtype)
@@ -91,11 +101,15 @@ def _planned(model: AdaptedModule, spec: AdapterSpec, directory: Path) -> tuple[
         ) from error
 
 
-def _check_manifest(model: AdaptedModule, directory: Path) -> None:
+def _follow_manifest(model: AdaptedModule, directory: Path, *, follows_regions: bool) -> None:
     manifest = read_manifest(directory)
     if manifest is None:
         return
-    base, base_class = model._adapter_state.base, type(model).__name__
+    state, base_class = model._adapter_state, type(model).__name__
+    base = state.base
+    if follows_regions and manifest.regions is not None:
+        state.regions = manifest.regions
+    base.facts.regions = base.facts.regions or manifest.regions
     differences = compare(
         manifest,
         base.fingerprint(),

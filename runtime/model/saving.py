@@ -110,6 +110,7 @@ def _save(
         spec_sha256=spec_digest(spec),
         versions=versions(),
         quantized=base.own().quantization(),
+        regions=base.facts.regions,
         adapters={plan.name: AdapterFacts(plan.spec.rule.name, plan.parameter_count)},
     )
     write_adapter(directory, config, adapter_tensors(model, plan.name, state_dict))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from peftc.grammar.diagnostics import CheckpointError, fail
+from peftc.grammar.spec.spec import REGIONS, Regions
 from peftc.runtime.peft_format.adapter_files import MANIFEST, read_json, write_files
 
 FORMAT = 1  # raised when a reader of the format before would misunderstand the file
@@ -29,7 +30,8 @@ class Manifest:
     """What a checkpoint was made from, and by what.
 
     `spec_sha256` is that of `spec`; `fingerprint` that of the base's tensors; `versions` are of peftc, torch,
-    transformers and the PEFT format; `quantized` is how the base's weights are stored ("nf4"), None where dense.
+    transformers and the PEFT format; `quantized` is how the base's weights are stored ("nf4"), None where dense;
+    `regions` which modules the spec had run graphs, None where it did not say.
     """
 
     base_id: str | None
@@ -41,6 +43,7 @@ class Manifest:
     versions: Mapping[str, str]
     seed: int | None = None
     quantized: str | None = None
+    regions: Regions | None = None
     adapters: Mapping[str, AdapterFacts] = field(default_factory=dict)
     format: int = FORMAT
 
@@ -146,6 +149,7 @@ _EXPECTED = {
     "versions": "an object of texts",
     "seed": "a whole number or null",
     "quantized": "a text or null",
+    "regions": f"{', '.join(REGIONS)} or null",
 }
 
 
@@ -159,6 +163,8 @@ def _has_type(value: object, expected: str) -> bool:
             return value is None or isinstance(value, str)
         case "a whole number or null":
             return value is None or _is_int(value)
+        case "model, layers, modules or null":
+            return value is None or value in REGIONS
         case "an object of texts":
             return isinstance(value, dict) and all(isinstance(each, str) for each in value.values())
         case _:

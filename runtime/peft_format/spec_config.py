@@ -17,7 +17,7 @@ from peftc.grammar.method.rule import BoundParam, Derived, MethodRule
 from peftc.grammar.source import Source
 from peftc.grammar.spec.elaborate import elaborate, read_methods
 from peftc.grammar.spec.library import builtin_methods
-from peftc.grammar.spec.spec import AdapterSpec, Spec
+from peftc.grammar.spec.spec import AdapterSpec, Base, Regions, Spec
 from peftc.grammar.spec.write import to_tree
 from peftc.grammar.syntax import tree
 from peftc.grammar.syntax.format import format_file
@@ -42,9 +42,13 @@ _FIELDS = frozenset(
 )
 
 
-def spec_text(spec: AdapterSpec) -> str:
-    """The file that says what one adapter is: its method, unless that is built in, and where it goes."""
-    return format_file(to_tree(Spec((spec,), ((spec.name, 1.0),))))
+def spec_text(spec: AdapterSpec, regions: Regions | None = None) -> str:
+    """The file that says what one adapter is: its method, unless that is built in, and where it goes.
+
+    Before that stands which modules are to run graphs, if it is said.
+    """
+    base = None if regions is None else Base(regions=regions)
+    return format_file(to_tree(Spec((spec,), ((spec.name, 1.0),), base)))
 
 
 def spec_fields(spec: AdapterSpec) -> dict[str, object]:

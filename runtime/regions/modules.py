@@ -7,12 +7,13 @@ from typing import Any
 
 from torch import nn
 
+from peftc.grammar.spec.spec import Regions
 from peftc.passes.plan.plain import REGION, REGION_OF, plain_class
 from peftc.passes.plan.structure import Structure
 from peftc.passes.quantized.schemes.known import packed_modules
 from peftc.runtime.execution.segments import layer_names
 from peftc.runtime.regions.host import Host
-from peftc.runtime.regions.places import INSIDE, Regions, owners_of, places
+from peftc.runtime.regions.places import DEFAULT, INSIDE, owners_of, places
 from peftc.runtime.regions.region import Region
 from peftc.runtime.regions.within import is_within
 
@@ -50,7 +51,7 @@ def _remade(base: type[nn.Module]) -> nn.Module:
     return made
 
 
-def become_regions(model: nn.Module, host: Host, structure: Structure, regions: Regions = "layers") -> None:
+def become_regions(model: nn.Module, host: Host, structure: Structure, regions: Regions = DEFAULT) -> None:
     """Let the modules that may be regions be such. Those that are stay so."""
     stored = tuple(packed_modules(model))
     found = places(model, owners_of(model, structure), regions)

@@ -5,13 +5,14 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from peftc.grammar.spec.spec import Regions
 from peftc.passes.plan.plain import plain_class
 from peftc.passes.plan.structure import Structure
 from peftc.runtime.regions.host import Host
 from peftc.runtime.regions.kinds import fingerprint, split_by
 from peftc.runtime.regions.owned import owned_tensors
 from peftc.runtime.regions.partition import WHOLE, Partition, RegionRow, SplitRow
-from peftc.runtime.regions.places import Regions, why_whole
+from peftc.runtime.regions.places import why_whole
 from peftc.runtime.regions.within import Part, is_within
 
 ASKED = 'asked for by regions = "model"'

@@ -1,19 +1,20 @@
 """Which modules may be regions of a model, and why each boundary is where it is."""
 
 from collections.abc import Iterable, Mapping
-from typing import Literal, cast, get_args
+from typing import cast
 
 from torch import nn
 
 from peftc.grammar.diagnostics import UsageError, did_you_mean, fail
+from peftc.grammar.spec.spec import REGIONS, Regions
 from peftc.passes.plan.site import WHOLE
 from peftc.passes.plan.structure import Structure
 from peftc.passes.quantized.schemes.known import packed_modules
 from peftc.runtime.execution.segments import layer_names
 from peftc.runtime.regions.within import is_within
 
-Regions = Literal["model", "layers", "modules"]
-"""Where regions begin: at the model, at repeated layers and adapted modules outside of them, or at adapted modules."""
+DEFAULT: Regions = "layers"
+"""Where regions begin if nobody says."""
 
 ADAPTED, STORED = "adapted", "stores its weight packed"
 
@@ -28,13 +29,13 @@ _IN_FRONT = {
 
 def checked(regions: object) -> Regions:
     """Where regions are to begin. Raises UsageError for what is no such place."""
-    if regions not in get_args(Regions):
-        help = did_you_mean(str(regions), get_args(Regions)) or f"it is one of {', '.join(get_args(Regions))}"
+    if regions not in REGIONS:
+        help = did_you_mean(str(regions), REGIONS) or f"it is one of {', '.join(REGIONS)}"
         fail(UsageError, "E573", f"regions cannot be {regions!r}", help=help)
     return cast(Regions, regions)
 
 
-def places(model: nn.Module, owners: Mapping[str, str], regions: Regions = "layers") -> dict[str, str]:
+def places(model: nn.Module, owners: Mapping[str, str], regions: Regions = DEFAULT) -> dict[str, str]:
     """The modules that may be regions: these, and what is around them up to a repeated layer.
 
     `owners` says of each what it is one for. Returns why each begins where it does, `INSIDE` for those within another.

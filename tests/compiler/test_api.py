@@ -262,3 +262,65 @@ def test_a_wrapped_model_is_refused():
     wrapped = peft.get_peft_model(Net(), peft.LoraConfig(target_modules=["first"]))
     with pytest.raises(ModelError, match=r"E406.*wrapped by peft(.|\n)*model\.unload"):
         compiler.apply(wrapped, SPEC)
+
+
+# --- where regions begin ---
+
+BASE = 'base { regions = "modules" } '
+
+
+def regions_of(adapted):
+    return adapted.region_partition().asked
+
+
+def test_a_spec_says_where_regions_begin():
+    assert regions_of(compiler.apply(Net(), SPEC)) == "layers"
+    assert regions_of(compiler.apply(Net(), BASE + SPEC)) == "modules"
+    whole = compiler.apply(Net(), BASE.replace("modules", "model") + SPEC).region_partition()
+    assert (whole.asked, whole.whole) == ("model", 'asked for by regions = "model"')
+
+
+def test_what_is_passed_wins_over_the_spec():
+    adapted = compiler.apply(Net(), BASE + SPEC, regions="layers")
+    assert regions_of(adapted) == "layers"
+    with pytest.raises(compiler.UsageError, match="E573"):
+        compiler.apply(Net(), BASE + SPEC, regions="")
+
+
+def test_a_checkpoint_keeps_what_its_spec_said(tmp_path):
+    model = Net()
+    compiler.apply(model, BASE + SPEC, regions="model").save_pretrained(tmp_path / "said")
+    loaded = compiler.load(model, tmp_path / "said")
+    assert regions_of(loaded) == "modules", "not what was passed beside it"
+    assert regions_of(compiler.load(model, tmp_path / "said", regions="layers")) == "layers"
+    loaded.save_pretrained(tmp_path / "again")
+    assert regions_of(compiler.load(model, tmp_path / "again")) == "modules"
+    text = compiler.decompile(tmp_path / "again", name="a")
+    assert text.startswith('base {\n    regions = "modules"\n}\n')
+    assert regions_of(compiler.apply(model, text)) == "modules"
+
+
+def test_a_checkpoint_that_says_nothing_of_regions(tmp_path):
+    model = Net()
+    compiler.apply(model, SPEC, regions="modules").save_pretrained(tmp_path / "unsaid")
+    assert regions_of(compiler.load(model, tmp_path / "unsaid")) == "layers"
+    assert "regions" not in compiler.decompile(tmp_path / "unsaid")
+    (tmp_path / "unsaid" / "peftc_manifest.json").unlink()
+    assert regions_of(compiler.load(model, tmp_path / "unsaid")) == "layers", "as peft writes it"
+
+
+def test_a_checkpoint_beside_others_leaves_regions_as_they_are(tmp_path):
+    model = Net()
+    compiler.apply(model, BASE + SPEC).save_pretrained(tmp_path / "said")
+    adapted = compiler.apply(model, SPEC)
+    adapted.load_adapter(tmp_path / "said", "b")
+    adapted.add_adapter(BASE + SPEC.replace("adapter a", "adapter c"))
+    assert regions_of(adapted) == "layers"
+
+
+def test_a_checkpoint_with_regions_that_are_none(tmp_path):
+    compiler.apply(Net(), BASE + SPEC).save_pretrained(tmp_path / "said")
+    file = tmp_path / "said" / "peftc_manifest.json"
+    file.write_text(file.read_text().replace('"modules"', '"module"'))
+    with pytest.raises(compiler.CheckpointError, match=r"E360.*'regions' is not model, layers, modules or null"):
+        compiler.load(Net(), tmp_path / "said")

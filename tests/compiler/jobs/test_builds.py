@@ -255,3 +255,10 @@ def test_a_written_file_keeps_its_mode_and_follows_links(tmp_path):
 
 def test_the_spec_text_is_enough():
     assert compiler.check(SPEC)[1] == ()
+
+
+def test_a_build_keeps_where_regions_begin(tmp_path):
+    model = Net()
+    compiler.build('base { regions = "modules" } ' + ONE, model, tmp_path / "out", inputs=INPUTS)
+    assert compiler.load(model, tmp_path / "out" / "adapters" / "a").region_partition().asked == "modules"
+    assert compiler.read_spec(json.loads((tmp_path / "out" / "manifest.json").read_text())["spec"]).regions == "modules"

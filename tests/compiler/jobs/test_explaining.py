@@ -184,3 +184,13 @@ def test_costs_are_those_of_the_model():
     (at,) = tenant.specialisation.structure.sites
     own = cost.estimate(at, cost.sizes_of(at, tenant.lookup), 9, "pushed", training=False, frozen=True)
     assert (shown.flops, shown.bytes, shown.calls) == (own.flops, own.bytes, own.calls)
+
+
+def test_a_spec_that_says_where_regions_begin(place):
+    (place / "some.adapter").write_text('base { regions = "modules" } adapter a = lora { on q_proj }')
+    (together,) = peftc("explain", "some.adapter", "tiny", "--json").json["together"]
+    (row,) = together["regions"]["regions"]
+    assert row["modules"] == [f"model.layers.{each}.self_attn.q_proj" for each in range(2)]
+    assert row["why"] == 'adapted, as regions = "modules" asks'
+    (place / "wrong.adapter").write_text('base { regions = "modul" } adapter a = lora { on q_proj }')
+    assert peftc("explain", "wrong.adapter", "tiny", "--json").codes == ["E151"]

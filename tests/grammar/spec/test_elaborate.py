@@ -98,3 +98,39 @@ def test_a_method_is_defined_once(tmp_path):
 def test_names_are_safe_directory_names(name):
     with pytest.raises(SpecError, match="E145"):
         read_spec(f'adapter "{name}" = lora')
+
+
+# --- regions ---
+
+
+@pytest.mark.parametrize("regions", ["layers", "modules", "model"])
+def test_regions_of_a_base(regions):
+    spec = read_spec(f'base {{ regions = "{regions}" hidden_size = 3 }} adapter a = lora')
+    assert spec.regions == regions
+    assert spec.base is not None
+    assert [each.name for each in spec.base.entries] == ["hidden_size"], "the model has to be nothing for it"
+    assert read_spec("adapter a = lora").regions is None
+    assert read_spec("base { hidden_size = 3 } adapter a = lora").regions is None
+
+
+@pytest.mark.parametrize(
+    ("written", "code", "marked", "help"),
+    [
+        ('"layer"', "E151", '"layer"', "did you mean 'layers'?"),
+        ('"everything"', "E151", '"everything"', "it is one of model, layers, modules"),
+        ('""', "E151", '""', "it is one of model, layers, modules"),
+        ("layers", "E152", "layers", 'as in regions = "layers"'),
+        ("3", "E152", "3", ""),
+        ("none", "E152", "none", ""),
+    ],
+)
+def test_regions_that_are_none(written, code, marked, help):
+    with pytest.raises(SpecError) as caught:
+        read_spec(f"base {{ regions = {written} }} adapter a = lora")
+    (told,) = caught.value.diagnostics
+    assert (told.code, told.span and told.span.text, told.help) == (code, marked, help)
+
+
+def test_regions_are_said_once():
+    with pytest.raises(SpecError, match="E147"):
+        read_spec('base { regions = "layers" regions = "layers" } adapter a = lora')

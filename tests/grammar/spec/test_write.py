@@ -44,6 +44,7 @@ def written(spec: Spec) -> str:
         "adapter a = lora adapter b = lora",
         'base { architecture = "X" n = -3 } adapter a = lora { bias all tokens ["x", 3] }',
         "base { quantize = nf4(double_quant = true) } adapter a = lora",
+        'base { regions = "modules" n = 3 quantize = int8 } adapter a = lora',
         "adapter a = trainable_tokens { tokens [3, 4] in embed_tokens, lm_head  tokens [5] in h.wte }",
         "adapter a = cpt(ids = [20, 3], types = [1, 4]) adapter b = cpt adapter c = cpt(ids = [5])",
         LISTED + "adapter a = listed(ids = [], more = [7])",
