@@ -192,7 +192,7 @@ class Host:
             return dict(zip(names, found.code.function(found.code.root), strict=True))
 
     def is_refused(self, region: Region, part: Part) -> bool:
-        """Whether a module must have a graph: adapters of its own are no weights, or are on one that is stored packed."""
+        """Whether a module must have a graph: its own adapters are no weights, or are of one that is stored packed."""
         names = owned_tensors(region.module, part.structure)
         return has_more(part.structure) or any(self._is_stored(region.path, name) for name in names)
 

@@ -108,20 +108,28 @@ def test_what_cannot_be_traced_is_told_when_asked():
     assert (unasked.regions.splits, unasked.untraced) == ((), "")
 
 
-class Holder(nn.Module):
-    """Holds the weight itself, and what it computes depends on data."""
+class Table(nn.Embedding):
+    """What it gives depends on data."""
 
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return super().forward(ids) if ids.sum() > 0 else super().forward(ids + 1)
+
+
+class Reader(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.own = nn.Parameter(torch.randn(4, 4))
+        self.table = Table(9, 4)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x @ self.own if x.sum() > 0 else x
+        return self.table(x)
 
 
 def test_what_is_refused_is_told_when_asked():
-    (split,) = explained("adapter a = lora(rank = 2) { on blocks[*].own }", Holder()).regions.splits
-    assert (split.modules, split.refused) == (("blocks.0",), True)
+    found = FoundModel(Reader(), "Reader", "factory", example_inputs={"x": torch.ones(2, 3, dtype=torch.int64)})
+    spec = "adapter a = trainable_tokens { tokens [3, 4] in table }"
+    (together,) = compiler.explain(spec, found, tokens=(1,), why=True).together
+    (split,) = together.regions.splits
+    assert (split.modules, split.refused) == (("table",), True)
 
 
 def test_a_call_that_the_model_refuses():

@@ -182,13 +182,25 @@ class Holder(nn.Module):
         return self.act(x @ self.own)
 
 
-def test_what_is_refused() -> None:
+def test_weights_of_its_own() -> None:
     adapted = compiler.apply(Net(Holder(), Holder()), "adapter a = lora(rank = 2) { on blocks[*].own }")
     adapted.blocks[1].act.register_forward_hook(lambda *_: None)
     (split,) = adapted.region_partition().splits
-    assert (split.modules, split.why, split.refused) == (("blocks.1",), "a hook on act", True)
-    with pytest.raises(ModelError, match=r"E465.*blocks\.1.*a hook"):
-        adapted(torch.randn(3, 4))
+    assert (split.modules, split.why, split.owned, split.refused) == (("blocks.1",), "a hook on act", True, False)
+    assert str(adapted.region_partition()).endswith("a hook on act, with its adapted weights computed for it")
+    adapted(torch.randn(3, 4))
+
+
+def test_what_is_refused() -> None:
+    adapted = adapted_llama("adapter a = adaption_prompt(length = 2, layers = 3)")
+    adapted.model.layers[1].self_attn.q_proj.register_forward_hook(lambda *_: None)
+    layer, attention = adapted.region_partition().splits
+    assert (layer.modules, layer.refused) == (("model.layers.1",), False)
+    assert (attention.modules, attention.why, attention.refused) == (
+        ("model.layers.1.self_attn",), "a hook on q_proj", True,
+    )  # fmt: skip
+    with pytest.raises(ModelError, match=r"E465.*model\.layers\.1\.self_attn.*a hook"), torch.no_grad():
+        adapted(IDS)
 
 
 def test_weights_that_are_stored_packed() -> None:
