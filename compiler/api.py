@@ -1,6 +1,7 @@
 """apply and load: from a model and a spec, or a checkpoint, to an adapted model."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from os import PathLike
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import fx, nn
 from peftc.compiler.export_model.exportable import Exportable
 from peftc.compiler.load_model.quantizing import check_is_backed, quantize_linears
 from peftc.compiler.pipeline.lower import lower, specialise
+from peftc.compiler.report.progress import step
 from peftc.compiler.trace.regions import trace_region
 from peftc.compiler.trace.trace import Tracer
 from peftc.compiler.trace.weights import trace_weights
@@ -22,6 +24,7 @@ from peftc.passes.cost.cost import Choice
 from peftc.passes.foreign import transformers as contract
 from peftc.passes.insert.insert_delta import SlotValue
 from peftc.passes.ir.traced import Traced
+from peftc.passes.plan.plain import plain_class
 from peftc.passes.plan.resolve import ModelSurvey, check_base, survey
 from peftc.passes.plan.structure import Structure
 from peftc.passes.quantized.foreign import check_quantization
@@ -48,15 +51,19 @@ from peftc.runtime.regions.within import HEAD
 
 
 class Compiler:
-    """Traces, specialises and plans for one adapted model; see `runtime.engine.Backend`."""
+    """Traces, specialises and plans for one adapted model; see `runtime.engine.Backend`.
 
-    def __init__(self, model: runtime.AdaptedModel):
-        self._model = model
+    What it makes graphs of, which may take a while, is shown on a terminal where `progress` is on.
+    """
+
+    def __init__(self, model: runtime.AdaptedModel, *, progress: bool = True):
+        self._model, self._progress = model, progress
         self._surveyed: tuple[object, ModelSurvey] | None = None
 
     def trace(self, call: Call) -> Traced:
         """The base graph for calls of this signature. Raises ModelError."""
-        return Tracer(self._model._adapter_state.base.traceable().module).trace(call)
+        with self._step(f"tracing {self._called(call)}"):
+            return Tracer(self._model._adapter_state.base.traceable().module).trace(call)
 
     def specialise(
         self,
@@ -74,20 +81,22 @@ class Compiler:
         stored = packed_modules(self._model if region is None else region)
         if region is not None:
             stored = {f"{HEAD}.{name}".rstrip("."): each for name, each in stored.items()}
-        return specialise(
-            traced,
-            structure,
-            slot_value,
-            training=training,
-            autocast=autocast,
-            choice=choice,
-            mode=mode,
-            packed=stored,
-        )
+        with self._step(f"putting adapters into {plain_class(self._model if region is None else region).__name__}"):
+            return specialise(
+                traced,
+                structure,
+                slot_value,
+                training=training,
+                autocast=autocast,
+                choice=choice,
+                mode=mode,
+                packed=stored,
+            )
 
     def trace_region(self, module: nn.Module, call: RegionCall) -> RegionTrace:
         """The graph of a module for calls like this one. Raises ModelError for what has none."""
-        return trace_region(module, call)
+        with self._step(f"tracing {plain_class(module).__name__}"):
+            return trace_region(module, call)
 
     def trace_weights(self, module: nn.Module, names: Sequence[str]) -> Traced:
         """The graph that gives these tensors of a module's own."""
@@ -99,7 +108,8 @@ class Compiler:
 
     def lower(self, graph: fx.Graph, *, autocast: bool, choice: Choice) -> Lowered:
         """Copies of a specialised graph: for torch.compile to trace, and for Python to run as it is."""
-        return lower(graph, autocast=autocast, choice=choice)
+        with self._step("making graphs fast"):
+            return lower(graph, autocast=autocast, choice=choice)
 
     def survey(self) -> ModelSurvey:
         """What there is to adapt, without what is merged; looked at again when a weight changed its shape or place."""
@@ -112,7 +122,13 @@ class Compiler:
     def for_model(self, model: nn.Module) -> "Compiler":
         """The same for a copy of the model."""
         assert isinstance(model, runtime.AdaptedModel)
-        return Compiler(model)
+        return Compiler(model, progress=self._progress)
+
+    def _called(self, call: Call) -> str:
+        return plain_class(self._model.get_submodule(call.signature.entry)).__name__
+
+    def _step(self, what: str) -> AbstractContextManager[None]:
+        return step(what) if self._progress else nullcontext()
 
 
 class AdaptedModel(Exportable):
@@ -143,6 +159,7 @@ def apply(
     dense: Source | None = None,
     prepare_for_kbit_training: bool = True,
     regions: Regions | None = None,
+    progress: bool = True,
 ) -> AdaptedModel:
     """Put the adapters of a spec into a model.
 
@@ -167,6 +184,8 @@ def apply(
             ("layers"), adapted modules alone ("modules"), or the whole model at once ("model"). Everything else runs
             the model's own Python. Said here it wins over what `base { regions = ... }` of the spec says; where neither
             says, it is "layers".
+        progress: Say on a terminal what a call waits for, where graphs are made for more than a second. Nothing is
+            written to files, pipes and notebooks, nor anywhere if the environment has `PEFTC_PROGRESS=0`.
 
     Returns:
         An object of the model's class with the spec's adapters, freshly initialised. The adapters that the spec
@@ -180,7 +199,7 @@ def apply(
     """
     meant = spec if isinstance(spec, Spec) else read_spec(spec)
     wanted = checked(regions) if regions is not None else meant.regions or DEFAULT
-    adapted = adapt(_checked(model), regions=wanted)
+    adapted = adapt(_checked(model), regions=wanted, progress=progress)
     state = adapted._adapter_state
     state.base.facts.regions = meant.regions
     check_base(meant.base, state.engine.backend.survey())
@@ -213,6 +232,7 @@ def load(
     values: Mapping[str, Value] | None = None,
     prepare_for_kbit_training: bool = True,
     regions: Regions | None = None,
+    progress: bool = True,
 ) -> AdaptedModel:
     """Put an adapter from a PEFT checkpoint, ours or peft's, into a model.
 
@@ -233,12 +253,13 @@ def load(
             counted and returned as PEFT does.
         prepare_for_kbit_training: As in `apply`, if the adapter `is_trainable`.
         regions: As in `apply`; where it is not said, what the spec said that the checkpoint was made with.
+        progress: As in `apply`.
 
     Raises:
         CheckpointError: the checkpoint is damaged, unsupported, or does not fit the model.
         ModelError: the model cannot be copied or traced.
     """
-    adapted = adapt(_checked(model), regions=DEFAULT if regions is None else checked(regions))
+    adapted = adapt(_checked(model), regions=DEFAULT if regions is None else checked(regions), progress=progress)
     if is_trainable and prepare_for_kbit_training:
         adapted._adapter_state.base.widen()
     options = LoadOptions(
@@ -257,7 +278,7 @@ def load(
     return adapted
 
 
-def adapt(model: nn.Module, *, regions: Regions = DEFAULT) -> AdaptedModel:
+def adapt(model: nn.Module, *, regions: Regions = DEFAULT, progress: bool = True) -> AdaptedModel:
     """An adapted model that has no adapter yet."""
     warn_if_untested()
     plain = share(model, requires_grad=False)
@@ -269,7 +290,7 @@ def adapt(model: nn.Module, *, regions: Regions = DEFAULT) -> AdaptedModel:
     requires_grad |= {name: each.requires_grad for name, each in model.named_parameters(remove_duplicate=False)}
     name, revision = contract.origin_of(model)
     facts = BaseProvenance(base_name=name, base_revision=revision)
-    engine = Engine(Compiler(adapted), adapted)
+    engine = Engine(Compiler(adapted, progress=progress), adapted)
     base = BaseWeights(adapted, engine, requires_grad=requires_grad, facts=facts)
     adapted.__dict__[STATE] = AdapterSet(engine, bank, base, regions=regions)
     if any(getattr(each, contract.CHECKPOINTING, False) is True for each in model.modules()):

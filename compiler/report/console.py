@@ -11,6 +11,7 @@ from typing import IO, Any
 from rich.console import Console, RenderableType
 from rich.text import Text
 
+from peftc.compiler.report.progress import taken
 from peftc.grammar.diagnostics import Diagnostic
 
 PLAIN_WIDTH = 120
@@ -76,7 +77,7 @@ def progress(enabled: bool) -> Iterator[Callable[[str], None]]:
     if not (enabled and console.is_terminal):
         yield lambda _: None
         return
-    with console.status("starting") as status:
+    with taken(), console.status("starting") as status:
         yield lambda message: status.update(message)
 
 

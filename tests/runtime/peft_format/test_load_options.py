@@ -8,7 +8,7 @@ from peftc import compiler
 from peftc.runtime.peft_format.load_options import LoadOptions
 
 # What is said of the model, not of how a checkpoint is read.
-APART = {"adapter_name", "prepare_for_kbit_training", "regions"}
+APART = {"adapter_name", "prepare_for_kbit_training", "regions", "progress"}
 
 
 @pytest.mark.parametrize("function", [compiler.load, compiler.AdaptedModel.load_adapter])
