@@ -121,8 +121,11 @@ def _width(stream: TextIO) -> int:
 
 
 def _is_wanted() -> bool:
-    """Whether there is a terminal that can take a line away again, and nobody who does not want one."""
-    if os.environ.get(VARIABLE) == "0" or os.environ.get("TERM") == "dumb":
+    """Whether there is a terminal that can take a line away again, and nobody who does not want one.
+
+    Of processes that train together, and have one terminal between them, the first one has the line.
+    """
+    if os.environ.get(VARIABLE) == "0" or os.environ.get("TERM") == "dumb" or os.environ.get("RANK", "0") != "0":
         return False
     try:
         return sys.stderr.isatty()

@@ -1,7 +1,6 @@
 """Which modules may be regions of a model, and why each boundary is where it is."""
 
 from collections.abc import Iterable, Mapping
-from typing import cast
 
 from torch import nn
 
@@ -32,7 +31,7 @@ def checked(regions: object) -> Regions:
     if regions not in REGIONS:
         help = did_you_mean(str(regions), REGIONS) or f"it is one of {', '.join(REGIONS)}"
         fail(UsageError, "E573", f"regions cannot be {regions!r}", help=help)
-    return cast(Regions, regions)
+    return regions
 
 
 def places(model: nn.Module, owners: Mapping[str, str], regions: Regions = DEFAULT) -> dict[str, str]:

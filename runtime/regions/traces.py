@@ -78,15 +78,16 @@ class Traces:
 
     def count(self, kind: Hashable) -> int:
         """How many traces there are so far of modules of a kind, as `kinds.fingerprint` tells them apart."""
-        return sum(len(each.traces) for each in self._kept.get(kind, {}).values())
+        return sum(len(each.traces) for each in self._of(kind))
 
     def failures(self, kind: Hashable) -> tuple[str, ...]:
         """Why calls of modules of a kind had no trace so far, each reason once."""
-        found = (
-            each.diagnostics[0].message for kept in self._kept.get(kind, {}).values() for each in kept.failures.values()
-        )
+        errors = (each for kept in self._of(kind) for each in list(kept.failures.values()))
         full = (self._full[kind],) if kind in self._full else ()
-        return tuple(dict.fromkeys((*found, *full)))
+        return tuple(dict.fromkeys((*(each.diagnostics[0].message for each in errors), *full)))
+
+    def _of(self, kind: Hashable) -> list[Kept]:
+        return list(self._kept.get(kind, {}).values())  # another thread may trace meanwhile
 
     def clear(self) -> None:
         """Forget everything."""

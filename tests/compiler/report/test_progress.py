@@ -85,6 +85,7 @@ def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "BETWEEN", 0.05)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.delenv("PEFTC_PROGRESS", raising=False)
+    monkeypatch.delenv("RANK", raising=False)
     time.sleep(0.06)  # the wait of the test before is over
 
 
@@ -165,7 +166,7 @@ def test_it_is_off_for_what_was_loaded_so(terminal: Terminal, tmp_path: Path) ->
     assert (before, "tracing Slow" in after) == ("", True)
 
 
-@pytest.mark.parametrize(("name", "value"), [("PEFTC_PROGRESS", "0"), ("TERM", "dumb")])
+@pytest.mark.parametrize(("name", "value"), [("PEFTC_PROGRESS", "0"), ("TERM", "dumb"), ("RANK", "1")])
 def test_it_is_off_by_the_environment(
     name: str, value: str, terminal: Terminal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
