@@ -1,9 +1,10 @@
 """Measures an adapted model against PEFT and the plain model, interleaved in one run, and prints ratios.
 
-    python tests/benchmarks [--layers 8] [--width 512] [--rounds 15] [--compiled]
+    python tests/benchmarks [--layers 8] [--width 512] [--rounds 15] [--threads 1] [--compiled] [--depth]
 
-Every number is a median over rounds in which the three take turns, so that a machine's moods hit all alike. Peak
-memory is that of a training step in a process of its own.
+Every number is a median over rounds in which all take turns, so that a machine's moods hit all alike. "whole" is peftc
+with one graph of the whole model, `regions="model"`. Peak memory is that of a training step in a process of its own.
+With --depth only first calls are measured: apply, a forward, a training step and a generate, for 4 and for 32 layers.
 """
 
 import argparse
@@ -49,8 +50,12 @@ def with_peft(model: torch.nn.Module) -> torch.nn.Module:
     return peft.get_peft_model(copy.deepcopy(model), config).eval()
 
 
-def with_peftc(model: torch.nn.Module) -> torch.nn.Module:
-    return compiler.apply(model, SPEC).eval()
+def with_peftc(model: torch.nn.Module, regions: str = "layers") -> torch.nn.Module:
+    return compiler.apply(model, SPEC, regions=regions).eval()
+
+
+def whole(model: torch.nn.Module) -> torch.nn.Module:
+    return with_peftc(model, "model")
 
 
 def recomputing(model: torch.nn.Module) -> torch.nn.Module:
@@ -150,6 +155,31 @@ def loading(base: torch.nn.Module, directory: str) -> dict[str, Run]:
     return {"peft": load(theirs), "peftc": load(ours)}
 
 
+def first_calls(make: Callable[[torch.nn.Module], torch.nn.Module], layers: int) -> float:
+    """Seconds until a model has been adapted, called, trained and generated with, once."""
+    base, ids = llama(layers, 64), torch.randint(5, 2000, (2, 16))
+    start = time.perf_counter()
+    model = make(base)
+    with torch.no_grad():
+        model(input_ids=ids)
+    train(model)()
+    model.eval().generate(input_ids=ids, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    return time.perf_counter() - start
+
+
+def depths(rounds: int) -> None:
+    """Prints what first calls cost, by depth."""
+    makers = {"peft": with_peft, "peftc": with_peftc, "whole": whole}
+    times = {(name, layers): list[float]() for layers in (4, 32) for name in makers}
+    for turn in range(rounds + 1):
+        for name, layers in times:
+            taken = first_calls(makers[name], layers)
+            if turn:  # the first turn loads code
+                times[name, layers].append(taken)
+    rows = {name: {f"{layers} layers": statistics.median(times[name, layers]) for layers in (4, 32)} for name in makers}
+    report("First calls", rows, 1, "s")
+
+
 def peak_memory(layers: int, width: int, *, recomputed: bool = False) -> dict[str, float]:
     """Megabytes a process grows by in two training steps, each library in a process of its own."""
     found = {}
@@ -198,16 +228,22 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--compiled", action="store_true", help="also under torch.compile, which takes minutes")
+    parser.add_argument("--depth", action="store_true", help="only what first calls cost")
     parser.add_argument("--memory", choices=("peft", "peftc"), help=argparse.SUPPRESS)
     parser.add_argument("--recomputed", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     transformers.logging.set_verbosity_error()
+    torch.set_num_threads(options.threads)
+    if options.depth:
+        depths(max(1, options.rounds // 5))
+        return
     if options.memory:
         print(json.dumps(measure_memory(options.memory, options.layers, options.width, options.recomputed)))
         return
     base = llama(options.layers, options.width)
-    models = {"plain": base, "peft": with_peft(base), "peftc": with_peftc(base)}
+    models = {"plain": base, "peft": with_peft(base), "peftc": with_peftc(base), "whole": whole(base)}
     works = {"prefill of 128 tokens": prefill, "16 decode steps": decode, "generate 16 tokens, batch 2": generate}
     eager = {
         what: interleaved({name: work(model) for name, model in models.items()}, options.rounds)
@@ -221,7 +257,7 @@ def main() -> None:
             for what in ("prefill of 128 tokens", "16 decode steps")
         }
         report("Inference, torch.compile(dynamic=True)", rows, 1e3, "ms")
-    ours_and_theirs = {name: models[name] for name in ("peft", "peftc")}
+    ours_and_theirs = {name: models[name] for name in ("peft", "peftc", "whole")}
     steps, peaks = {}, {}
     for recomputed in (False, True):
         what = "step, batch 4 x 64" + (", gradient checkpointing" if recomputed else "")
