@@ -59,11 +59,13 @@ class InsertDelta:
         ours = [user for user in weight.users if "peftc" not in user.meta and not _is_adapted(user, adapted.site)]
         # A functional use by another module is not this site's: PEFT reaches what the named module computes.
         uses = [user for user in ours if adapted.site.kind == "parameter" or adapted.site.user in module_path(user)]
-        primes = compose([_primes(term) for term in adapted.terms], adapted.site.has_bias)
+        terms = [_primes(term) for term in adapted.terms]
         made = 0
         replaced: fx.Node | None = None
         for each in uses:
             found = self.check(each, weight, adapted.site)
+            # A module may be given a bias, or lose it, after adapters were planned.
+            primes = compose(terms, adapted.site.has_bias if isinstance(found, Miss) else found.bias is not None)
             if isinstance(found, WeightUse) and not self._is_dense(found, primes[0], adapted):
                 made += self._rewrite(graph, found, weight, primes, adapted)
                 continue

@@ -18,7 +18,7 @@ def mapped_tensors(model: nn.Module, active: Merging, path: Path, *, safe: bool)
     The file has to stay as long as the tensors. Raises UsageError, with `safe`, for a value that is not finite, and
     OSError.
     """
-    terms = merging_terms(active)
+    terms = merging_terms(model, active)
     if not terms:
         return {}
     base = {name: model.get_parameter(name) for name in terms}

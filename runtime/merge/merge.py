@@ -150,7 +150,7 @@ def merged_site(
         primes.append((renamed(matrix, prefix), None if own_bias is None else renamed(own_bias, prefix)))
     held = packed(model.get_submodule(site.module)) if site.packing is not None else None
     base = _weight(model, site, changed or {}) if held is None else held.unpack()
-    bias = (changed or {}).get(site.bias, model.get_parameter(site.bias)) if site.has_bias else None
+    bias = (changed or {}).get(site.bias, bias_of(model, site))
     dtype = exact or base.dtype
     for each in params.values():
         dtype = torch.promote_types(dtype, each.dtype) if each.is_floating_point() else dtype
@@ -162,7 +162,7 @@ def merged_site(
         bias=None if bias is None else bias.detach().to(dtype),
         lead=site.lead,
     )
-    new_weight, new_bias = compose(primes, site.has_bias)
+    new_weight, new_bias = compose(primes, bias is not None)
     merged: Merged = {}
     if new_weight != algebra.Weight():
         merged[site.weight] = to_stored(ops, values.of(new_weight), site)
@@ -170,6 +170,12 @@ def merged_site(
         merged[site.bias] = values.of(new_bias)
     kept = exact or (base.dtype if held is None else dtype)
     return {name: value.to(kept).contiguous() for name, value in merged.items()}
+
+
+def bias_of(model: nn.Module, site: Site) -> torch.Tensor | None:
+    """The bias that a module has now, whatever it had when an adapter was planned."""
+    owner, _, leaf = site.bias.rpartition(".")
+    return model.get_submodule(owner)._parameters.get(leaf)
 
 
 def _weight(model: nn.Module, site: Site, changed: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -15,7 +15,7 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from peftc.passes.expression.apply import compose
 from peftc.runtime.adapters.bank import AdapterParameters
 from peftc.runtime.files.tensor_file import TYPES, Entry, write_tensors
-from peftc.runtime.merge.merge import Terms, check_finite, merged_site, merged_sites
+from peftc.runtime.merge.merge import Terms, bias_of, check_finite, merged_site, merged_sites
 
 PATTERN, INDEX = "model{suffix}.safetensors", "model.safetensors.index.json"
 
@@ -31,7 +31,7 @@ def can_stream(plain: nn.Module, active: Merging) -> bool:
     """
     if not isinstance(plain, PreTrainedModel) or plain.is_remote_code():
         return False
-    if not is_one_by_one(active):
+    if not is_one_by_one(plain, active):
         return False
     tensors = _saved(plain)
     if any(each.dtype not in TYPES or type(each) not in (torch.Tensor, nn.Parameter) for each in tensors.values()):
@@ -40,21 +40,23 @@ def can_stream(plain: nn.Module, active: Merging) -> bool:
     return {name: each.shape for name, each in laid_out.items()} == {name: each.shape for name, each in tensors.items()}
 
 
-def is_one_by_one(active: Merging) -> bool:
+def is_one_by_one(model: nn.Module, active: Merging) -> bool:
     """Whether what merging changes are dense weights and biases that are there, each by the adapters of its site."""
     if any(each.plan.copies or each.plan.rows for each, _ in active):
         return False
-    sites = [(terms[0][2].site, _changes_bias(terms)) for terms in merged_sites(active)]
-    return not any(site.packing is not None or site.tied or (bias and not site.has_bias) for site, bias in sites)
+    sites = [(terms[0][2].site, _changes_bias(model, terms)) for terms in merged_sites(active)]
+    return not any(
+        site.packing is not None or site.tied or (bias and bias_of(model, site) is None) for site, bias in sites
+    )
 
 
-def merging_terms(active: Merging) -> dict[str, Terms]:
+def merging_terms(model: nn.Module, active: Merging) -> dict[str, Terms]:
     """The full name of every tensor that merging changes, and what changes it. See `is_one_by_one`."""
     found: dict[str, Terms] = {}
     for terms in merged_sites(active):
         site = terms[0][2].site
         found[site.weight] = terms
-        if _changes_bias(terms):
+        if _changes_bias(model, terms):
             found[site.bias] = terms
     return found
 
@@ -68,7 +70,7 @@ def write_merged(
     `plain` has what is not merged. What is, is computed over the tensors of `base` when its turn comes, and let go.
     Raises UsageError, with `safe`, for a value that is not finite, and OSError.
     """
-    merging = merging_terms(active)
+    merging = merging_terms(base, active)
     tensors = _saved(plain)
     entries = {
         name: Entry.like(name, value, merged_value(base, name, value, merging.get(name), safe))
@@ -84,9 +86,9 @@ def write_merged(
         _write_index(directory / INDEX, split.tensor_to_filename, plain.num_parameters(), entries)
 
 
-def _changes_bias(terms: Terms) -> bool:
+def _changes_bias(model: nn.Module, terms: Terms) -> bool:
     primes = [(at.bound.weight, at.bound.bias) for _, _, at in terms]
-    return compose(primes, terms[0][2].site.has_bias)[1] is not None
+    return compose(primes, bias_of(model, terms[0][2].site) is not None)[1] is not None
 
 
 def _saved(plain: PreTrainedModel) -> dict[str, torch.Tensor]:

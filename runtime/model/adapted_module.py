@@ -96,8 +96,13 @@ class AdaptedModule(nn.Module):
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """As `nn.Module.compile`: in place."""
-        self._compiled = torch.compile(self, *args, **kwargs)
-        self._compiled_call_impl = lambda *call, **named: self._compiled(*call, **named)
+        compiled = torch.compile(self._call_impl, *args, **kwargs)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self._infer_parameters(self, args, kwargs)
+            return compiled(*args, **kwargs)
+
+        self._compiled_call_impl = call
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As torch's. A state of adapters alone, loaded with `strict=False`, does not miss the base.

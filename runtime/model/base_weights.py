@@ -20,7 +20,7 @@ from peftc.runtime.peft_format.manifest import fingerprint
 
 STATE = "_adapter_state"
 ADAPTED = contract.HAS_ADAPTERS
-COMPILED_CALLS = ("_compiled", "_compiled_call_impl", "_compiled_call")  # bound to this model, no other
+COMPILED_CALLS = ("_compiled_call_impl", "_compiled_call")  # bound to this model, no other
 
 Active = tuple[tuple[str, float], ...]
 """Adapter names with their activation weights, in order."""

@@ -49,6 +49,8 @@ def merge(state: AdapterSet, names: Sequence[str] | None, *, safe: bool, quantiz
     active = mergeable(state, names)
     tensors = merged_tensors(state.base.model, _weighted(state, active), safe_merge=safe, quantized=quantized)
     _exchange(state, tensors, None, active)
+    if not state.enabled:
+        rest(state)
 
 
 def unmerge(state: AdapterSet) -> None:
@@ -160,7 +162,7 @@ def merged_copy(model: Root, scratch: Path, *, safe: bool, quantized: Quantized 
         return model
     kept = tuple(each for each in state.active if _changes_no_weight(state, each[0]))
     adapters = _weighted(state, [each for each in state.active if each not in kept])
-    if is_one_by_one(adapters):
+    if is_one_by_one(model, adapters):
         return _copy_with(model, mapped_tensors(model, adapters, scratch / MAPPED, safe=safe), kept)
     if not kept:
         mergeable(state, None)

@@ -1,7 +1,7 @@
 """What a program took for granted when it was made, and whether that still holds: a function of microseconds.
 
-It looks at what the trace read and nothing else: attributes of modules and of configs, which modules there are, whether
-they train, whether something is attached to one of them.
+It looks at what the trace read and nothing else: attributes of modules and of configs, which modules and which of their
+tensors there are, whether they train, whether something is attached to one of them.
 """
 
 from collections.abc import Callable
@@ -60,6 +60,12 @@ def watch(module: nn.Module, facts: Facts) -> Holds:
         if path:
             terms.append(f"'forward' not in {own}")
             terms.append(f"{name_of(each)}.__class__ is {name_of(type(each))}")
+        for tensors in (each._parameters, each._buffers):
+            if tensors:
+                kept = name_of(tensors)
+                terms += [
+                    f"{kept}.get({name!r}) is {'not ' * (value is not None)}None" for name, value in tensors.items()
+                ]
         if each._modules:
             children = name_of(each._modules)
             terms.append(f"{own}['_modules'] is {children}")

@@ -64,7 +64,7 @@ def test_torch_export_of_a_model_that_was_never_called(tmp_path: Path) -> None:
     assert_close(program.module()(IDS, use_cache=False).logits, logits(theirs), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("what", ["whole", "layers"])
+@pytest.mark.parametrize("what", ["whole", "in place", "layers"])
 def test_compiled_and_switched_without_another_graph(what: str, tmp_path: Path) -> None:
     torch._dynamo.reset()
     ours, theirs = pair(llama(), QV, tmp_path)
@@ -87,12 +87,13 @@ def test_compiled_and_switched_without_another_graph(what: str, tmp_path: Path) 
     if what == "whole":
         called = torch.compile(ours, backend=backend, fullgraph=True)
     else:
-        called = ours
-        for each in ours.model.layers:
+        called, state = ours, set(ours.state_dict())
+        for each in [ours] if what == "in place" else ours.model.layers:
             each.compile(backend=backend, fullgraph=True)
+        assert set(ours.state_dict()) == state, "what was compiled is no part of the model"
     assert_close(logits(called), wanted["default"], atol=1e-5, rtol=1e-5)
     count = len(made)
-    assert count == (1 if what == "whole" else 2)
+    assert count == (2 if what == "layers" else 1)
     ours.set_adapter("other", inference_mode=True)
     assert_close(logits(called), wanted["other"], atol=1e-5, rtol=1e-5)
     assert len(made) == count

@@ -32,7 +32,7 @@ def active(adapted):
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 def test_they_are_the_merged_tensors(spec, dtype, tmp_path):
     adapted = adapted_by(spec, dtype)
-    assert is_one_by_one(active(adapted))
+    assert is_one_by_one(adapted, active(adapted))
     mapped = mapped_tensors(adapted, active(adapted), tmp_path / "merged.safetensors", safe=True)
     merged = merged_tensors(adapted, active(adapted))
     assert mapped.keys() == merged.keys()
@@ -61,4 +61,4 @@ def test_what_is_not_finite_is_refused(tmp_path):
 
 def test_what_needs_more_than_its_own_site_is_not_one_by_one():
     adapted = adapted_by('adapter a = lora(rank = 2) {\n on "0"\n train "2"\n}')
-    assert not is_one_by_one(active(adapted))
+    assert not is_one_by_one(adapted, active(adapted))

@@ -122,6 +122,46 @@ def test_disabling_a_merged_model_nests_and_comes_back_after_an_error():
     assert torch.equal(adapted(X), merged)
 
 
+@torch.no_grad()
+def test_what_is_merged_while_adapters_are_disabled_rests():
+    adapted = adapted_by(SPECS["one by one"])
+    active = adapted(X)
+    adapted.disable_adapters()
+    base = adapted(X)
+    adapted.merge_adapter()
+    assert torch.equal(adapted(X), base)
+    adapted.enable_adapters()
+    torch.testing.assert_close(adapted(X), active)
+    adapted.unmerge_adapter()
+    assert torch.equal(adapted(X), active)
+
+
+@pytest.mark.parametrize("there", [True, False], ids=["came", "went"])
+@pytest.mark.parametrize("method", ["lora(rank = 2)", "lora(rank = 2, bias = true)", "ia3", "beft"])
+@torch.no_grad()
+def test_a_bias_that_came_or_went_since_the_adapter_was_planned(there, method, tmp_path):
+    torch.manual_seed(0)
+    bias = nn.Parameter(torch.arange(5.0))
+    model = nn.Sequential(nn.Linear(4, 5, bias=not there), nn.Tanh(), nn.Linear(5, 3)).eval()
+    spec = f'adapter a = {method} {{ on "0" }}'
+    adapted = compiler.apply(model, spec).eval()
+    for parameter in adapted.adapter_bank.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    before = adapted(X)
+    values = [each.clone() for each in adapted.adapter_bank.parameters()]
+    model[0].bias = adapted[0].bias = bias if there else None
+    fresh = compiler.apply(model, spec).eval()
+    for parameter, value in zip(fresh.adapter_bank.parameters(), values, strict=True):
+        parameter.copy_(value)
+    wanted = fresh(X)
+    assert not torch.allclose(wanted, before, atol=1e-3)
+    torch.testing.assert_close(adapted(X), wanted)
+    torch.testing.assert_close(merged_copy(adapted, tmp_path, safe=False, quantized=None)(X), wanted)
+    torch.testing.assert_close(adapted.merge_and_unload()(X), wanted)
+    adapted.merge_adapter()
+    torch.testing.assert_close(adapted(X), wanted)
+
+
 def test_measured_outputs_are_those_of_a_real_merge():
     adapted = adapted_by(SPECS["one by one"]).to(torch.bfloat16)
     given = torch.linspace(-2, 2, 400).reshape(100, 4).to(torch.bfloat16)
