@@ -33,8 +33,10 @@ def main() -> None:
     parser.add_argument("--shrink", action="store_true", help="look for the shortest way to a failure")
     options = parser.parse_args()
     phases = (Phase.generate, Phase.shrink) if options.shrink else (Phase.generate,)
-    run(SUBJECTS[options.name], options.steps // options.length, options.length, options.seed, phases)
-    print(sum(STEPS.values()), dict(STEPS))
+    try:
+        run(SUBJECTS[options.name], options.steps // options.length, options.length, options.seed, phases)
+    finally:
+        print(STEPS.total(), dict(STEPS))
 
 
 def run(
