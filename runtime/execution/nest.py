@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from transformers.cache_utils import Cache
-from transformers.utils import ModelOutput
 
 from peftc.grammar.diagnostics import UsageError, fail
 
@@ -31,7 +30,7 @@ def flatten(value: Any, leaves: list[torch.Tensor], where: str) -> Form:
         return (CONSTANT, value, type(value))  # 1 == True == 1.0, and a model may care
     if isinstance(value, Cache):
         return (CACHE,)
-    if isinstance(value, ModelOutput):
+    if isinstance(value, dict) and dataclasses.is_dataclass(value):  # outputs of transformers and of diffusers are both
         items = [(name, flatten(each, leaves, f"{where}.{name}")) for name, each in value.items()]
         return (FIELDS, type(value), tuple(items))
     if isinstance(value, dict):

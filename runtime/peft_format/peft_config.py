@@ -40,6 +40,8 @@ _VERSION = re.compile(r"(\d+)\.(\d+)")
 
 # target_modules never reaches a raw parameter, though one of the same name may exist beside the modules.
 _MODULE = tree.Unary("not", tree.Name("parameter"))
+_LINEAR = tree.Name("linear")
+_WEIGHT = ".weight"
 _PARAMETER = tree.Binary("or", tree.Name("parameter"), tree.Name("multihead_attention"))
 
 Bias = Literal["none", "all", "adapter"]
@@ -227,6 +229,10 @@ def _targets(reader: FieldReader) -> tuple[Target, ...]:
     if parameters:
         chosen = tuple(suffix_selector(each) for each in sorted(parameters))
         targets.append(Target(chosen, where=_PARAMETER))
+        # The weight of a linear layer can be named as a parameter too, and is adapted no other way for it.
+        linear = [each.removesuffix(_WEIGHT) for each in sorted(parameters) if each.endswith(_WEIGHT)]
+        if linear:
+            targets.append(Target(tuple(map(suffix_selector, linear)), where=_LINEAR))
     return tuple(targets)
 
 

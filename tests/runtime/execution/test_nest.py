@@ -105,6 +105,28 @@ def test_a_model_output():
     assert_close(rebuilt.hidden_states, output.hidden_states)
 
 
+@dataclasses.dataclass
+class Sample(OrderedDict):
+    """An output as diffusers has them: a mapping of its own fields."""
+
+    sample: torch.Tensor | None = None
+    other: torch.Tensor | None = None
+
+    def __post_init__(self):
+        self.update({name: value for name, value in vars(self).items() if value is not None})
+
+
+def test_an_output_that_is_a_mapping_and_has_fields():
+    output = Sample(torch.ones(2))
+    leaves = []
+    form = nest.flatten(output, leaves, "the output")
+    rebuilt = nest.rebuild(form, leaves)
+    assert type(rebuilt) is Sample
+    assert rebuilt.sample is output.sample is rebuilt["sample"]
+    assert rebuilt.other is None
+    assert list(rebuilt) == ["sample"]
+
+
 def test_a_cache_is_one_item():
     cache = DynamicCache()
     form = nest.flatten(CausalLMOutputWithPast(logits=torch.ones(1), past_key_values=cache), [], "the output")

@@ -1,0 +1,318 @@
+"""One model with the same random adapter in peft and in peftc: what each of them can do with it, and where they differ."""
+
+import copy
+import re
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import peft
+import torch
+from torch import nn
+from transformers.cache_utils import Cache
+
+from peftc import compiler
+from peftc.runtime.peft_format.checkpoint import checkpoint_keys
+from peftc.runtime.regions.region import Split
+from tests.sweep.inputs import SHAPES, Batch, Candidate, Inputs
+
+NEAR = 1e-4  # of the largest number
+NEAR_GRADIENT = 5e-4
+NEW = 4  # tokens to generate
+
+
+@dataclass
+class Row:
+    """What came of one type. Reasons are empty for what works."""
+
+    family: str
+    name: str
+    plain: str = ""  # why the model without adapters is not driven here
+    peft: str = ""  # why peft does not work on it
+    ours: dict[str, str] = field(default_factory=dict)  # what of ours is not peft's: forward, gradients, generate, merge
+    left: dict[str, str] = field(default_factory=dict)  # what peft does not do either, and why
+    split: dict[str, str] = field(default_factory=dict)  # classes of modules that ran their own Python, and why
+    inputs: str = ""
+    seconds: float = 0.0
+
+    @property
+    def state(self) -> str:
+        """Which column the type is in."""
+        return "not driven" if self.plain else "peft fails" if self.peft else "differs" if self.ours else "equal"
+
+    def as_json(self) -> dict[str, Any]:
+        """To be kept."""
+        return asdict(self)
+
+
+def said(error: BaseException) -> str:
+    """An error in a line."""
+    text = " ".join(str(error).split()) or "no message"
+    return f"{type(error).__name__}: {text[:300]}"
+
+
+def compared(row: Row, model: nn.Module, size: int, tell: Callable[[str], None] = lambda _: None, training: bool = False, quick: bool = False) -> Row:
+    """Fill in a row for this model, which is not changed. `tell` is called before each stage."""
+    model.eval()
+    inputs = Inputs(model, size)
+    found = driven(model, inputs)
+    if isinstance(found, str):
+        row.plain = found
+        return row
+    batches = [seeded(found, shape) for shape in SHAPES]
+    row.inputs = ", ".join(f"{name}{list(each.shape)}" for name, each in batches[0].items())
+    tell("peft")
+    with tempfile.TemporaryDirectory() as place:
+        try:
+            theirs = adapted_by_peft(model, place)
+            expected = [values(theirs, batch) for batch in batches]
+        except Exception as error:
+            row.peft = said(error)
+            return row
+        before = values(model, batches[0])
+        if not differences(before, expected[0], 1e-6):
+            row.peft = "the adapter changes nothing"
+            return row
+        if quick:
+            row.ours["forward"] = "not run"
+            return row
+        checks = Checks(row, model, theirs, batches, expected, tell, training)
+        tell("load")
+        try:
+            ours = compiler.load(model, place, is_trainable=True).eval()
+        except Exception as error:
+            row.ours["load"] = said(error)
+            return row
+        checks.run(ours)
+    return row
+
+
+def driven(model: nn.Module, inputs: Inputs) -> Candidate | str:
+    """The first batch that the model takes, in all shapes; or why it takes none."""
+    why: list[str] = []
+    for candidate in inputs.candidates():
+        try:
+            for shape in SHAPES:
+                if not any(map(torch.isfinite, map(torch.mean, values(model, seeded(candidate, shape))))):
+                    raise ValueError("no output is a finite number")
+            return candidate
+        except Exception as error:
+            why.append(said(error))
+    named = [each for each in why if "do not match" not in each and "does not say" not in each]
+    return (named or why or ["no inputs are known for it"])[0]
+
+
+def seeded(candidate: Candidate, shape: Any) -> Batch:
+    """The same batch each time."""
+    torch.manual_seed(3)
+    return candidate(shape)
+
+
+def adapted_by_peft(model: nn.Module, place: str) -> nn.Module:
+    """The model in peft, with random values; saved."""
+    torch.manual_seed(1)
+    linear = any(isinstance(each, nn.Linear) or type(each).__name__ == "Conv1D" for each in model.modules())
+    targets: Any = "all-linear" if linear and hasattr(model, "get_output_embeddings") else own_targets(model)
+    config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=targets)
+    try:
+        theirs = peft.get_peft_model(copy.deepcopy(model), config).eval()
+    except ValueError as error:  # it says which modules it does not adapt in a model of this type
+        told = re.search(r"Incompatible modules: \{(.*?)\}", str(error))
+        if told is None:
+            raise
+        config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=targets, exclude_modules=re.findall(r"\w+", told[1]))
+        theirs = peft.get_peft_model(copy.deepcopy(model), config).eval()
+    for name, parameter in theirs.named_parameters():
+        if "lora_" in name:
+            nn.init.normal_(parameter, std=0.1)
+    theirs.save_pretrained(place, save_embedding_layers=False)
+    return theirs
+
+
+def own_targets(model: nn.Module) -> list[str]:
+    """The linear layers of a model that is not transformers' own, or else its convolutions."""
+    for kinds in ((nn.Linear,), (nn.Conv2d, nn.Conv3d)):
+        found = [
+            name
+            for name, each in model.named_modules()
+            if isinstance(each, kinds) and getattr(each, "groups", 1) == 1
+        ]
+        if found:
+            return found
+    return []
+
+
+def tensors(output: Any) -> Iterator[torch.Tensor]:
+    """The tensors of an output, without caches."""
+    if isinstance(output, torch.Tensor):
+        if output.is_floating_point() or output.is_complex():
+            yield output
+    elif isinstance(output, dict) or hasattr(output, "items"):
+        for each in output.values():
+            yield from tensors(each)
+    elif isinstance(output, list | tuple):
+        for each in output:
+            yield from tensors(each)
+    elif hasattr(output, "__dataclass_fields__") and not isinstance(output, Cache):
+        for name in output.__dataclass_fields__:
+            yield from tensors(getattr(output, name))
+
+
+def called(model: nn.Module, batch: Batch) -> list[torch.Tensor]:
+    """The tensors that a model returns, without a graph of our own making of random numbers."""
+    torch.manual_seed(5)
+    return list(tensors(model(**{name: each.clone() for name, each in batch.items()})))
+
+
+def values(model: nn.Module, batch: Batch) -> list[torch.Tensor]:
+    """As `called`, where nothing trains."""
+    with torch.no_grad():
+        return called(model, batch)
+
+
+def differences(mine: list[torch.Tensor], theirs: list[torch.Tensor], near: float = NEAR) -> str:
+    """How far apart two outputs are; empty where they are equal within rounding."""
+    if [each.shape for each in mine] != [each.shape for each in theirs]:
+        return f"{len(mine)} outputs for {len(theirs)}, or of other sizes"
+    for at, (one, other) in enumerate(zip(mine, theirs, strict=True)):
+        one, other = one.detach().float(), other.detach().float()
+        if not torch.equal(torch.isfinite(one), torch.isfinite(other)):
+            return f"output {at} is finite elsewhere"
+        one, other = (torch.nan_to_num(each, 0.0, 0.0, 0.0) for each in (one, other))
+        far, large = float((one - other).abs().max() if one.numel() else 0.0), float(other.abs().max() if other.numel() else 0.0)
+        if far > near * max(large, 1e-6):
+            return f"output {at} is {far / max(large, 1e-6):.1e} off"
+    return ""
+
+
+class Checks:
+    """What is compared."""
+
+    def __init__(self, row: Row, model: nn.Module, theirs: Any, batches: list[Batch], expected: list[list[torch.Tensor]], tell: Callable[[str], None], training: bool):
+        self.row, self.model, self.theirs, self.batches, self.expected = row, model, theirs, batches, expected
+        self.tell, self.training = tell, training
+
+    def run(self, ours: Any) -> None:
+        """All of it; what fails is in the row."""
+        self.check("forward", lambda: self.forward(ours))
+        self.row.split |= split_modules(ours)
+        self.check("gradients", lambda: self.gradients(ours))
+        if getattr(self.model, "can_generate", bool)():
+            self.check("generate", lambda: self.generate(ours))
+        self.check("merge", lambda: self.merge(ours))
+
+    def check(self, what: str, run: Callable[[], str]) -> None:
+        """Run one comparison."""
+        self.tell(what)
+        try:
+            why = run()
+        except Unlike as error:
+            self.row.left[what] = str(error)
+            return
+        except Exception as error:
+            why = said(error)
+        if why:
+            self.row.ours[what] = why
+
+    def forward(self, ours: Any) -> str:
+        """Outputs at both shapes, the second after the first."""
+        told = [differences(values(ours, batch), want) for batch, want in zip(self.batches, self.expected, strict=True)]
+        return "; ".join(f"shape {at}: {each}" for at, each in enumerate(told) if each)
+
+    def gradients(self, ours: Any) -> str:
+        """Of every trained tensor, after a step of training."""
+        theirs = self.theirs
+        try:
+            wanted = self.step(theirs)
+            again = self.step(theirs)
+            if wanted[0] != again[0]:
+                raise Unlike("peft's own loss is another each time")
+        except Unlike:
+            raise
+        except Exception as error:
+            raise Unlike(f"peft: {said(error)}") from error
+        keys = {each.data_ptr(): key for key, each in peft.get_peft_model_state_dict(theirs, save_embedding_layers=False).items()}
+        want = {keys[each.data_ptr()]: each.grad for _, each in theirs.named_parameters() if each.data_ptr() in keys}
+        self.step(ours)
+        adapter = ours._adapter_state.adapter("default")
+        mine = {key: adapter.tensor(owner).grad for key, owner in checkpoint_keys(adapter.plan).items()}
+        ours.eval()
+        return gradients_apart(mine, want)
+
+    def step(self, model: Any) -> tuple[float]:
+        """Backward of a loss that every output is in."""
+        model.train(self.training)
+        model.zero_grad(set_to_none=True)
+        outputs = [each for each in called(model, self.batches[0]) if each.requires_grad]
+        if not outputs:
+            raise Unlike("no output has a gradient")
+        loss = sum(each.nan_to_num(0.0, 0.0, 0.0).clamp(-1e4, 1e4).float().pow(2).mean() for each in outputs)
+        loss.backward()  # type: ignore[union-attr]
+        return (float(loss.detach()),)  # type: ignore[union-attr]
+
+    def generate(self, ours: Any) -> str:
+        """The tokens of a greedy search."""
+        batch = {name: each for name, each in self.batches[0].items() if not name.startswith("decoder_")}
+        options = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "num_beams": 1}
+        try:
+            self.theirs.eval()
+            torch.manual_seed(7)
+            wanted = self.theirs.generate(**batch, **options)
+        except Exception as error:
+            raise Unlike(f"peft: {said(error)}") from error
+        torch.manual_seed(7)
+        mine = ours.generate(**batch, **options)
+        if isinstance(wanted, torch.Tensor):
+            return "" if torch.equal(mine, wanted) else f"{mine[0].tolist()[-6:]} for {wanted[0].tolist()[-6:]}"
+        return differences(list(tensors(mine)), list(tensors(wanted)))
+
+    def merge(self, ours: Any) -> str:
+        """Outputs with merged weights."""
+        ours.eval()
+        try:
+            self.theirs.eval().base_model.merge_adapter()
+            wanted = values(self.theirs, self.batches[0])
+            self.theirs.base_model.unmerge_adapter()
+        except Exception as error:
+            raise Unlike(f"peft: {said(error)}") from error
+        near = 10 * NEAR if differences(wanted, self.expected[0]) else NEAR
+        if differences(wanted, self.expected[0], near):
+            raise Unlike("peft's merged model is another")
+        ours.merge_adapter()
+        mine = values(ours, self.batches[0])
+        ours.unmerge_adapter()
+        return differences(mine, self.expected[0], near)
+
+
+class Unlike(Exception):
+    """Peft does not do it either. Says why."""
+
+
+def gradients_apart(mine: dict[str, Any], want: dict[str, Any]) -> str:
+    """Where gradients are not the same; one that is none is one of zeros."""
+    if {*mine} != {*want}:
+        return f"names differ: {sorted({*mine} ^ {*want})[:2]}"
+    largest = max((float(each.abs().max()) for each in want.values() if each is not None), default=0.0)
+    far = {}
+    for key, its in want.items():
+        own = mine[key]
+        if own is None and its is None:
+            continue
+        one = torch.zeros_like(its) if own is None else own
+        other = torch.zeros_like(one) if its is None else its
+        apart = float((one - other.view_as(one)).abs().max())
+        if not apart <= NEAR_GRADIENT * float(other.abs().max()) + 1e-5 * largest:
+            far[key] = apart / max(float(other.abs().max()), 1e-12)
+    worst = max(far, key=lambda each: far[each], default="")
+    return f"{len(far)} of {len(want)} differ, {worst} by {far[worst]:.1e}" if far else ""
+
+
+def split_modules(ours: Any) -> dict[str, str]:
+    """The classes of modules that ran their own Python, with one reason for each."""
+    host, found = ours._adapter_state.host, {}
+    for path, region in host.regions.items():
+        for program in host.local(path).programs.values():
+            if isinstance(program, Split):
+                found[type(region.module).__name__] = program.reason[:300]
+    return found

@@ -1,0 +1,122 @@
+"""The page of architectures, made from the results of a sweep: `python -m tests.sweep.page RESULTS`."""
+
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+PAGE = Path(__file__).parents[2] / "docs" / "models.md"
+HEAD = """# Architectures
+
+A tiny model with random weights of every type that transformers' auto classes know (and of some that diffusers and timm
+have), with the same random LoRA on all its linear layers in PEFT and in peftc. peftc works where all of this is PEFT's:
+
+- outputs, 1e-4 of the largest number, of two calls of different sizes, the first row padded where there is a mask,
+- the gradient of every tensor of the adapter,
+- the tokens that `generate` finds, where the model generates,
+- outputs with merged weights.
+
+What PEFT itself does not do (merge the weights of some modules, train on this machine) is not asked of peftc, and said
+below. Models whose plain version is not *driven* (no batch was found that it takes, it needs what is not installed
+here, or its config cannot be made small by the rules) say nothing about either library.
+
+Made by the scripts in `tests/sweep`, which run each type in a process of its own:
+
+```console
+$ python -m tests.sweep --results build/models.json
+$ python -m tests.sweep.page build/models.json
+```
+
+A type that is in the results is not run again; `--family`, `--only` and `--again` choose."""
+STATES = ("equal", "differs", "peft fails", "not driven")
+
+
+def state(row: Mapping[str, Any]) -> str:
+    """What came of a type."""
+    return "not driven" if row["plain"] else "peft fails" if row["peft"] else "differs" if row["ours"] else "equal"
+
+
+def page(rows: list[Mapping[str, Any]], versions: str) -> str:
+    """The whole page."""
+    parts = [HEAD, versions, "\n".join(_summary(rows))]
+    parts.append("## What is not PEFT's\n\n" + "\n".join(_differing(rows)))
+    parts.append("## What ran in Python\n\n" + "\n".join(_split(rows)))
+    parts.append("## Every type\n\n" + "\n\n".join(_types(rows)))
+    return "\n\n".join(parts) + "\n"
+
+
+def _families(rows: list[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        found.setdefault(row["family"], []).append(row)
+    return found
+
+
+def _summary(rows: list[Mapping[str, Any]]) -> Iterator[str]:
+    yield "| family | types | driven | PEFT works | peftc works |"
+    yield "|---|---:|---:|---:|---:|"
+    for family, own in (*_families(rows).items(), ("**all**", rows)):
+        states = [state(row) for row in own]
+        equal = states.count("equal")
+        peft = equal + states.count("differs")
+        yield f"| {family} | {len(own)} | {peft + states.count('peft fails')} | {peft} | {equal} |"
+
+
+def _differing(rows: list[Mapping[str, Any]]) -> Iterator[str]:
+    found = [row for row in rows if state(row) == "differs"]
+    if not found:
+        yield "Nothing."
+        return
+    yield "| type | what | why |"
+    yield "|---|---|---|"
+    for row in found:
+        for what, why in row["ours"].items():
+            yield f"| `{row['name']}` | {what} | {_cell(why)} |"
+
+
+def _split(rows: list[Mapping[str, Any]]) -> Iterator[str]:
+    yield "Modules whose forward could not be one graph for some call, so that their own Python ran, and their parts were graphs."
+    yield ""
+    yield "| type | module | why |"
+    yield "|---|---|---|"
+    for row in rows:
+        for module, why in row["split"].items():
+            if state(row) in ("equal", "differs"):
+                yield f"| `{row['name']}` | `{module}` | {_cell(why, 120)} |"
+
+
+def _types(rows: list[Mapping[str, Any]]) -> Iterator[str]:
+    for family, own in _families(rows).items():
+        yield f"### {family}"
+        for each in STATES[:2]:
+            names = [f"`{row['name']}`" for row in own if state(row) == each]
+            if names:
+                yield f"{'peftc works' if each == 'equal' else 'peftc differs'} ({len(names)}): {', '.join(names)}."
+        rest = [row for row in own if state(row) in STATES[2:]]
+        if rest:
+            lines = ["| type | | why |", "|---|---|---|"]
+            lines += [f"| `{row['name']}` | {state(row)} | {_cell(row['plain'] or row['peft'], 160)} |" for row in rest]
+            yield "\n".join(lines)
+        left = [(row["name"], what, why) for row in own for what, why in row["left"].items() if state(row) in STATES[:2]]
+        if left:
+            lines = ["What PEFT does not do either:", "", "| type | what | why |", "|---|---|---|"]
+            yield "\n".join(lines + [f"| `{name}` | {what} | {_cell(why, 120)} |" for name, what, why in left])
+
+
+def _cell(text: str, most: int = 200) -> str:
+    """A text for a cell of a table: of one line, without what differs from run to run."""
+    text = " ".join(text.replace("|", "/").replace("<", "‹").replace(">", "›").split())
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
+def installed() -> str:
+    """What was compared."""
+    from importlib.metadata import version
+
+    return "This table: " + ", ".join(f"{name} {version(name).partition('+')[0]}" for name in ("torch", "transformers", "peft")) + "."
+
+
+if __name__ == "__main__":
+    found = json.loads(Path(sys.argv[1]).read_text())
+    PAGE.write_text(page(list(found.values()), installed()), encoding="utf-8")
