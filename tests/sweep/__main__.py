@@ -7,24 +7,24 @@ import argparse
 import json
 import os
 import resource
+import select
 import signal
-import sys
 import time
 import warnings
 from pathlib import Path
 from typing import Any
 
-SECONDS, MEMORY = 120, 8 << 30
+SECONDS, MEMORY = 150, 8 << 30
 
 
 def main() -> None:
     options = parsed()
     kept = json.loads(options.results.read_text()) if options.results.exists() else {}
-    from tests.sweep.compare import Row, compared
+    from tests.sweep.compare import warm
     from tests.sweep.families import FAMILIES, made, types_of  # after the options are read: it imports everything
 
     began = time.monotonic()
-    compared(Row("causal", "llama"), *made("causal", "llama"), quick=options.quick)  # what torch loads at a first call is loaded once
+    warm(*made("causal", "llama"))  # what torch loads at a first call is loaded once
     print(f"ready after {time.monotonic() - began:.0f}s")
 
     for family in options.family or list(FAMILIES):
@@ -48,6 +48,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--again", nargs="*", default=[], help="states to run again: equal, differs, peft, plain")
     parser.add_argument("--training", action="store_true", help="gradients of models that are in training")
     parser.add_argument("--quick", action="store_true", help="only what works without peftc")
+    parser.add_argument("--no-generate", action="store_true", help="leave generated tokens out, which take longest")
     parser.add_argument("--trace", action="store_true", help="print tracebacks")
     return parser.parse_args()
 
@@ -72,12 +73,25 @@ def in_child(family: str, name: str, options: argparse.Namespace) -> dict[str, A
         run_child(family, name, write, options)
     os.close(write)
     text, status = waited(child, read, began)
-    row: dict[str, Any] = {"family": family, "name": name, "plain": "", "peft": "", "ours": {}, "left": {}, "split": {}, "inputs": ""}
+    row: dict[str, Any] = {
+        "family": family,
+        "name": name,
+        "plain": "",
+        "peft": "",
+        "ours": {},
+        "left": {},
+        "split": {},
+        "inputs": "",
+    }
     lines = [json.loads(each) for each in text.decode().splitlines() if each]
     if lines:
         row = lines[-1]
     if status != 0:
-        why = f"took more than {SECONDS} s" if status == signal.SIGKILL else f"the process ended with signal {status & 127}"
+        why = (
+            f"took more than {SECONDS} s"
+            if status == signal.SIGKILL
+            else f"the process ended with signal {status & 127}"
+        )
         stage = row.pop("stage", "plain")
         if stage == "plain":
             row["plain"] = why
@@ -91,8 +105,6 @@ def in_child(family: str, name: str, options: argparse.Namespace) -> dict[str, A
 
 
 def waited(child: int, read: int, began: float) -> tuple[bytes, int]:
-    import select
-
     text = b""
     while True:
         left = SECONDS - (time.monotonic() - began)
@@ -127,7 +139,7 @@ def run_child(family: str, name: str, write: int, options: argparse.Namespace) -
         tell("plain")
         try:
             model, size = made(family, name)
-            compared(row, model, size, tell, options.training, options.quick)
+            compared(row, model, size, tell, options.training, options.quick, not options.no_generate)
         except BaseException as error:
             row.plain = said(error)
         os.write(write, (json.dumps(row.as_json()) + "\n").encode())

@@ -1,6 +1,7 @@
-"""One model with the same random adapter in peft and in peftc: what each of them can do with it, and where they differ."""
+"""One model with the same random adapter in peft and in peftc: what each can do with it, and where they differ."""
 
 import copy
+import os
 import re
 import tempfile
 from collections.abc import Callable, Iterator
@@ -10,15 +11,14 @@ from typing import Any
 import peft
 import torch
 from torch import nn
-from transformers.cache_utils import Cache
+from transformers.pytorch_utils import Conv1D
 
 from peftc import compiler
 from peftc.runtime.peft_format.checkpoint import checkpoint_keys
 from peftc.runtime.regions.region import Split
+from tests.sweep.alike import NEAR, differences, gradients_apart, tensors
 from tests.sweep.inputs import SHAPES, Batch, Candidate, Inputs
 
-NEAR = 1e-4  # of the largest number
-NEAR_GRADIENT = 5e-4
 NEW = 4  # tokens to generate
 
 
@@ -30,10 +30,13 @@ class Row:
     name: str
     plain: str = ""  # why the model without adapters is not driven here
     peft: str = ""  # why peft does not work on it
-    ours: dict[str, str] = field(default_factory=dict)  # what of ours is not peft's: forward, gradients, generate, merge
+    ours: dict[str, str] = field(
+        default_factory=dict
+    )  # what of ours is not peft's: forward, gradients, generate, merge
     left: dict[str, str] = field(default_factory=dict)  # what peft does not do either, and why
     split: dict[str, str] = field(default_factory=dict)  # classes of modules that ran their own Python, and why
     inputs: str = ""
+    generated: bool = True  # whether tokens were compared, if the model generates
     seconds: float = 0.0
 
     @property
@@ -52,32 +55,49 @@ def said(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[:300]}"
 
 
-def compared(row: Row, model: nn.Module, size: int, tell: Callable[[str], None] = lambda _: None, training: bool = False, quick: bool = False) -> Row:
+def compared(
+    row: Row,
+    model: nn.Module,
+    size: int | Candidate,
+    tell: Callable[[str], None] = lambda _: None,
+    training: bool = False,
+    quick: bool = False,
+    generates: bool = True,
+) -> Row:
     """Fill in a row for this model, which is not changed. `tell` is called before each stage."""
     model.eval()
-    inputs = Inputs(model, size)
-    found = driven(model, inputs)
+    known = Inputs(model, size).candidates() if isinstance(size, int) else iter([size])
+    found = driven(model, known)
     if isinstance(found, str):
         row.plain = found
         return row
     batches = [seeded(found, shape) for shape in SHAPES]
-    row.inputs = ", ".join(f"{name}{list(each.shape)}" for name, each in batches[0].items())
+    row.generated = generates
+    row.inputs = ", ".join(f"{name}{list(getattr(each, 'shape', ()))}" for name, each in batches[0].items())
     tell("peft")
     with tempfile.TemporaryDirectory() as place:
         try:
-            theirs = adapted_by_peft(model, place)
+            try:
+                theirs = adapted_by_peft(model, place)
+                if not differences(values(model, batches[0]), values(theirs, batches[0]), 1e-6):
+                    raise ValueError("the adapter changes nothing")
+            except Exception as error:
+                row.left["all linear layers"] = said(error)
+                few = attention(model) or own_targets(model, (nn.Conv2d,))
+                if not few:
+                    raise
+                theirs = adapted_by_peft(model, place, few)
             expected = [values(theirs, batch) for batch in batches]
         except Exception as error:
             row.peft = said(error)
             return row
-        before = values(model, batches[0])
-        if not differences(before, expected[0], 1e-6):
+        if not differences(values(model, batches[0]), expected[0], 1e-6):
             row.peft = "the adapter changes nothing"
             return row
         if quick:
             row.ours["forward"] = "not run"
             return row
-        checks = Checks(row, model, theirs, batches, expected, tell, training)
+        checks = Checks(row, model, theirs, batches, expected, tell, training, generates)
         tell("load")
         try:
             ours = compiler.load(model, place, is_trainable=True).eval()
@@ -88,10 +108,18 @@ def compared(row: Row, model: nn.Module, size: int, tell: Callable[[str], None] 
     return row
 
 
-def driven(model: nn.Module, inputs: Inputs) -> Candidate | str:
+def warm(model: nn.Module, size: int) -> None:
+    """Load what is loaded at a first call, but no threads of autograd's, which no child process can have after it."""
+    batch = seeded(next(Inputs(model, size).candidates()), SHAPES[0])
+    with tempfile.TemporaryDirectory() as place:
+        adapted_by_peft(model, place)
+        values(compiler.load(model, place), batch)
+
+
+def driven(model: nn.Module, candidates: Iterator[Candidate]) -> Candidate | str:
     """The first batch that the model takes, in all shapes; or why it takes none."""
     why: list[str] = []
-    for candidate in inputs.candidates():
+    for candidate in candidates:
         try:
             for shape in SHAPES:
                 if not any(map(torch.isfinite, map(torch.mean, values(model, seeded(candidate, shape))))):
@@ -99,6 +127,8 @@ def driven(model: nn.Module, inputs: Inputs) -> Candidate | str:
             return candidate
         except Exception as error:
             why.append(said(error))
+    if os.environ.get("SWEEP_WHY"):
+        print("\n".join(why))
     named = [each for each in why if "do not match" not in each and "does not say" not in each]
     return (named or why or ["no inputs are known for it"])[0]
 
@@ -109,11 +139,12 @@ def seeded(candidate: Candidate, shape: Any) -> Batch:
     return candidate(shape)
 
 
-def adapted_by_peft(model: nn.Module, place: str) -> nn.Module:
-    """The model in peft, with random values; saved."""
+def adapted_by_peft(model: nn.Module, place: str, few: list[str] | None = None) -> nn.Module:
+    """The model in peft, with random values; saved. All linear layers are adapted, or these few."""
     torch.manual_seed(1)
-    linear = any(isinstance(each, nn.Linear) or type(each).__name__ == "Conv1D" for each in model.modules())
+    linear = any(isinstance(each, nn.Linear | Conv1D) for each in model.modules())
     targets: Any = "all-linear" if linear and hasattr(model, "get_output_embeddings") else own_targets(model)
+    targets = few or targets
     config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=targets)
     try:
         theirs = peft.get_peft_model(copy.deepcopy(model), config).eval()
@@ -130,39 +161,33 @@ def adapted_by_peft(model: nn.Module, place: str) -> nn.Module:
     return theirs
 
 
-def own_targets(model: nn.Module) -> list[str]:
+def attention(model: nn.Module) -> list[str]:
+    """The linear layers of attention modules."""
+    kinds = (nn.Linear, Conv1D)
+    return [name for name, each in model.named_modules() if isinstance(each, kinds) and "att" in name.lower()]
+
+
+def own_targets(model: nn.Module, *kinds: tuple[type[nn.Module], ...]) -> list[str]:
     """The linear layers of a model that is not transformers' own, or else its convolutions."""
-    for kinds in ((nn.Linear,), (nn.Conv2d, nn.Conv3d)):
+    for each_kind in kinds or ((nn.Linear,), (nn.Conv2d, nn.Conv3d)):
         found = [
             name
             for name, each in model.named_modules()
-            if isinstance(each, kinds) and getattr(each, "groups", 1) == 1
+            if isinstance(each, each_kind) and getattr(each, "groups", 1) == 1
         ]
         if found:
             return found
     return []
 
 
-def tensors(output: Any) -> Iterator[torch.Tensor]:
-    """The tensors of an output, without caches."""
-    if isinstance(output, torch.Tensor):
-        if output.is_floating_point() or output.is_complex():
-            yield output
-    elif isinstance(output, dict) or hasattr(output, "items"):
-        for each in output.values():
-            yield from tensors(each)
-    elif isinstance(output, list | tuple):
-        for each in output:
-            yield from tensors(each)
-    elif hasattr(output, "__dataclass_fields__") and not isinstance(output, Cache):
-        for name in output.__dataclass_fields__:
-            yield from tensors(getattr(output, name))
-
-
 def called(model: nn.Module, batch: Batch) -> list[torch.Tensor]:
     """The tensors that a model returns, without a graph of our own making of random numbers."""
     torch.manual_seed(5)
-    return list(tensors(model(**{name: each.clone() for name, each in batch.items()})))
+    return list(
+        tensors(
+            model(**{name: each.clone() if isinstance(each, torch.Tensor) else each for name, each in batch.items()})
+        )
+    )
 
 
 def values(model: nn.Module, batch: Batch) -> list[torch.Tensor]:
@@ -171,34 +196,29 @@ def values(model: nn.Module, batch: Batch) -> list[torch.Tensor]:
         return called(model, batch)
 
 
-def differences(mine: list[torch.Tensor], theirs: list[torch.Tensor], near: float = NEAR) -> str:
-    """How far apart two outputs are; empty where they are equal within rounding."""
-    if [each.shape for each in mine] != [each.shape for each in theirs]:
-        return f"{len(mine)} outputs for {len(theirs)}, or of other sizes"
-    for at, (one, other) in enumerate(zip(mine, theirs, strict=True)):
-        one, other = one.detach().float(), other.detach().float()
-        if not torch.equal(torch.isfinite(one), torch.isfinite(other)):
-            return f"output {at} is finite elsewhere"
-        one, other = (torch.nan_to_num(each, 0.0, 0.0, 0.0) for each in (one, other))
-        far, large = float((one - other).abs().max() if one.numel() else 0.0), float(other.abs().max() if other.numel() else 0.0)
-        if far > near * max(large, 1e-6):
-            return f"output {at} is {far / max(large, 1e-6):.1e} off"
-    return ""
-
-
 class Checks:
     """What is compared."""
 
-    def __init__(self, row: Row, model: nn.Module, theirs: Any, batches: list[Batch], expected: list[list[torch.Tensor]], tell: Callable[[str], None], training: bool):
+    def __init__(
+        self,
+        row: Row,
+        model: nn.Module,
+        theirs: Any,
+        batches: list[Batch],
+        expected: list[list[torch.Tensor]],
+        tell: Callable[[str], None],
+        training: bool,
+        generates: bool,
+    ):
         self.row, self.model, self.theirs, self.batches, self.expected = row, model, theirs, batches, expected
-        self.tell, self.training = tell, training
+        self.tell, self.training, self.generates = tell, training, generates
 
     def run(self, ours: Any) -> None:
         """All of it; what fails is in the row."""
         self.check("forward", lambda: self.forward(ours))
         self.row.split |= split_modules(ours)
         self.check("gradients", lambda: self.gradients(ours))
-        if getattr(self.model, "can_generate", bool)():
+        if self.generates and getattr(self.model, "can_generate", bool)():
             self.check("generate", lambda: self.generate(ours))
         self.check("merge", lambda: self.merge(ours))
 
@@ -232,7 +252,10 @@ class Checks:
             raise
         except Exception as error:
             raise Unlike(f"peft: {said(error)}") from error
-        keys = {each.data_ptr(): key for key, each in peft.get_peft_model_state_dict(theirs, save_embedding_layers=False).items()}
+        keys = {
+            each.data_ptr(): key
+            for key, each in peft.get_peft_model_state_dict(theirs, save_embedding_layers=False).items()
+        }
         want = {keys[each.data_ptr()]: each.grad for _, each in theirs.named_parameters() if each.data_ptr() in keys}
         self.step(ours)
         adapter = ours._adapter_state.adapter("default")
@@ -287,25 +310,6 @@ class Checks:
 
 class Unlike(Exception):
     """Peft does not do it either. Says why."""
-
-
-def gradients_apart(mine: dict[str, Any], want: dict[str, Any]) -> str:
-    """Where gradients are not the same; one that is none is one of zeros."""
-    if {*mine} != {*want}:
-        return f"names differ: {sorted({*mine} ^ {*want})[:2]}"
-    largest = max((float(each.abs().max()) for each in want.values() if each is not None), default=0.0)
-    far = {}
-    for key, its in want.items():
-        own = mine[key]
-        if own is None and its is None:
-            continue
-        one = torch.zeros_like(its) if own is None else own
-        other = torch.zeros_like(one) if its is None else its
-        apart = float((one - other.view_as(one)).abs().max())
-        if not apart <= NEAR_GRADIENT * float(other.abs().max()) + 1e-5 * largest:
-            far[key] = apart / max(float(other.abs().max()), 1e-12)
-    worst = max(far, key=lambda each: far[each], default="")
-    return f"{len(far)} of {len(want)} differ, {worst} by {far[worst]:.1e}" if far else ""
 
 
 def split_modules(ours: Any) -> dict[str, str]:

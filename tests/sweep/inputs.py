@@ -1,6 +1,7 @@
-"""Batches that a model might take, in the order in which they are tried: a model is driven by the first that it does."""
+"""Batches that a model might take, in the order in which they are tried: it is driven by the first that it does."""
 
 import inspect
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -109,9 +110,29 @@ class Inputs:
                         return {"pixel_values": values, key: sides}
 
                     yield grid
+        if "spatial_shapes" in names:
+            patch = int(self.find("patch_size") or 8)
+
+            def patches(shape: Shape) -> Batch:
+                sides = torch.tensor([[4, 4]] * shape.rows)
+                mask = torch.ones(shape.rows, 16, dtype=torch.long)
+                values = noise(shape.rows, 16, channels * patch * patch)
+                return {"pixel_values": values, "spatial_shapes": sides, "pixel_attention_mask": mask}
+
+            yield patches
+        if "flattened_patches" in names:
+            patch = int(self.find("patch_size") or 8)
+            yield lambda shape: {
+                "flattened_patches": torch.cat(
+                    [torch.ones(shape.rows, 16, 2), noise(shape.rows, 16, channels * patch * patch)], -1
+                ),
+                "attention_mask": torch.ones(shape.rows, 16),
+            }
         if "pixel_values" in names or "pixel_values" in self.required:
             sized = "image_sizes" in names
-            for tiles in ((2, None) if sized or "pixel_attention_mask" in names or "aspect_ratio_ids" in names else (None,)):
+            for tiles in (
+                (2, None) if sized or "pixel_attention_mask" in names or "aspect_ratio_ids" in names else (None,)
+            ):
 
                 def images(shape: Shape, tiles: int | None = tiles, axis: int = 0) -> Batch:
                     own = (shape.rows,) if tiles is None else (shape.rows, tiles)
@@ -126,19 +147,19 @@ class Inputs:
         for name in ("pixel_values_videos", "pixel_values_images"):
             if name in names and "pixel_values" not in names:
                 yield lambda shape, name=name: {name: noise(shape.rows, 2, channels, side, side)}
-        for name in ("input_features", "audio_values"):
-            if name in names:
-                bins = int(self.find("num_mel_bins", "n_mel_bins", "input_feat_per_channel", "feature_projection_input_dim", "input_dim") or 16)
-                frames = 2 * int(self.find("max_source_positions") or 32)
-                yield lambda shape, name=name: {name: noise(shape.rows, bins, frames)}
-                yield lambda shape, name=name: {name: noise(shape.rows, frames, bins)}
-                yield lambda shape, name=name: {name: noise(shape.rows, 1, frames, bins)}
-        if "input_values" in names:
-            yield lambda shape: {"input_values": noise(shape.rows, 1600)}
-            yield lambda shape: {"input_values": noise(shape.rows, 1, 1600)}
-            bins = int(self.find("num_mel_bins") or 16)
-            frames = int(self.find("max_length", "max_source_positions") or 64)
-            yield lambda shape: {"input_values": noise(shape.rows, frames, bins)}
+        yield from self.sounds()
+
+    def sounds(self) -> Iterator[Candidate]:
+        """Spectrograms and waves."""
+        bins = int(self.find(*BINS) or 16)
+        frames = 2 * int(self.find("max_source_positions") or 32)
+        most = int(self.find("max_length", "max_source_positions") or 64)
+        for name in ("input_features", "audio_values", "input_values"):
+            sizes = [(bins, frames), (frames, bins), (1, frames, bins)]
+            if name == "input_values":
+                sizes = [(1600,), (1, 1600), (most, bins)]
+            for each in sizes if name in self.names else ():
+                yield lambda shape, name=name, each=each: {name: torch.randn(shape.rows, *each)}
 
     def counts(self, signal: Candidate) -> Iterator[Callable[[Shape], int]]:
         """How many tokens of the text stand for an image: as many as the model makes of it, or a likely number."""
@@ -148,14 +169,28 @@ class Inputs:
 
         if self.special("image") is not None or self.special("audio") is not None:
             yield made
+            yield lambda shape: self.told(signal, shape)
             for number in (16, 4, 17, 1, 8, 2, 5, 64):
                 yield lambda shape, number=number: number * shape.larger
                 yield lambda shape, number=number: number
         yield lambda shape: 0
 
+    def told(self, signal: Candidate, shape: Shape) -> int:
+        """As many as the model says in its refusal of one."""
+        try:
+            with torch.no_grad():
+                self.model(**self.with_text(signal(shape), shape, 1))
+        except ValueError as error:
+            found = re.search(r"features:? \(?(\d+)", str(error))
+            if found:
+                return int(found[1]) // shape.rows
+        return 1
+
     def special(self, what: str) -> int | None:
         """The token that stands for a place of an image, or of a sound."""
-        found = self.find(*(f"{what}_{name}" for name in ("token_id", "token_index", "patch_id")), f"media_{what}_token_id")
+        found = self.find(
+            *(f"{what}_{name}" for name in ("token_id", "token_index", "patch_id")), f"media_{what}_token_id"
+        )
         if found is None and what == "image":
             found = self.find("media_placeholder_token_id", "visual_token_id", "im_patch_id")
         return found if isinstance(found, int) else None
@@ -180,12 +215,28 @@ class Inputs:
             for name in ("mm_token_type_ids", "token_type_ids"):
                 if name in self.names:
                     made[name] = (made["input_ids"] == token).long()
+        if "qformer_input_ids" in self.names:
+            made["qformer_input_ids"] = self.ids(shape)
         if "cross_attention_mask" in self.names:
             made["cross_attention_mask"] = torch.ones(*made["input_ids"].shape, 1, 1, dtype=torch.long)
         return {**made, **signal, **self.decoded(shape)}
 
 
-PARTS = ("vision", "text", "audio", "encoder", "decoder", "thinker", "vit", "visual", "llm", "image", "backbone", "speech")
+BINS = ("num_mel_bins", "n_mel_bins", "input_feat_per_channel", "feature_projection_input_dim", "input_dim")
+PARTS = (
+    "vision",
+    "text",
+    "audio",
+    "encoder",
+    "decoder",
+    "thinker",
+    "vit",
+    "visual",
+    "llm",
+    "image",
+    "backbone",
+    "speech",
+)
 
 
 def feature_count(model: nn.Module, signal: Mapping[str, Any]) -> int:

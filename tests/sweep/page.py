@@ -76,7 +76,7 @@ def _differing(rows: list[Mapping[str, Any]]) -> Iterator[str]:
 
 
 def _split(rows: list[Mapping[str, Any]]) -> Iterator[str]:
-    yield "Modules whose forward could not be one graph for some call, so that their own Python ran, and their parts were graphs."
+    yield "Modules whose forward was no one graph for some call: their own Python ran, and their parts were graphs."
     yield ""
     yield "| type | module | why |"
     yield "|---|---|---|"
@@ -98,7 +98,9 @@ def _types(rows: list[Mapping[str, Any]]) -> Iterator[str]:
             lines = ["| type | | why |", "|---|---|---|"]
             lines += [f"| `{row['name']}` | {state(row)} | {_cell(row['plain'] or row['peft'], 160)} |" for row in rest]
             yield "\n".join(lines)
-        left = [(row["name"], what, why) for row in own for what, why in row["left"].items() if state(row) in STATES[:2]]
+        left = [
+            (row["name"], what, why) for row in own for what, why in row["left"].items() if state(row) in STATES[:2]
+        ]
         if left:
             lines = ["What PEFT does not do either:", "", "| type | what | why |", "|---|---|---|"]
             yield "\n".join(lines + [f"| `{name}` | {what} | {_cell(why, 120)} |" for name, what, why in left])
@@ -106,7 +108,7 @@ def _types(rows: list[Mapping[str, Any]]) -> Iterator[str]:
 
 def _cell(text: str, most: int = 200) -> str:
     """A text for a cell of a table: of one line, without what differs from run to run."""
-    text = " ".join(text.replace("|", "/").replace("<", "‹").replace(">", "›").split())
+    text = " ".join(text.replace("|", "/").replace("<", "&lt;").split())
     return text if len(text) <= most else text[: most - 3] + "..."
 
 
@@ -114,7 +116,11 @@ def installed() -> str:
     """What was compared."""
     from importlib.metadata import version
 
-    return "This table: " + ", ".join(f"{name} {version(name).partition('+')[0]}" for name in ("torch", "transformers", "peft")) + "."
+    return (
+        "This table: "
+        + ", ".join(f"{name} {version(name).partition('+')[0]}" for name in ("torch", "transformers", "peft"))
+        + "."
+    )
 
 
 if __name__ == "__main__":

@@ -113,6 +113,11 @@ def test_target_parameters_choose_parameters(read):
     assert spec.on == (Target(chosen, where=held),)
 
 
+def test_target_parameters_choose_weights_of_linear_layers_too(read):
+    on = read(target_modules=[], target_parameters=["experts.up", "gate.weight"]).spec.on
+    assert on[1:] == (Target((path("gate"),), where=tree.Name("linear")),)
+
+
 def test_other_clauses(read):
     spec = read(exclude_modules=["k_proj"], modules_to_save=["classifier", "score"], bias="lora_only").spec
     assert spec.skip == (Target((path("k_proj"),)),)
