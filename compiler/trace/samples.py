@@ -3,14 +3,16 @@
 No size is 0 or 1 (torch.export takes those for constants), and the sizes of different meaning differ.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 
 from peftc.passes.foreign.transformers import Argument
-from peftc.passes.ir.inputs import BATCH, PAST, SEQUENCE, SOURCE, Size, sizes_by
+from peftc.passes.ir.inputs import BATCH, PAST, SEQUENCE, SOURCE, CacheSlot, InputSpec, Size, sizes_by
 from peftc.passes.ir.roles import Role, Stack
+from peftc.runtime.execution import caches
 
 SIZES = {BATCH: 3, SEQUENCE: 5, PAST: 7, SOURCE: 6}
 
@@ -92,3 +94,36 @@ def plain_sample(tensors: Sequence[torch.Tensor]) -> tuple[Sample, ...]:
             axes[0] = (BATCH,)
         samples.append(Sample(shape, tuple(axes)))
     return tuple(samples)
+
+
+def of_one_size(given: Sequence[torch.Tensor], cached: Sequence[torch.Tensor]) -> None:
+    """Tell the exporter that what a cache holds is of the call's rows and as long in one layer as in another, so that
+    calls of layers are alike from the first on. Samples of another size are of another meaning.
+    """
+    first: dict[tuple[int, int], torch.SymInt] = {}
+    for tensor in given:
+        if cached and tensor.dim() and isinstance(tensor.shape[0], torch.SymInt):
+            first.setdefault((0, tensor.shape[0].node.hint), tensor.shape[0])
+    for tensor in cached:
+        for axis in (0, 2):
+            size = tensor.shape[axis]
+            if isinstance(size, torch.SymInt):
+                known = first.setdefault((axis, size.node.hint), size)
+                with disable_proxy_modes_tracing():  # it is no part of the graph
+                    bool(size == known)
+
+
+def sample_cache(layout: caches.Layout, device: torch.device) -> Iterator[tuple[InputSpec, torch.Tensor]]:
+    """The keys and values that a graph takes, with what they are."""
+    cross = layout.cross if layout.filled else ()
+    for is_cross, layers, length in ((False, layout.own, PAST), (True, cross, SOURCE)):
+        for index, layer in enumerate(layers):
+            for part, size in (("key", layer.key_size), ("value", layer.value_size)):
+                slot, axes = CacheSlot(index, part, is_cross), ((BATCH,), layer.heads, (length,), size)
+                spec = InputSpec(f"past_{slot}", Role.CACHE, _cached_stack(layout), axes, slot)
+                shape = tuple(sizes_by(SIZES, each) for each in axes)
+                yield spec, torch.zeros(shape, dtype=layer.dtype, device=device)
+
+
+def _cached_stack(layout: caches.Layout) -> Stack:
+    return Stack.DECODER if layout.is_encoder_decoder else Stack.ONLY

@@ -5,7 +5,7 @@ import logging
 import operator
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
@@ -19,12 +19,14 @@ from transformers.exporters.utils import patch_attributes
 from transformers.utils import logging as transformers_logging
 
 from peftc.compiler.pipeline import managed
-from peftc.compiler.trace.samples import SIZES, Sample, Sampler, plain_sample
+from peftc.compiler.trace.expand import check_stamps, expanded
+from peftc.compiler.trace.repeats import repeated_layers
+from peftc.compiler.trace.samples import Sample, Sampler, of_one_size, plain_sample, sample_cache
+from peftc.compiler.trace.stamp import Stamper, StampError
 from peftc.compiler.trace.twin import Twin
 from peftc.grammar.diagnostics import AdapterError, Diagnostic, ModelError, fail
 from peftc.passes.foreign import transformers as contract
-from peftc.passes.ir.inputs import BATCH, PAST, SOURCE, CacheSlot, InputSpec, Size, describe, inputs_of, sizes_by
-from peftc.passes.ir.roles import Role, Stack
+from peftc.passes.ir.inputs import InputSpec, Size, describe, inputs_of
 from peftc.passes.ir.split_tied_weights import SplitOwners
 from peftc.passes.ir.traced import Traced
 from peftc.passes.plan.sites import tied_names
@@ -60,14 +62,29 @@ class Tracer:
         Raises ModelError, naming what the exporter could not trace, for models or calls it does not support.
         """
         layout = self._layout(call) if call.cache is not None else None
+        kinds = repeated_layers(self._source)
+        try:
+            return self._trace(call, layout, kinds)
+        except (StampError, ModelError) as error:
+            if not kinds:
+                raise
+            made = self._trace(call, layout, {})  # another try, with every layer's own nodes
+            return replace(made, alone=dict.fromkeys(kinds, _first_line(error)))
+
+    def _trace(self, call: Call, layout: caches.Layout | None, kinds: Mapping[str, Hashable]) -> Traced:
         twin = self._twin(call)
         aliases = tied_names(twin.model)  # a packed module may hold no tensor of the name that the twin's weight has
         inputs = self._inputs(twin, call, layout)
         forward = _FlatForward(twin.model, call, layout)
-        with _apart(_device_of(call)):
+        stamper = Stamper(twin.model, kinds)
+        with _apart(_device_of(call)), stamper.installed():
             module, guards = _export(twin.model, forward, inputs, type(self._source).__name__)
         graph = _flat_graph(module, inputs)
+        if stamper.calls:
+            graph = expanded(graph, stamper.calls, aliases)
         managed.run(graph, [SplitOwners(aliases)])
+        if stamper.calls:
+            check_stamps(graph, stamper.calls, aliases)
         return Traced(
             graph=graph,
             inputs=tuple(inputs_of(graph).values()),
@@ -78,6 +95,8 @@ class Tracer:
             cached=_count(graph) - nest.count_tensors(forward.form),
             encoder_decoder=self._is_encoder_decoder,
             filler=int(contract.pads_with_zero(getattr(self._source, "config", None))),
+            stamped=stamper.stamped,
+            alone=stamper.alone,
         )
 
     def takes_cache(self, call: Call) -> bool:
@@ -98,7 +117,7 @@ class Tracer:
         ]
         if layout is not None:
             device = call.tensors[0].device
-            inputs += [_Input(spec, twin.fake(tensor)) for spec, tensor in _sample_cache(layout, device)]
+            inputs += [_Input(spec, twin.fake(tensor)) for spec, tensor in sample_cache(layout, device)]
         return inputs
 
     def _spec(self, path: str, sample: Sample) -> InputSpec:
@@ -174,6 +193,7 @@ class _FlatForward:
     def __call__(self, tensors: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
         values = list(tensors.values())
         count = sum(nest.count_tensors(form) for _, form in self._arguments)
+        of_one_size(values[:count], values[count:])
         cache = caches.build(self._layout, values[count:], trimmed=False) if self._layout else None
         output = self.run(values[:count], cache)
         leaves: list[torch.Tensor] = []
@@ -219,7 +239,7 @@ def _export(
         # module may have taken another way for these sizes than it would for others.
         asked = () if isinstance(model, PreTrainedModel) else program._guards_code
         return program.module(), tuple(_guards(asked, list(sample)))
-    except AdapterError:
+    except (AdapterError, StampError):
         raise
     except Exception as error:  # whatever the model's own code meets under the exporter
         refuse(kind, error)
@@ -252,6 +272,11 @@ def refuse(kind: str, error: Exception) -> NoReturn:
         "E402", f"{kind} cannot be traced for this call: {type(error).__name__}: {lines[0]}", help=help
     )
     raise ModelError(diagnostic) from error
+
+
+def _first_line(error: Exception) -> str:
+    """What an error says, in a line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _flat_graph(module: fx.GraphModule, inputs: list[_Input]) -> fx.Graph:
@@ -300,21 +325,6 @@ def _known_sizes(node: fx.Node, axes: tuple[Size | None, ...]) -> tuple[Size | N
 
 def _blank(tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     return torch.zeros(shape, dtype=tensor.dtype, device=tensor.device)
-
-
-def _sample_cache(layout: caches.Layout, device: torch.device) -> Iterator[tuple[InputSpec, torch.Tensor]]:
-    cross = layout.cross if layout.filled else ()
-    for is_cross, layers, length in ((False, layout.own, PAST), (True, cross, SOURCE)):
-        for index, layer in enumerate(layers):
-            for part, size in (("key", layer.key_size), ("value", layer.value_size)):
-                slot, axes = CacheSlot(index, part, is_cross), ((BATCH,), layer.heads, (length,), size)
-                spec = InputSpec(f"past_{slot}", Role.CACHE, _cached_stack(layout), axes, slot)
-                shape = tuple(sizes_by(SIZES, each) for each in axes)
-                yield spec, torch.zeros(shape, dtype=layer.dtype, device=device)
-
-
-def _cached_stack(layout: caches.Layout) -> Stack:
-    return Stack.DECODER if layout.is_encoder_decoder else Stack.ONLY
 
 
 def _device_of(call: Call) -> str:

@@ -78,7 +78,7 @@ def why_not(node: fx.Node) -> str | None:
     if torch.Tag.inplace_view in getattr(operator, "tags", ()):
         # The recorded operand is what it is afterwards: doing it again would change it once more.
         return "it changes the shape of its operand in place"
-    if _unbacked(value) - _unbacked([each.meta.get("val") for each in node.all_input_nodes]):
+    if unbacked(value) - unbacked([each.meta.get("val") for each in node.all_input_nodes]):
         # A mask's number of true places, an item: each run would give it another symbol.
         return "it has a size that only data says"
     return None
@@ -256,7 +256,7 @@ def _storage(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-def _unbacked(value: Any) -> set[Any]:
+def unbacked(value: Any) -> set[Any]:
     """The symbols of a value's sizes that only data has an answer for."""
     found: set[Any] = set()
     for leaf in pytree.tree_leaves(value):

@@ -1,7 +1,7 @@
 """What a trace leaves behind: one flat graph, and how to call it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import fx, nn
@@ -18,7 +18,8 @@ class Traced:
     trace made itself are in `constants`. `guards` are Python expressions over `sizes[input][axis]`: what the model's
     own code asked of its sizes while it was traced, all of it true. The last `cached` outputs are keys and values;
     `filler` is a token that is not the padding's, of a model of text. `outputs` and `cache` belong to whoever traced:
-    how to rebuild the model's output from the flat tuple.
+    how to rebuild the model's output from the flat tuple. Layers in `stamped` were not traced: their nodes are those of
+    another layer, alike, with tensors of their own. `alone` says of other repeated layers why they were traced.
     """
 
     graph: fx.Graph
@@ -30,6 +31,8 @@ class Traced:
     cached: int = 0
     encoder_decoder: bool = False
     filler: int = 0
+    stamped: Mapping[str, str] = field(default_factory=dict)
+    alone: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def shapes(self) -> tuple[tuple[int | None, ...], ...]:

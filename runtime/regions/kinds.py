@@ -1,6 +1,8 @@
 """Which modules are alike, so that one trace serves all of them, and what is attached to one, so that none does."""
 
+import types
 from collections.abc import Hashable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -110,4 +112,8 @@ def identity(value: Any) -> Hashable:
         return id(value), value._version if not value.is_inference() else 0
     if isinstance(value, nn.Module):
         return nn.Module, type(value)
+    if isinstance(value, partial):
+        return partial, *map(identity, (value.func, value.args, value.keywords))
+    if isinstance(value, types.MethodType):
+        return types.MethodType, value.__func__, identity(value.__self__)
     return id(value)
