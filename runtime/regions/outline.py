@@ -17,6 +17,7 @@ from peftc.runtime.regions.within import Part, is_within
 
 ASKED = 'asked for by regions = "model"'
 SPLIT = "the module around it is split"
+REPLACED = "it was put in the place of an adapted module, and has no adapters"
 
 
 def partition_of(host: Host, structure: Structure, regions: Regions) -> Partition:
@@ -29,8 +30,9 @@ def partition_of(host: Host, structure: Structure, regions: Regions) -> Partitio
     if whole:
         row = RegionRow((WHOLE,), type(model).__name__, whole, traces=host.engine.trace_count)
         return Partition(regions, whole, (row,))
-    found = _Outline(host, structure)
-    found.visit([path for path, _ in model.named_modules(remove_duplicate=False) if path in host.regions])
+    modules = dict(model.named_modules(remove_duplicate=False))
+    found = _Outline(host, structure, modules)
+    found.visit([path for path in modules if path in host.regions])
     return Partition(regions, "", tuple(found.regions()), tuple(found.splits()))
 
 
@@ -38,6 +40,7 @@ def partition_of(host: Host, structure: Structure, regions: Regions) -> Partitio
 class _Outline:
     host: Host
     structure: Structure
+    modules: dict[str, nn.Module]
     _kinds: dict[Hashable, str] = field(default_factory=dict)
     _begun: dict[tuple[Hashable, str], list[tuple[str, Structure]]] = field(default_factory=dict)
     _split: dict[tuple[str, bool, bool, bool], list[str]] = field(default_factory=dict)
@@ -56,6 +59,9 @@ class _Outline:
 
     def _is_split(self, path: str, part: Part) -> bool:
         region = self.host.regions[path]
+        if self.modules[path] is not region.module:
+            self._split.setdefault((REPLACED, False, False, False), []).append(path)
+            return False
         kind, always = fingerprint(region.module), split_by(region.module, "")
         sometimes = () if always else (*self.host.traces.failures(kind), *region.opaque)
         if not always and (self.host.traces.count(kind) or not sometimes):

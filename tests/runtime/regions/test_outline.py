@@ -88,6 +88,19 @@ def test_what_was_attached_and_is_no_more() -> None:
     assert adapted.region_partition() == before
 
 
+def test_what_was_put_in_the_place_of_a_region() -> None:
+    adapted = adapted_llama()
+    adapted.model.layers[1] = make("llama").model.layers[0]
+    partition = adapted.region_partition()
+    assert partition.regions[0].modules == ("model.layers.0", "model.layers.2")
+    (split,) = partition.splits
+    assert split.modules == ("model.layers.1",)
+    assert split.why == "it was put in the place of an adapted module, and has no adapters"
+    with torch.no_grad():
+        adapted(IDS)
+    assert regions_of(partition) == ran(adapted, Bound)
+
+
 def test_a_kind_says_how_many_there_are_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     traced: list[nn.Module] = []
     original = Compiler.trace_region
