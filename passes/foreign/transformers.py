@@ -182,6 +182,10 @@ ALWAYS_IN_CONFIG = frozenset(
 ALSO_IN_CONFIG = ALWAYS_IN_CONFIG | {QUANTIZATION, "task_specific_params", "tokenizer_class", USE_CACHE}
 
 
+_BY_LAYER = "_heterogeneity_spec"  # what of a config is another for each layer
+_HEADS = frozenset(("num_attention_heads", "num_key_value_heads", "head_dim", "d_kv", "num_hidden_layers", "num_layers"))
+
+
 def origin_of(model: object) -> tuple[str | None, str | None]:
     """Where a model came from, a name or a directory, and which revision of it."""
     config = getattr(model, "config", None)
@@ -273,6 +277,14 @@ def key_heads(config: object) -> int | None:
 def head_size(config: object) -> int | None:
     """How many numbers a head has, where the config says it."""
     return _number(config, "head_dim", "d_kv")
+
+
+def heads_vary(config: object) -> bool:
+    """Whether layers have heads of their own, in number or in size, so that the config has no one answer, and none to
+    give: it raises.
+    """
+    spec = getattr(config, "__dict__", {}).get(_BY_LAYER)
+    return not _HEADS.isdisjoint(getattr(spec, "per_layer_attributes", ()))
 
 
 def width(config: object) -> int | None:

@@ -73,13 +73,18 @@ def fronts(model: nn.Module) -> tuple[Site, ...]:
 
 
 def heads_of(config: Any) -> Heads | None:
-    """The keys and values of a model's layers, of its decoder if it has one, as its config has them."""
+    """The keys and values of a model's layers, of its decoder if it has one, as its config has them.
+
+    None where it does not say, or layers differ in them.
+    """
     if config is None:
         return None
     layers = queries = None
     if contract.is_encoder_decoder(config):  # a config's view of its text alone may say others
         layers, queries = contract.decoder_layers(config), contract.decoder_heads(config)
     config = contract.text_config(config, decoder=True)
+    if contract.heads_vary(config):
+        return None
     layers = layers or contract.layers(config)
     queries = queries or contract.heads(config)
     heads = contract.key_heads(config) or queries

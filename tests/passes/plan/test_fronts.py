@@ -169,3 +169,13 @@ def test_heads_of_the_text_of_a_config_of_several():
     assert heads_of(outer) == Heads(3, 4, 4), "what the whole config says of the decoder comes first"
     assert heads_of(None) is None
     assert Heads(2, 4, 4).width == 16
+
+
+def test_layers_that_differ_in_their_heads_have_none_in_common():
+    sizes = dict(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
+    config = transformers.LlamaConfig(**sizes)
+    assert heads_of(config) == Heads(2, 2, 8)
+    config.per_layer_config = {1: {"head_dim": 16}}
+    assert heads_of(config) is None
+    config.per_layer_config = {1: {"intermediate_size": 8}}
+    assert heads_of(config) == Heads(2, 2, 8)
