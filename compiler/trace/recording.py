@@ -1,5 +1,6 @@
 """Finds out what a forward reads beside its arguments, and what it does that no graph can do again."""
 
+import builtins
 import random
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -245,11 +246,28 @@ def _patches(recorder: Recorder) -> list[tuple[Any, str, Callable[[Any], Any]]]:
         return enter
 
     return [
+        (builtins, "range", _counting),
         (torch, "is_grad_enabled", asks),
         (torch.no_grad, "__enter__", turns),
         (torch.enable_grad, "__enter__", turns),
         (torch.inference_mode, "__enter__", turns),
     ]
+
+
+def _counting(original: Any) -> Any:
+    """`range` that refuses sizes which a graph leaves open: a loop over one would be unrolled, for this one length."""
+
+    class Kind(type):
+        def __instancecheck__(cls, value: object) -> bool:
+            return isinstance(value, original)
+
+    class Range(metaclass=Kind):
+        def __new__(cls, *ends: Any) -> Any:
+            if any(isinstance(each, torch.SymInt) for each in ends) and _from_outside(sys._getframe(1)):
+                raise UntraceableError("it loops over a size of what it is given")
+            return original(*ends)
+
+    return Range
 
 
 def _from_outside(frame: Any) -> bool:

@@ -183,7 +183,7 @@ ALSO_IN_CONFIG = ALWAYS_IN_CONFIG | {QUANTIZATION, "task_specific_params", "toke
 
 
 _BY_LAYER = "_heterogeneity_spec"  # what of a config is another for each layer
-_HEADS = frozenset(("num_attention_heads", "num_key_value_heads", "head_dim", "d_kv", "num_hidden_layers", "num_layers"))
+_HEADS = frozenset(("num_attention_heads", "num_key_value_heads", "head_dim", "d_kv"))
 
 
 def origin_of(model: object) -> tuple[str | None, str | None]:

@@ -43,6 +43,14 @@ class Data(Block):
         return -y if y.sum() > 0 else y
 
 
+class Looping(Block):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y, state = torch.tanh(self.fc(x)), x.new_zeros(8)
+        for row in range(x.shape[0]):
+            state = state + y[row]
+        return y + state + sum(range(3))
+
+
 class Frozen(Block):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
@@ -84,6 +92,20 @@ def test_branches(kind: type[nn.Module], sizes: tuple[int, ...], tmp_path: Path)
     for rows in sizes:
         x = torch.randn(rows, 8)
         assert_close(ours(x), theirs(x), atol=1e-5, rtol=1e-5)
+
+
+def test_a_loop_over_a_size_runs_as_it_is_written(tmp_path: Path) -> None:
+    """A graph of it would be of one length alone, and as long as that."""
+    ours, theirs = pair(stack(Looping), ["fc"], tmp_path)
+    for rows in (4, 9, 5):
+        x = torch.randn(rows, 8)
+        assert_close(ours(x), theirs(x), atol=1e-5, rtol=1e-5)
+    host = ours._adapter_state.host
+    reasons = [each.reason for each in host.local("blocks.0").programs.values()]
+    assert len(reasons) == 3
+    assert all("it loops over a size" in each for each in reasons)
+    kinds = [kept for kept in host._traces.values() if kept.traces]
+    assert [len(kept.traces) for kept in kinds] == [1], "the linear layer inside of it, whatever the length"
 
 
 def test_gradients_turned_off_inside(tmp_path: Path) -> None:
