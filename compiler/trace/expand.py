@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor
 
 from peftc.compiler.trace.stamp import AGAIN, BEGINS, ENDS, Body, StampError
 from peftc.passes.ir.infer import unbacked
 from peftc.passes.ir.split_tied_weights import module_path
 from peftc.passes.ir.verify import VerifyError
+from peftc.passes.ir.views import share_storage
 from peftc.runtime.regions.within import is_within, moved
 
 Calls = Sequence[tuple[Body, str]]
@@ -111,8 +113,10 @@ class _Expansion:
             elif move is None or not _is_shared(node, env):
                 name = node.name if node.op == "placeholder" else re.sub(r"_\d+$", "", node.name)
                 copied = env[node] = self._copied(node, name, env)
-                if move is not None and _STACK in copied.meta:
-                    copied.meta[_STACK] = move.moved(copied.meta[_STACK])
+                if move is not None:
+                    _keep_view(node, copied, env)
+                    if _STACK in copied.meta:
+                        copied.meta[_STACK] = move.moved(copied.meta[_STACK])
 
     def _again(self, node: fx.Node, env: Any, move: _Move | None) -> list[Any]:
         """The nodes of a layer alike, and what they give."""
@@ -148,6 +152,17 @@ class _Expansion:
         copied = self.graph.create_node(node.op, node.target, args, kwargs, name, node.type)
         copied.meta = dict(node.meta)
         return copied
+
+
+def _keep_view(node: fx.Node, copied: fx.Node, env: Any) -> None:
+    """Have the copy of a view be a view of what it reads itself; all other values layers have in common."""
+    value = node.meta.get("val")
+    for each in node.all_input_nodes if isinstance(value, FakeTensor) else ():
+        old, new = each.meta.get("val"), env[each].meta.get("val")
+        if old is not new and isinstance(old, FakeTensor) and share_storage(old, value):
+            with value.fake_mode, torch.no_grad():
+                copied.meta["val"] = torch.as_strided(new, value.shape, value.stride(), value.storage_offset())
+            return
 
 
 def _call(node: fx.Node) -> int:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import fx
@@ -48,6 +48,31 @@ class _Made:
     dtype: torch.dtype
     device: torch.device
     operand: int | None
+    like: "_Latest"
+
+
+@dataclass
+class _Latest:
+    """The latest tensor that was made so, while somebody has it, and the operand that it is a view of.
+
+    Fake values say nothing but their types, so one may stand in many places: where it is still there, it is not made
+    again, which would take longer than all else.
+    """
+
+    value: Callable[[], torch.Tensor | None] | None = None
+    operand: Callable[[], torch.Tensor | None] | None = None
+
+    def keep(self, value: torch.Tensor, operand: torch.Tensor | None) -> torch.Tensor:
+        """This one is the latest."""
+        self.value = ref(value)
+        self.operand = None if operand is None else ref(operand)
+        return value
+
+    def found(self, operand: torch.Tensor | None) -> torch.Tensor | None:
+        """The latest, if it is of this operand."""
+        if self.value is None or (None if self.operand is None else self.operand()) is not operand:
+            return None
+        return self.value()
 
 
 class _Memo:
@@ -232,7 +257,9 @@ def _remembered(value: Any, leaves: Iterable[Any]) -> tuple[list[Any], pytree.Tr
                 return None
             fresh.add(storage)
             offset = part.storage_offset()
-            kept.append(_Made(tuple(part.shape), part.stride(), offset, part.dtype, part.device, operand))
+            latest = _Latest()
+            latest.keep(part, None if operand is None else tensors[operand])
+            kept.append(_Made(tuple(part.shape), part.stride(), offset, part.dtype, part.device, operand, latest))
         elif part is None or isinstance(part, bool | int | float | torch.SymInt | torch.SymFloat | torch.SymBool):
             kept.append(part)
         else:
@@ -243,13 +270,18 @@ def _remembered(value: Any, leaves: Iterable[Any]) -> tuple[list[Any], pytree.Tr
 def _again(part: Any, leaves: Iterable[Any], mode: FakeTensorMode) -> Any:
     if not isinstance(part, _Made):
         return part
-    if part.operand is None:
+    operand = None
+    if part.operand is not None:
+        operand = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)][part.operand]
+    found = part.like.found(operand)
+    if found is not None:
+        return found
+    if operand is None:
         # As a fake mode makes one, without asking its cache, which knows less than we do and takes longer.
         made = torch.empty_strided(part.shape, part.strides, dtype=part.dtype, device="meta")
-        return FakeTensor(mode, made, part.device)
-    operand = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)][part.operand]
+        return part.like.keep(FakeTensor(mode, made, part.device), None)
     with mode, torch.no_grad():
-        return torch.as_strided(operand, part.shape, part.strides, part.offset)
+        return part.like.keep(torch.as_strided(operand, part.shape, part.strides, part.offset), operand)
 
 
 def _storage(tensor: torch.Tensor) -> int:

@@ -13,14 +13,24 @@ from peftc.passes.ir.emit import mode_of
 from peftc.passes.ir.infer import agree, described, infer, inferred_type, is_effect, operator_of, why_not
 
 _MARK = "found_right"
+_PLAIN = (str, bool, int, float)
 
 
-def wrong_value(node: fx.Node, *, full: bool = False) -> str | None:
-    """What is wrong with a node's value, or None. With `full` a node that was found right is looked at again."""
+def wrong_value(node: fx.Node, *, full: bool = False, right: set[Any] | None = None) -> str | None:
+    """What is wrong with a node's value, or None. With `full` a node that was found right is looked at again.
+
+    `right` gathers what was found right, so that layers of one making cost one; it is of use while the values live.
+    """
     if node.op != "call_function":
         return None
     seen = _seen(node)
-    if (not full and _is_marked(node, seen)) or why_not(node) is not None:
+    if not full and _is_marked(node, seen):
+        return None
+    key = tuple((type(each), each) if isinstance(each, _PLAIN) else id(each) for each in seen)
+    if right is not None and key in right:
+        node.meta[_MARK] = seen
+        return None
+    if why_not(node) is not None:
         return None
     args, kwargs = operands(node)
     try:
@@ -31,6 +41,8 @@ def wrong_value(node: fx.Node, *, full: bool = False) -> str | None:
     if not agree(node.meta["val"], inferred):
         return f"node {node} holds {described(node.meta['val'])}, but {node.target} gives {described(inferred)}"
     node.meta[_MARK] = seen
+    if right is not None:
+        right.add(key)
     return None
 
 
@@ -88,4 +100,4 @@ def _is_marked(node: fx.Node, seen: tuple[Any, ...]) -> bool:
 def _is_one(one: Any, two: Any) -> bool:
     if one is two:
         return True
-    return isinstance(one, str | bool | int | float) and type(one) is type(two) and one == two
+    return isinstance(one, _PLAIN) and type(one) is type(two) and one == two

@@ -26,6 +26,7 @@ def verify(graph: fx.Graph, *, after: str, stage: Stage, full: bool = False) -> 
         graph.lint()
     except RuntimeError as error:
         raise VerifyError(after, str(error), graph) from error
+    right: set[object] = set()
     for node in graph.nodes:
         if node.op != "output" and "val" not in node.meta:
             raise VerifyError(after, f"node {node} has no value", graph)
@@ -35,6 +36,6 @@ def verify(graph: fx.Graph, *, after: str, stage: Stage, full: bool = False) -> 
         if not is_legal(node, stage):
             where = f"which is not legal in a graph that is {stage.name.lower()}"
             raise VerifyError(after, f"node {node} calls {node.target}, {where}", graph)
-        wrong = wrong_value(node, full=full)
+        wrong = wrong_value(node, full=full, right=right)
         if wrong is not None:
             raise VerifyError(after, wrong, graph)

@@ -19,8 +19,9 @@ def is_view(node: fx.Node) -> bool:
     """Whether a node's value shares its operand's storage: computing it once saves nothing."""
     if node.target not in VIEWS:
         return False
-    return _storage(node.all_input_nodes[0].meta["val"]) == _storage(node.meta["val"])
+    return share_storage(node.all_input_nodes[0].meta["val"], node.meta["val"])
 
 
-def _storage(value: torch.Tensor) -> int:
-    return value.untyped_storage()._cdata
+def share_storage(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two values are views of one storage."""
+    return one.untyped_storage()._cdata == other.untyped_storage()._cdata

@@ -34,8 +34,10 @@ def test_equal_operators_on_equal_types_run_once(mode):
     again = infer(aten.mul.Tensor, (two, one), {}, mode)
     assert calls_of(mode) == count
     assert agree(first, again)
-    assert first is not again
-    assert first.untyped_storage()._cdata != again.untyped_storage()._cdata
+    assert again is first  # fake values of one type need not be two
+    del first, again
+    assert agree(infer(aten.mul.Tensor, (two, one), {}, mode), one)
+    assert calls_of(mode) == count
 
 
 @pytest.mark.parametrize(
