@@ -156,8 +156,10 @@ class _Expansion:
 
 def _keep_view(node: fx.Node, copied: fx.Node, env: Any) -> None:
     """Have the copy of a view be a view of what it reads itself; all other values layers have in common."""
-    value = node.meta.get("val")
+    value: Any = node.meta.get("val")
     for each in node.all_input_nodes if isinstance(value, FakeTensor) else ():
+        old: Any
+        new: Any
         old, new = each.meta.get("val"), env[each].meta.get("val")
         if old is not new and isinstance(old, FakeTensor) and share_storage(old, value):
             with value.fake_mode, torch.no_grad():
