@@ -1,0 +1,54 @@
+"""Wherever graphs begin (at the model, its layers or its adapted modules), the same is computed and trained."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from peftc import compiler
+from tests import zoo
+
+SPEC = 'adapter a = lora(rank = 2, init = "random") { on all linear }'
+IDS = torch.randint(3, 60, (2, 6), generator=torch.Generator().manual_seed(0))
+MASK = torch.tensor([[1] * 6, [0] * 2 + [1] * 4])
+
+MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "llama": (dict(num_hidden_layers=3), {}),
+    "gpt2": (dict(n_layer=3), {}),
+    "mistral": (dict(num_hidden_layers=3), {}),
+    "moe": (dict(num_hidden_layers=3), {}),
+    "bert": (dict(num_hidden_layers=3), {}),
+    "t5": (dict(num_layers=3), dict(decoder_input_ids=IDS)),
+}
+
+
+def measured(name: str, regions: str) -> tuple[torch.Tensor, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Logits, the adapters' gradients and the merged weights."""
+    fields, more = MODELS[name]
+    model = zoo.make(name, **fields, attn_implementation="eager")
+    torch.manual_seed(0)
+    adapted: Any = compiler.apply(model, SPEC, regions=regions)
+    adapted.eval()
+    logits = adapted(input_ids=IDS, attention_mask=MASK, **more).logits
+    logits.square().sum().backward()
+    gradients = {key: each.grad for key, each in adapted.named_parameters() if each.requires_grad}
+    merged = adapted.merge_and_unload()
+    return logits.detach(), gradients, dict(merged.state_dict())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_partitions_are_of_no_consequence(name: str) -> None:
+    """Merged weights are the same to the last bit, and so are logits, with attention written out, of all but BERT: its
+    whole graph makes a mask that regions are given. Gradients of what is used repeatedly are summed in another order.
+    """
+    logits, gradients, merged = measured(name, "model")
+    assert all(each is not None and each.abs().sum() > 0 for each in gradients.values())
+    for regions in ("layers", "modules"):
+        found, their_gradients, their_merged = measured(name, regions)
+        assert_close(found, logits, rtol=0, atol=1e-7 if name == "bert" else 0)
+        assert their_gradients.keys() == gradients.keys()
+        for key, gradient in gradients.items():
+            most = 1e-4 * gradient.abs().max().item()
+            assert_close(their_gradients[key], gradient, rtol=0, atol=most, msg=key)
+        assert_close(their_merged, merged, rtol=0, atol=0)
