@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import fx, nn
 from transformers.cache_utils import Cache
+from transformers.exporters.utils import patch_attributes
 
 from peftc.compiler.pipeline import managed
 from peftc.compiler.pipeline.lower import copy_graph
 from peftc.compiler.trace.recording import Index, Recorder, UntraceableError, config_copies, recorded, recording
-from peftc.compiler.trace.trace import _apart, _constants, _export, _flat_graph, _Input, refuse
+from peftc.compiler.trace.trace import _always, _apart, _constants, _export, _flat_graph, _Input, refuse
 from peftc.compiler.trace.twin import Twin
 from peftc.grammar.diagnostics import AdapterError
 from peftc.passes.ir.cache_update import update_cache
@@ -24,6 +25,8 @@ from peftc.passes.plan.sites import tied_names
 from peftc.runtime.execution import cache_layers, nest
 from peftc.runtime.regions.region import RegionCall, RegionTrace, Update
 from peftc.runtime.regions.within import HEAD
+
+_COMPILING = [(torch.compiler, "is_compiling", _always)]  # what models ask, as they do where the exporter runs
 
 
 def trace_region(module: nn.Module, call: RegionCall) -> RegionTrace:
@@ -56,7 +59,7 @@ def _trace(module: nn.Module, call: RegionCall) -> RegionTrace:
     if call.cache is not None:
         fakes = [twin.fake(_like(each, each.shape)) for each in leaves]
         probe = _Probe(call.cache, twin)
-        with _apart_from(leaves), twin.mode, torch.no_grad():
+        with _apart_from(leaves), twin.mode, torch.no_grad(), patch_attributes(_COMPILING):
             run(fakes, probe)
         updates = probe.pairs
     inputs = [_input(f"in_{i}", each, twin, call) for i, each in enumerate(leaves)]

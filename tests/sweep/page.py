@@ -14,7 +14,7 @@ have), with the same random LoRA on all its linear layers in PEFT and in peftc. 
 
 - outputs, 1e-4 of the largest number, of two calls of different sizes, the first row padded where there is a mask,
 - the gradient of every tensor of the adapter,
-- the tokens that `generate` finds, where the model generates,
+- the tokens that `generate` finds, where the model generates, unless `--no-generate` was given (see below),
 - outputs with merged weights.
 
 What PEFT itself does not do (merge the weights of some modules, train on this machine) is not asked of peftc, and said
@@ -28,18 +28,26 @@ $ python -m tests.sweep --results build/models.json
 $ python -m tests.sweep.page build/models.json
 ```
 
-A type that is in the results is not run again; `--family`, `--only` and `--again` choose."""
-STATES = ("equal", "differs", "peft fails", "not driven")
+A type that is in the results is not run again; `--family`, `--only` and `--again` choose. `--quick` finds out
+in minutes on which types PEFT works, and leaves peftc out."""
+STATES = ("equal", "differs", "not compared", "peft fails", "not driven")
+WORKS = STATES[:3]
+SAID = {"equal": "peftc works", "differs": "peftc differs", "not compared": "PEFT works, peftc was not run"}
+NOT_RUN = {"forward": "not run"}
 
 
 def state(row: Mapping[str, Any]) -> str:
     """What came of a type."""
-    return "not driven" if row["plain"] else "peft fails" if row["peft"] else "differs" if row["ours"] else "equal"
+    if row["plain"] or row["peft"]:
+        return "not driven" if row["plain"] else "peft fails"
+    return "not compared" if row["ours"] == NOT_RUN else "differs" if row["ours"] else "equal"
 
 
 def page(rows: list[Mapping[str, Any]], versions: str) -> str:
     """The whole page."""
     parts = [HEAD, versions, "\n".join(_summary(rows))]
+    tokens = [f"`{row['name']}`" for row in rows if state(row) == "equal" and row.get("generated", True)]
+    parts.append(f"Generated tokens were compared, where the model generates, for {', '.join(tokens)}.")
     parts.append("## What is not PEFT's\n\n" + "\n".join(_differing(rows)))
     parts.append("## What ran in Python\n\n" + "\n".join(_split(rows)))
     parts.append("## Every type\n\n" + "\n\n".join(_types(rows)))
@@ -54,13 +62,13 @@ def _families(rows: list[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]
 
 
 def _summary(rows: list[Mapping[str, Any]]) -> Iterator[str]:
-    yield "| family | types | driven | PEFT works | peftc works |"
-    yield "|---|---:|---:|---:|---:|"
+    yield "| family | types | driven | PEFT works | compared | peftc works |"
+    yield "|---|---:|---:|---:|---:|---:|"
     for family, own in (*_families(rows).items(), ("**all**", rows)):
         states = [state(row) for row in own]
-        equal = states.count("equal")
-        peft = equal + states.count("differs")
-        yield f"| {family} | {len(own)} | {peft + states.count('peft fails')} | {peft} | {equal} |"
+        equal, differs, left, failing = (states.count(each) for each in STATES[:4])
+        peft = equal + differs + left
+        yield f"| {family} | {len(own)} | {peft + failing} | {peft} | {equal + differs} | {equal} |"
 
 
 def _differing(rows: list[Mapping[str, Any]]) -> Iterator[str]:
@@ -89,11 +97,11 @@ def _split(rows: list[Mapping[str, Any]]) -> Iterator[str]:
 def _types(rows: list[Mapping[str, Any]]) -> Iterator[str]:
     for family, own in _families(rows).items():
         yield f"### {family}"
-        for each in STATES[:2]:
+        for each in WORKS:
             names = [f"`{row['name']}`" for row in own if state(row) == each]
             if names:
-                yield f"{'peftc works' if each == 'equal' else 'peftc differs'} ({len(names)}): {', '.join(names)}."
-        rest = [row for row in own if state(row) in STATES[2:]]
+                yield f"{SAID[each]} ({len(names)}): {', '.join(names)}."
+        rest = [row for row in own if state(row) not in WORKS]
         if rest:
             lines = ["| type | | why |", "|---|---|---|"]
             lines += [f"| `{row['name']}` | {state(row)} | {_cell(row['plain'] or row['peft'], 160)} |" for row in rest]

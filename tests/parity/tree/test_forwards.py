@@ -11,7 +11,8 @@ import transformers as hf
 from torch import nn
 from torch.testing import assert_close
 
-from tests.parity.tree.tree import IDS, QV, llama, pair
+from peftc.runtime.regions.region import Split
+from tests.parity.tree.tree import IDS, QV, llama, logits, pair
 
 X = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
 
@@ -106,6 +107,16 @@ def test_a_loop_over_a_size_runs_as_it_is_written(tmp_path: Path) -> None:
     assert all("it loops over a size" in each for each in reasons)
     kinds = [kept for kept in host._traces.values() if kept.traces]
     assert [len(kept.traces) for kept in kinds] == [1], "the linear layer inside of it, whatever the length"
+
+
+def test_experts_ask_what_they_ask_an_exporter_while_a_cache_is_looked_at(tmp_path: Path) -> None:
+    """Whether they are compiled decides how they multiply; the fast way has no fake values in float32."""
+    sizes = dict(vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4)
+    config = hf.MixtralConfig(**sizes, num_key_value_heads=2, num_local_experts=4, pad_token_id=0)
+    ours, theirs = pair(hf.MixtralForCausalLM(config).eval(), QV, tmp_path)
+    assert_close(logits(ours), logits(theirs), atol=1e-5, rtol=1e-5)
+    (program,) = ours._adapter_state.host.local("model.layers.0").programs.values()
+    assert not isinstance(program, Split), program.reason
 
 
 def test_gradients_turned_off_inside(tmp_path: Path) -> None:
