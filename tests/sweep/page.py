@@ -1,4 +1,4 @@
-"""The page of architectures, made from the results of a sweep: `python -m tests.sweep.page RESULTS`."""
+"""The page of architectures, made from the results of a sweep: `python -m tests.sweep.page RESULTS [NOTE]`."""
 
 import json
 import sys
@@ -13,7 +13,7 @@ A tiny model with random weights of every type that transformers' auto classes k
 have), with the same random LoRA on all its linear layers in PEFT and in peftc. peftc works where all of this is PEFT's:
 
 - outputs, 1e-4 of the largest number, of two calls of different sizes, the first row padded where there is a mask,
-- the gradient of every tensor of the adapter,
+- the gradient of every tensor of the adapter (nothing drops; in evaluation, unless `--training` was given),
 - the tokens that `generate` finds, where the model generates, unless `--no-generate` was given (see below),
 - outputs with merged weights.
 
@@ -33,6 +33,7 @@ in minutes on which types PEFT works, and leaves peftc out."""
 STATES = ("equal", "differs", "not compared", "peft fails", "not driven")
 WORKS = STATES[:3]
 SAID = {"equal": "peftc works", "differs": "peftc differs", "not compared": "PEFT works, peftc was not run"}
+SEEING = "vision-language"
 NOT_RUN = {"forward": "not run"}
 
 
@@ -48,7 +49,7 @@ def page(rows: list[Mapping[str, Any]], versions: str) -> str:
     parts = [HEAD, versions, "\n".join(_summary(rows))]
     tokens = [f"`{row['name']}`" for row in rows if state(row) == "equal" and row.get("generated", True)]
     parts.append(f"Generated tokens were compared, where the model generates, for {', '.join(tokens)}.")
-    parts.append("## What is not PEFT's\n\n" + "\n".join(_differing(rows)))
+    parts.append("## What is not PEFT's, or took too long\n\n" + "\n".join(_differing(rows)))
     parts.append("## What ran in Python\n\n" + "\n".join(_split(rows)))
     parts.append("## Every type\n\n" + "\n\n".join(_types(rows)))
     return "\n\n".join(parts) + "\n"
@@ -101,6 +102,9 @@ def _types(rows: list[Mapping[str, Any]]) -> Iterator[str]:
             names = [f"`{row['name']}`" for row in own if state(row) == each]
             if names:
                 yield f"{SAID[each]} ({len(names)}): {', '.join(names)}."
+        blind = [f"`{row['name']}`" for row in own if state(row) in WORKS and not _seen(row)]
+        if family == SEEING and blind:
+            yield f"By text alone, since no batch with an image was found that the model takes: {', '.join(blind)}."
         rest = [row for row in own if state(row) not in WORKS]
         if rest:
             lines = ["| type | | why |", "|---|---|---|"]
@@ -112,6 +116,11 @@ def _types(rows: list[Mapping[str, Any]]) -> Iterator[str]:
         if left:
             lines = ["What PEFT does not do either:", "", "| type | what | why |", "|---|---|---|"]
             yield "\n".join(lines + [f"| `{name}` | {what} | {_cell(why, 120)} |" for name, what, why in left])
+
+
+def _seen(row: Mapping[str, Any]) -> bool:
+    """Whether a model was given an image."""
+    return "pixel_values" in row.get("inputs", "") or "flattened_patches" in row.get("inputs", "")
 
 
 def _cell(text: str, most: int = 200) -> str:
@@ -133,4 +142,5 @@ def installed() -> str:
 
 if __name__ == "__main__":
     found = json.loads(Path(sys.argv[1]).read_text())
-    PAGE.write_text(page(list(found.values()), installed()), encoding="utf-8")
+    note = "\n\n" + " ".join(sys.argv[2:]) if sys.argv[2:] else ""
+    PAGE.write_text(page(list(found.values()), installed() + note), encoding="utf-8")
