@@ -324,6 +324,8 @@ def _adapted_class(base: type[nn.Module], root: type[Root]) -> type[Root]:
         state = self._adapter_state
         if state.whole or any(name in kwargs for name in EXTRA_INPUTS) or (state.host.stored and _is_exporting()):
             return state.engine.run("", self._named(args, kwargs))
+        if not (torch.compiler.is_compiling() or state.host.is_settled):
+            state.host.renew()
         # A container goes through everything that it holds, and is not to meet the adapters there.
         plain = base_view(self) if isinstance(self, CONTAINERS) else self
         with state.host.pinned() as tenant:

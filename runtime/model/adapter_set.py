@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from peftc.runtime.execution.engine import ActiveAdapters, Engine
 from peftc.runtime.execution.virtual import Owner, Virtual
 from peftc.runtime.model.base_weights import Active, BaseWeights
 from peftc.runtime.regions.host import Host
-from peftc.runtime.regions.modules import become_regions, layers_become_regions
+from peftc.runtime.regions.modules import become_regions, layers_become_regions, renew_regions
 from peftc.runtime.regions.outline import partition_of
 from peftc.runtime.regions.partition import Partition
 from peftc.runtime.regions.places import DEFAULT, why_whole
@@ -48,6 +48,7 @@ class AdapterSet:
     def __post_init__(self) -> None:
         self.host = Host(self.engine)
         self.engine.when_reset.append(self.host.reset)
+        self.host.renew = partial(renew_regions, self.engine.model, self.host)
 
     def __reduce__(self) -> Any:
         """Without programs, and not yet activated: see `AdaptedModule.__setstate__`."""

@@ -38,6 +38,7 @@ from peftc.runtime.model.base_weights import (
     has_other_packing,
     restore_requires_grad,
 )
+from peftc.runtime.regions.modules import is_moved
 
 MAPPED = "merged.safetensors"
 
@@ -261,6 +262,11 @@ def _subset(state: AdapterSet, names: Sequence[str]) -> Active:
 
 def _check_mergeable(state: AdapterSet, active: Active) -> None:
     for name, _ in active:
+        for at in state.adapter(name).plan.sites:
+            if is_moved(state.base.model, state.host, at.site.user):
+                message = f"{at.site.user}, which adapter {name!r} adapts, was moved or taken out of the model"
+                help = "merge before layers are moved, or put them back"
+                fail(UsageError, "E585", message, help=help)
         if _changes_no_weight(state, name):
             message = f"adapter {name!r} changes no weight: what it puts in front cannot be merged"
             help = "merge the others by name, or serve the model with its adapters"

@@ -2,7 +2,7 @@
 
 import re
 import threading
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -27,7 +27,7 @@ from peftc.runtime.regions.region import Bound, Inlined, Programs, Region, Regio
 from peftc.runtime.regions.template import Template
 from peftc.runtime.regions.traces import Traces
 from peftc.runtime.regions.watch import Facts, Holds, watch
-from peftc.runtime.regions.within import HEAD, Part, is_within, moved, part_of
+from peftc.runtime.regions.within import HEAD, Part, is_within, moved, part_of, standing
 
 
 @dataclass(eq=False)
@@ -59,9 +59,10 @@ class Host:
         self._version = 0
         self.compiled = False  # whether a compiler has graphs that read slots
         self._entered: Specialisation | None = None
-        self._told = 0
         self._numbers: dict[Specialisation, int] = {}
         self._pinned = threading.local()
+        self.renew: Callable[[], None] = lambda: None  # what lets modules in the place of regions be such
+        self._places: list[tuple[dict[str, Any], str, nn.Module | None]] = []
 
     @contextmanager
     def pinned(self, tenant: ActiveAdapters | None = None) -> Iterator[ActiveAdapters]:
@@ -103,10 +104,33 @@ class Host:
         for each in self.regions.values():
             each.opaque.clear()
 
+    def look(self) -> None:
+        """Remember which modules stand where regions are, and around them."""
+        model, paths = self.engine.model, dict.fromkeys(self.regions)
+        for path in self.regions:
+            while path := path.rpartition(".")[0]:
+                paths[path] = None
+        self._places = []
+        for path in paths:
+            owner, _, leaf = path.rpartition(".")
+            parent = standing(model, owner)
+            if parent is not None:
+                self._places.append((parent._modules, leaf, parent._modules.get(leaf)))
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether the modules stand there still: a few microseconds."""
+        return all(held.get(leaf) is module for held, leaf, module in self._places)
+
+    def told(self, *, replaced: bool) -> None:
+        """There is another region, which `enter` has not told anything, or one in the place of another."""
+        self._entered = None
+        self._version += replaced  # programs are bound to the module that was there
+
     def enter(self) -> None:
         """Let regions know whether the active adapters adapt weights of their own: what compilers ask."""
         specialisation = self.engine.active.specialisation
-        if specialisation is self._entered and len(self.regions) == self._told:
+        if specialisation is self._entered:
             return
         number = self._numbers.setdefault(specialisation, len(self._numbers) + 1)
         structure = specialisation.structure
@@ -114,7 +138,7 @@ class Host:
         users |= {copy.target.rpartition(".")[0] for copy in structure.copies} | self.stored
         for path, region in self.regions.items():
             region.owned, region.structure = path in users, number
-        self._entered, self._told = specialisation, len(self.regions)
+        self._entered = specialisation
 
     def inlined(self, region: Region, tensors: Sequence[torch.Tensor], names: tuple[str, ...]) -> Any:
         """What an adapted module gives for these tensors, the last of them by name, while torch traces it."""
@@ -205,6 +229,8 @@ class Host:
     ) -> Bound | Split:
         module = region.module
         assert local.part is not None
+        if not self.is_settled:
+            self.renew()
         why = split_by(module, region.path)
         if why:
             return Split(why, _still_attached(module))
@@ -329,7 +355,10 @@ def _below(names: frozenset[str], path: str) -> frozenset[str]:
 
 
 def _still_attached(module: nn.Module) -> Holds:
-    """Whether something is attached to a module inside: while it is, nothing else matters."""
+    """Whether something is attached to a module inside: while it is, only which modules there are matters."""
+    children = [(each._modules, dict(each._modules)) for each in module.modules()]
     inside = [vars(each) for each in module.modules() if each is not module]
     hooks = (*(own[kind] for own in inside for kind in HOOKS), *(GLOBAL_HOOKS if inside else ()))
-    return lambda: any(hooks) or any("forward" in own for own in inside)
+    return lambda: (
+        (any(hooks) or any("forward" in own for own in inside)) and all(now == then for now, then in children)
+    )

@@ -15,7 +15,7 @@ from peftc.runtime.execution.segments import layer_names
 from peftc.runtime.regions.host import Host
 from peftc.runtime.regions.places import DEFAULT, INSIDE, owners_of, places
 from peftc.runtime.regions.region import Region
-from peftc.runtime.regions.within import is_within
+from peftc.runtime.regions.within import is_within, standing
 
 _CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
 
@@ -56,6 +56,7 @@ def become_regions(model: nn.Module, host: Host, structure: Structure, regions: 
     stored = tuple(packed_modules(model))
     found = places(model, owners_of(model, structure), regions)
     _become(model, host, found)
+    host.look()
     host.stored |= set(stored)
     host.packed |= {path for path in found if any(is_within(name, path) for name in stored)}
 
@@ -64,17 +65,35 @@ def layers_become_regions(model: nn.Module, host: Host) -> None:
     """Let every repeated layer be a region, adapted or not: it is computed again in the backward pass."""
     layers = layer_names(model)
     _become(model, host, dict.fromkeys(layers, INSIDE))
+    host.look()
     for number, path in enumerate(layers):
-        host.regions[path].layer = number
+        vars(model.get_submodule(path))[REGION].layer = number
+
+
+def renew_regions(model: nn.Module, host: Host) -> None:
+    """Let modules that have been put in the place of regions be such. Those that were moved keep their adapters."""
+    _become(model, host, {path: each.why for path, each in host.regions.items()})
+    host.look()
+    host.enter()
+
+
+def is_moved(model: nn.Module, host: Host, path: str) -> bool:
+    """Whether what had a path when it became a region is elsewhere in the model by now, or gone."""
+    module = standing(model, path)
+    region = None if module is None else vars(module).get(REGION)
+    return module is None or (region is not None and region.host is host and region.path != path)
 
 
 def _become(model: nn.Module, host: Host, places: Mapping[str, str]) -> None:
     for path, why in places.items():
-        if path in host.regions:
-            host.regions[path].why = host.regions[path].why or why
-        if not path or path in host.regions:
+        module, known = standing(model, path), host.regions.get(path)
+        if known is not None:
+            known.why = known.why or why
+        if not path or module is None or (known is not None and known.module is module):
             continue
-        module = model.get_submodule(path)
+        own = vars(module).get(REGION)
+        if own is not None and own.host is host:  # it was moved here, with its adapters
+            continue
         base = plain_class(module)
         region = Region(host, path, module, types.MethodType(base.forward, module))
         for name, value in list(vars(module).items()):
@@ -85,4 +104,5 @@ def _become(model: nn.Module, host: Host, places: Mapping[str, str]) -> None:
             module.__class__ = region_class(base)
         region.why = why
         module.__dict__[REGION] = region
+        host.told(replaced=path in host.regions)
         host.regions[path] = region

@@ -10,7 +10,7 @@ from peftc.passes.plan.site import WHOLE
 from peftc.passes.plan.structure import Structure
 from peftc.passes.quantized.schemes.known import packed_modules
 from peftc.runtime.execution.segments import layer_names
-from peftc.runtime.regions.within import is_within
+from peftc.runtime.regions.within import is_within, standing
 
 DEFAULT: Regions = "layers"
 """Where regions begin if nobody says."""
@@ -86,6 +86,8 @@ def _adapted(model: nn.Module, structure: Structure) -> Iterable[str]:
     names += [copy.target.rpartition(".")[0] for copy in structure.copies]
     names += [each.module for each in structure.rows] + [each.site.module for each in structure.at("attention")]
     for name in dict.fromkeys(names):
+        if standing(model, name) is None:  # taken out of the model since
+            continue
         # A list of modules or of parameters has no forward: its parent uses what it holds.
         while name and type(model.get_submodule(name)).forward is nn.Module.forward:
             name = name.rpartition(".")[0]

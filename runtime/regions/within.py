@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from torch import nn
+
 from peftc.passes.plan.structure import (
     Structure,
     copy_slot,
@@ -82,3 +84,11 @@ def part_of(structure: Structure, path: str) -> Part | None:
     if not (sites or copies or rows or fronts):
         return None
     return Part(path, Structure(tuple(sites), tuple(copies), tuple(rows), tuple(fronts)), owners)
+
+
+def standing(model: nn.Module, path: str) -> nn.Module | None:
+    """The module of a path, or None where there is none any more."""
+    module: nn.Module | None = model
+    for part in filter(None, path.split(".")):
+        module = None if module is None else module._modules.get(part)
+    return module

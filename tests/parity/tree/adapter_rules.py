@@ -34,11 +34,10 @@ class AdapterRules(Watched):
         STEPS["load"] += 1
         self.load(data.draw(st.sampled_from(self.missing())), trained)
 
+    @precondition(lambda self: set(self.subject.specs) - set(self.theirs.adapters))
     @rule(data=st.data())
     def add_adapter(self, data: st.DataObject) -> None:
-        name = data.draw(st.sampled_from(sorted(self.subject.specs)))
-        if name in self.theirs.adapters:
-            return
+        name = data.draw(st.sampled_from(sorted(set(self.subject.specs) - set(self.theirs.adapters))))
         STEPS["add"] += 1
         spec, scale = self.subject.specs[name]
         torch.manual_seed(self.number)
@@ -77,9 +76,11 @@ class AdapterRules(Watched):
         self.theirs.enabled = enabled
         self.theirs.refresh()
 
+    @precondition(lambda self: self.left["inside"])
     @rule()
     def disabled_inside(self) -> None:
         STEPS["disabled inside"] += 1
+        self.left["inside"] -= 1
         before = self.theirs.enabled
         with self.ours.disable_adapter():
             self.theirs.enabled = False

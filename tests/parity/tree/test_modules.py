@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
+from peftc import compiler
 from tests.parity.tree.tree import IDS, QV, first, llama, logits, pair
 
 
@@ -150,3 +151,46 @@ def test_what_is_changed_is_seen_at_the_next_call(change: str, tmp_path: Path) -
     assert (got.hidden_states is None) == (wanted.hidden_states is None)
     if change != "the config":
         assert not torch.allclose(got.logits, before, atol=1e-4)
+
+
+@pytest.mark.parametrize("hooked", [False, True], ids=["", "hooked"])
+@pytest.mark.parametrize("place", ["model.layers.0.self_attn.q_proj", "lm_head"])
+def test_a_module_in_the_place_of_an_adapted_one_is_adapted(place: str, hooked: bool, tmp_path: Path) -> None:
+    bases, owner, leaf = (llama(), llama()), *place.rpartition(".")[::2]
+    old = bases[0].get_submodule(place).weight
+    torch.manual_seed(5)
+    new = nn.Linear(old.shape[1], old.shape[0], bias=False)
+    setattr(bases[1].get_submodule(owner), leaf, new)
+    ours, _ = pair(bases[0], (*QV, "lm_head"), tmp_path)
+    _, theirs = pair(bases[1], (*QV, "lm_head"), tmp_path)
+    before = logits(ours)
+    if hooked:
+        ours.model.layers[0].mlp.register_forward_hook(lambda *_: None)
+    setattr(ours.get_submodule(owner), leaf, new)
+    assert not torch.allclose(logits(ours), before, atol=1e-3)
+    assert_close(logits(ours), logits(theirs), atol=1e-5, rtol=1e-5)
+    assert_close(logits(ours.merge_and_unload()), logits(theirs), atol=1e-5, rtol=1e-5)
+
+
+def test_layers_that_are_moved_keep_their_adapters_and_are_not_merged(tmp_path: Path) -> None:
+    ours, theirs = pair(llama(), QV, tmp_path)
+    before = logits(ours)
+    for each in (ours, theirs):
+        each.model.layers = nn.ModuleList(reversed(each.model.layers))
+    assert not torch.allclose(logits(ours), before, atol=1e-3)
+    assert_close(logits(ours), logits(theirs), atol=1e-5, rtol=1e-5)
+    with pytest.raises(compiler.UsageError, match="E585"):
+        ours.merge_adapter()
+    ours.model.layers = nn.ModuleList(reversed(ours.model.layers))
+    assert torch.equal(logits(ours), before)
+    ours.merge_adapter()
+    assert_close(logits(ours), before, atol=1e-5, rtol=1e-5)
+
+
+def test_layers_that_are_taken_out_do_not_matter_to_others(tmp_path: Path) -> None:
+    ours, theirs = pair(llama(), QV, tmp_path)
+    ours.load_adapter(tmp_path, "other")
+    for each in (ours, theirs):
+        each.model.layers = each.model.layers[:1]
+    ours.set_adapter({"default": 0.5, "other": 0.5})
+    assert_close(logits(ours), logits(theirs), atol=1e-5, rtol=1e-5)

@@ -112,17 +112,20 @@ class TreeRules(Watched):
             module.bias = nn.Parameter(value, requires_grad=False) if there else None
 
     @precondition(lambda self: self.left["dtype"])
-    @rule(dtype=st.sampled_from([torch.float64, torch.float32]))
-    def to(self, dtype: torch.dtype) -> None:
+    @rule()
+    def to(self) -> None:
         STEPS["to"] += 1
-        self.left["dtype"] -= dtype != self.dtype
+        self.left["dtype"] -= 1
+        dtype = torch.float64 if self.dtype == torch.float32 else torch.float32
         self.ours.to(dtype)
         self.theirs.to(dtype)
         self.dtype = dtype
 
+    @precondition(lambda self: self.left["checkpointing"])
     @rule(on=st.booleans())
     def checkpointing(self, on: bool) -> None:
         STEPS["checkpointing"] += 1
+        self.left["checkpointing"] -= 1
         if on:
             self.ours.gradient_checkpointing_enable()
         else:

@@ -39,7 +39,7 @@ class Watched(RuleBasedStateMachine):
         self.hooks: list[tuple[nn.Module, nn.Module, str, int, int]] = []
         self.originals: dict[str, tuple[nn.Module, nn.Module]] = {}
         self.forwards: set[str] = set()
-        self.left = Counter(dtype=3, copies=2, compile=1)
+        self.left = Counter(dtype=2, copies=2, compile=1, inside=2, checkpointing=4)
         self.behind: list[tuple[Any, torch.Tensor]] = []
         self.number = 0
         self.theirs.add("a", from_file(self.subject, "a", self.dtype), active=False, trained=True)
