@@ -9,6 +9,7 @@ itself. `tests/compiler/trace`, which is about tracing, does not use this.
 import json
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -67,13 +68,20 @@ class SharedTraces:
         key = (structure, len(call.args), tuple(call.kwargs), forms, tuple(map(_facts, leaves)), same, cache)
         key = (*key, call.exact, call.numbered, torch.is_grad_enabled())
         if call.cache is not None:  # its length goes into the trace's sizes
-            key = (*key, repr([call.cache.get_mask_sizes(2, at) for at in range(len(cache or ()) - 1)]))
+            key = (*key, repr([_sizes(call.cache, at) for at in range(len(cache or ()) - 1)]))
         if key not in self._regions:
             self._regions[key] = self._trace_region(compiler, module, call)
         self._regions.move_to_end(key)
         while len(self._regions) > _MOST_REGIONS:
             self._regions.popitem(last=False)
         return self._regions[key]
+
+
+def _sizes(cache: Any, layer: int) -> Any:
+    try:
+        return cache.get_mask_sizes(2, layer)
+    except ValueError:  # of layers without attention there is none
+        return None
 
 
 def structure_of_region(module: nn.Module) -> Hashable | None:

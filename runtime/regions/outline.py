@@ -17,7 +17,7 @@ from peftc.runtime.regions.within import Part, is_within
 
 ASKED = 'asked for by regions = "model"'
 SPLIT = "the module around it is split"
-REPLACED = "it was put in the place of an adapted module, and has no adapters"
+MOVED = "it was moved here, with the adapters that it had"
 
 
 def partition_of(host: Host, structure: Structure, regions: Regions) -> Partition:
@@ -30,6 +30,8 @@ def partition_of(host: Host, structure: Structure, regions: Regions) -> Partitio
     if whole:
         row = RegionRow((WHOLE,), type(model).__name__, whole, traces=host.engine.trace_count)
         return Partition(regions, whole, (row,))
+    if not host.is_settled:
+        host.renew()
     modules = dict(model.named_modules(remove_duplicate=False))
     found = _Outline(host, structure, modules)
     found.visit([path for path in modules if path in host.regions])
@@ -60,7 +62,7 @@ class _Outline:
     def _is_split(self, path: str, part: Part) -> bool:
         region = self.host.regions[path]
         if self.modules[path] is not region.module:
-            self._split.setdefault((REPLACED, False, False, False), []).append(path)
+            self._split.setdefault((MOVED, False, False, False), []).append(path)
             return False
         kind, always = fingerprint(region.module), split_by(region.module, "")
         sometimes = () if always else (*self.host.traces.failures(kind), *region.opaque)

@@ -92,13 +92,25 @@ def test_what_was_put_in_the_place_of_a_region() -> None:
     adapted = adapted_llama()
     adapted.model.layers[1] = make("llama").model.layers[0]
     partition = adapted.region_partition()
-    assert partition.regions[0].modules == ("model.layers.0", "model.layers.2")
-    (split,) = partition.splits
-    assert split.modules == ("model.layers.1",)
-    assert split.why == "it was put in the place of an adapted module, and has no adapters"
+    assert [each.modules for each in partition.regions[:2]] == [
+        ("model.layers.0", "model.layers.2"),
+        ("model.layers.1",),
+    ]
+    assert not partition.splits
     with torch.no_grad():
         adapted(IDS)
     assert regions_of(partition) == ran(adapted, Bound)
+
+
+def test_what_was_moved() -> None:
+    adapted = adapted_llama()
+    layers = list(adapted.model.layers)
+    adapted.model.layers[0], adapted.model.layers[1] = layers[1], layers[0]
+    partition = adapted.region_partition()
+    assert partition.regions[0].modules == ("model.layers.2",)
+    (split,) = partition.splits
+    assert split.modules == ("model.layers.0", "model.layers.1")
+    assert split.why == "it was moved here, with the adapters that it had"
 
 
 def test_a_kind_says_how_many_there_are_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
