@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import torch
@@ -48,7 +48,7 @@ class AdapterSet:
     def __post_init__(self) -> None:
         self.host = Host(self.engine)
         self.engine.when_reset.append(self.host.reset)
-        self.host.renew = partial(renew_regions, self.engine.model, self.host)
+        self.host.renew = self._renew
 
     def __reduce__(self) -> Any:
         """Without programs, and not yet activated: see `AdaptedModule.__setstate__`."""
@@ -59,6 +59,11 @@ class AdapterSet:
     def whole(self) -> bool:
         """Whether a call of the model runs one graph: as asked, or since what is active needs it."""
         return self.regions == "model" or bool(why_whole(self.engine.structure))
+
+    def _renew(self) -> None:
+        """Let modules in the place of regions be such; not those that stand there while weights are merged."""
+        if not self.displaced:
+            renew_regions(self.engine.model, self.host)
 
     def partition(self) -> Partition:
         """Which modules run graphs now, and why."""

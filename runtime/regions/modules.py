@@ -92,7 +92,10 @@ def _become(model: nn.Module, host: Host, places: Mapping[str, str]) -> None:
         if not path or module is None or (known is not None and known.module is module):
             continue
         own = vars(module).get(REGION)
-        if own is not None and own.host is host:  # it was moved here, with its adapters
+        if own is not None and own.host is host:  # it was moved here, with its adapters, or is back
+            if own.path == path:
+                host.regions[path] = own
+                host.told(replaced=True)
             continue
         base = plain_class(module)
         region = Region(host, path, module, types.MethodType(base.forward, module))

@@ -31,8 +31,11 @@ class Adapter:
             yield path, leaf, tensor
 
     def kept(self) -> "Adapter":
-        """The same values, whatever becomes of these."""
-        return copy.deepcopy(self)
+        """The same values, whatever becomes of these: what is merged, which nothing trains."""
+        kept = copy.deepcopy(self)
+        for _, _, tensor in kept.named():
+            tensor.requires_grad_(False)
+        return kept
 
 
 @dataclass(frozen=True)

@@ -194,3 +194,15 @@ def test_layers_that_are_taken_out_do_not_matter_to_others(tmp_path: Path) -> No
         each.model.layers = each.model.layers[:1]
     ours.set_adapter({"default": 0.5, "other": 0.5})
     assert_close(logits(ours), logits(theirs), atol=1e-5, rtol=1e-5)
+
+
+def test_a_module_that_is_back_is_a_region_as_it_was() -> None:
+    adapted = compiler.apply(llama(), 'adapter a = lora(rank = 2, init = "random") { on all linear }').eval()
+    before, own = logits(adapted), adapted.model.layers[0]
+    adapted.model.layers[0] = llama().model.layers[0]
+    logits(adapted)
+    adapted.model.layers[0] = own
+    assert torch.equal(logits(adapted), before)
+    host = adapted._adapter_state.host
+    assert host.regions["model.layers.0"].module is own
+    assert all(each.module is adapted.get_submodule(path) for path, each in host.regions.items())
