@@ -72,6 +72,9 @@ class TreeRules(Watched):
     def replace(self, data: st.DataObject) -> None:
         STEPS["replaced module"] += 1
         place, kinds = data.draw(st.sampled_from(self.subject.swaps))
+        merged = () if self.theirs.merged is None else self.theirs.merged.values()
+        if any(f"{path}.".startswith(f"{place}.") for _, adapter in merged for path in adapter.pairs):
+            return  # whether what is merged goes with a module, or with its place, is nobody's promise
         kind = data.draw(st.sampled_from((None, *kinds)))
         owner, _, leaf = place.rpartition(".")
         parents = [each.get_submodule(owner) for each in self.both()]
