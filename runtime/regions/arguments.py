@@ -1,5 +1,6 @@
 """The arguments of a module's call: a key that is equal for calls alike, the tensors in order, the cache."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,8 +38,7 @@ class Arguments:
 
     def alike(self, key: tuple[Any, ...]) -> tuple[Any, ...]:
         """A key that is equal for calls that a program may serve alike: sizes by what a trace is bound to."""
-        sizes = (pattern(each) if isinstance(each, torch.Size) else each for each in key)
-        return *sizes, self.tokens.bit_length()
+        return *pattern(key), self.tokens.bit_length()
 
     def take(self, value: Any) -> None:
         """Add one value. Raises OpaqueError."""
@@ -87,6 +87,8 @@ def taken(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
     return found
 
 
-def pattern(shape: torch.Size) -> tuple[int, ...]:
-    """Which sizes of a tensor a trace is bound to: those of 0 and 1, which broadcast or are empty; -1 for others."""
-    return tuple(size if size <= 1 else -1 for size in shape)
+def pattern(key: Iterable[Any]) -> tuple[Any, ...]:
+    """A key with the sizes that a trace is bound to: those of 0 and 1, which broadcast or are empty; -1 for others."""
+    return tuple(
+        tuple(size if size <= 1 else -1 for size in each) if isinstance(each, torch.Size) else each for each in key
+    )

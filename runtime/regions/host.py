@@ -38,6 +38,7 @@ class _Local:
     tenant: ActiveAdapters
     part: Part | None
     specialisation: Specialisation | None = None
+    own: tuple[tuple[str, ...], bool] | None = None  # adapted tensors of its own, and whether it must have a graph
     programs: Programs = field(default_factory=dict)
     alike: dict[Hashable, list[Bound | Split]] = field(default_factory=dict)
     bound: dict[Hashable, Bound] = field(default_factory=dict)
@@ -195,9 +196,11 @@ class Host:
         round them. Raises ModelError where adapters of it are no weights, and so cannot act in its Python.
         """
         assert local.part is not None
-        module, structure = region.module, local.part.structure
-        names = owned_tensors(module, structure)
-        if self.is_refused(region, local.part):
+        module = region.module
+        if local.own is None:
+            local.own = owned_tensors(module, local.part.structure), self.is_refused(region, local.part)
+        names, refused = local.own
+        if refused:
             message = f"{region.path or 'the model'} holds adapted weights and has no graph: {reason}"
             fail(ModelError, "E465", message, help="choose other sites")
         if not names:

@@ -49,7 +49,7 @@ class Traces:
         Raises ModelError where there can be none, now and whenever it is asked for the same again.
         """
         kind = fingerprint(module)
-        shape = tuple(each if not isinstance(each, torch.Size) else pattern(each) for each in arguments.key)
+        shape = pattern(arguments.key)
         known = self._kept.setdefault(kind, {})
         kept = known.get(shape) or Kept()
         for trace in reversed(kept.traces):
