@@ -12,10 +12,6 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
-# Every value of every graph is worked out anew after each pass: see CONTRIBUTING, "Read a failing verify".
-os.environ.setdefault("PEFTC_VERIFY", "full")
-
-
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="rewrite the files under tests/golden")
 

@@ -1,6 +1,7 @@
 """Tensors and modules of a model in the place of others: what was there comes back, so that it can be put again."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -9,38 +10,47 @@ Replaced = dict[str, torch.Tensor | nn.Module | None]
 """Name of a tensor or module -> what was there: nothing, where a merge gave a module a bias."""
 
 
-def put(model: nn.Module, tensors: Mapping[str, torch.Tensor | nn.Module | None]) -> Replaced:
+def put(
+    model: nn.Module,
+    tensors: Mapping[str, torch.Tensor | nn.Module | None],
+    owners: Mapping[str, nn.Module] | None = None,
+) -> Replaced:
     """Replace tensors and modules of the model by others: all of them, or none if it is interrupted.
 
-    Nothing is written to. Returns what was there, last things first: put again, it undoes this one.
+    Nothing is written to. `owners` are the modules that hold some of these names, wherever they are by now. Returns
+    what was there, last things first: put again, it undoes this one.
     """
+    owners = {} if owners is None else owners
     before: Replaced = {}
+
+    def owner_of(name: str) -> tuple[nn.Module, str]:
+        path, _, leaf = name.rpartition(".")
+        return owners[name] if name in owners else model.get_submodule(path), leaf
+
     try:
         for name, value in tensors.items():
-            owner, _, leaf = name.rpartition(".")
-            held, new = _place(model.get_submodule(owner), leaf, value)
+            module, leaf = owner_of(name)
+            held, new = held_in(module, leaf), _as_held(module, leaf, value)
             before[name] = held[leaf]
             held[leaf] = new
     except BaseException:
         for name, value in reversed(before.items()):
-            owner, _, leaf = name.rpartition(".")
-            _place(model.get_submodule(owner), leaf, value)[0][leaf] = value
+            module, leaf = owner_of(name)
+            held_in(module, leaf)[leaf] = value
         raise
     return dict(reversed(before.items()))
 
 
-def _place(
-    module: nn.Module, leaf: str, value: torch.Tensor | nn.Module | None
-) -> tuple[dict[str, torch.Tensor | nn.Module | None], torch.Tensor | nn.Module | None]:
-    """The dictionary of a module that holds this name, and the value as that one is to hold it."""
-    held: dict[str, torch.Tensor | nn.Module | None]
+def held_in(module: nn.Module, leaf: str) -> dict[str, torch.Tensor | nn.Module | None]:
+    """The dictionary of a module that holds this name."""
+    kinds: tuple[Any, ...] = (module._modules, module._parameters, module._buffers)
+    held: dict[str, torch.Tensor | nn.Module | None] = next((each for each in kinds if leaf in each), kinds[-1])
+    return held
+
+
+def _as_held(module: nn.Module, leaf: str, value: torch.Tensor | nn.Module | None) -> torch.Tensor | nn.Module | None:
     if isinstance(value, nn.Module):
-        held = module._modules  # type: ignore[assignment]
-        return held, value.train(module.training)
-    if leaf in module._parameters:
-        held = module._parameters  # type: ignore[assignment]
-        if value is None or isinstance(value, nn.Parameter):
-            return held, value
-        return held, nn.Parameter(value, requires_grad=False)
-    held = module._buffers  # type: ignore[assignment]
-    return held, value
+        return value.train(module.training)
+    if value is None or leaf not in module._parameters or isinstance(value, nn.Parameter):
+        return value
+    return nn.Parameter(value, requires_grad=False)

@@ -111,8 +111,13 @@ class AdaptedModule(nn.Module):
         Raises UsageError where they are those of a weight that is stored packed.
         """
         state_dict = without_packed(self, state_dict)
+        base = self._adapter_state.base
+        changed = [*base.changed_since(), *base.differing(state_dict)]
         _unshare(self, state_dict)
-        result = self._inherited("load_state_dict")(state_dict, strict=strict, assign=assign)
+        try:
+            result = self._inherited("load_state_dict")(state_dict, strict=strict, assign=assign)
+        finally:
+            base.place(changed)
         if not strict and all(is_adapters(key) for key in state_dict):
             result.missing_keys[:] = [key for key in result.missing_keys if is_adapters(key)]
         if assign:
@@ -217,9 +222,10 @@ class AdaptedModule(nn.Module):
             engine.program(engine.call("", self._named(args, kwargs or {})), COMPILED)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
-        before = placement(self)
+        base = self._adapter_state.base
+        before, changed = placement(self), base.changed_since()
         self._inherited("_apply")(fn, recurse)
-        self._adapter_state.base.apply(fn)
+        base.apply(fn, changed)
         if placement(self) != before:
             self._adapter_state.engine.reset()
         self._adapter_state.refresh()

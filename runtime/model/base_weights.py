@@ -1,6 +1,6 @@
 """What the user's model has and the adapted one holds something else in place of."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -14,6 +14,7 @@ from peftc.passes.quantized.schemes.known import packed
 from peftc.passes.quantized.schemes.packing import Packing
 from peftc.runtime.base.kbit import widened_tensors
 from peftc.runtime.base.overlay import BANK, Overlay
+from peftc.runtime.base.placed import Placed
 from peftc.runtime.base.replaced import Replaced, put
 from peftc.runtime.execution.engine import Engine
 from peftc.runtime.peft_format.manifest import fingerprint
@@ -58,6 +59,7 @@ class BaseWeights:
     displaced: Replaced = field(default_factory=dict)  # full name -> the base's own tensor, not there while merged
     merged: Active = ()
     resting: "Resting | None" = None  # what is merged, taken out while adapters are disabled
+    placed: Mapping[str, Placed] = field(default_factory=dict)  # where what is merged sits, or will when it is back
     widened: Mapping[str, torch.dtype] = field(default_factory=dict)  # held in float32, for the types of before
     requires_grad: Mapping[str, bool] = field(default_factory=dict)  # the user's model's own, given back on unload
     facts: BaseProvenance = field(default_factory=BaseProvenance)
@@ -74,11 +76,11 @@ class BaseWeights:
         for name, dtype in self.widened.items():
             wide = self._unmerged_tensor(name)
             narrowed[name] = made.setdefault(id(wide), nn.Parameter(wide.detach().to(dtype), requires_grad=False))
-        return Overlay(base_view(self.model), {**self.displaced, **narrowed})
+        return Overlay(base_view(self.model), {**self._displaced_now(), **narrowed})
 
     def unmerged(self) -> Overlay:
         """The base without what is merged, in the types it is held in."""
-        return Overlay(base_view(self.model), self.displaced)
+        return Overlay(base_view(self.model), self._displaced_now())
 
     def traceable(self) -> Overlay:
         """The base as it is, but packed modules, with the biases of now, for those that a merge made dense.
@@ -86,7 +88,7 @@ class BaseWeights:
         A trace serves both: how a weight is stored is bound later.
         """
         before: Replaced = {}
-        for name, module in self.displaced.items():
+        for name, module in self._displaced_now().items():
             held = packed(module) if isinstance(module, nn.Module) else None
             if held is not None and packed(self.model.get_submodule(name)) is None:
                 made = held.scheme.share(held.module)
@@ -108,7 +110,7 @@ class BaseWeights:
 
     def swap(self, tensors: Mapping[str, torch.Tensor | nn.Module | None]) -> Replaced:
         """Put these into the model. Returns what was there; what was made for the model before is made anew."""
-        before = put(self.model, tensors)
+        before = put(self.model, tensors, {name: each.owner for name, each in self.placed.items()})
         if has_other_biases(before, tensors):
             self.engine.reset()
         elif has_other_packing(before, tensors):
@@ -117,13 +119,54 @@ class BaseWeights:
             self.engine.storage.refresh()
         return before
 
+    def place(self, changed: Collection[str] = ()) -> None:
+        """Remember what is merged as it is now: where it sits, and that nobody changed it, but what is `changed`."""
+        placed: dict[str, Placed] = {}
+        for name in self.displaced:
+            owner, _, leaf = name.rpartition(".")
+            known = self.placed.get(name)
+            now = Placed.now(self.model.get_submodule(owner) if known is None else known.owner, leaf)
+            placed[name] = replace(now, parts=None) if name in changed else now
+        self.placed = placed
+
+    def merged_names(self) -> Iterator[tuple[str, str]]:
+        """The names that merging knew its tensors and modules by, last ones first, each with its name of today.
+
+        A module that was moved has another; what was taken out of the model has none, and is left out.
+        """
+        places: dict[int, list[str]] = {}
+        for path, module in self.model.named_modules(remove_duplicate=False):
+            places.setdefault(id(module), []).append(path)
+        for name in self.displaced:
+            owner, _, leaf = name.rpartition(".")
+            found = places.get(id(self.placed[name].owner), [])
+            for path in (owner,) if owner in found else found:
+                yield name, f"{path}.{leaf}" if path else leaf
+
+    def changed_since(self) -> list[str]:
+        """Names of what is merged and somebody else has replaced or written to since."""
+        return [name for name in self.displaced if not self.placed[name].is_untouched()]
+
+    def differing(self, state_dict: Mapping[str, Any]) -> list[str]:
+        """Names of what is merged that a state dict has other values for."""
+        found: list[str] = []
+        for name, now in self.merged_names():
+            value = self.placed[name].value
+            held = {now: value} if isinstance(value, torch.Tensor) else _parameters(now, value)
+            if any(key in state_dict and not _is_equal(state_dict[key], each) for key, each in held.items()):
+                found.append(name)
+        return found
+
     @property
     def is_merged(self) -> bool:
         """Whether adapters are in the weights, or would be if they were not disabled."""
         return bool(self.displaced) or self.resting is not None
 
-    def apply(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Do to what is out of the model for now what was done to the model's tensors: it was moved, say."""
+    def apply(self, fn: Callable[[torch.Tensor], torch.Tensor], changed: Collection[str]) -> None:
+        """Do to what is out of the model for now what was done to the model's tensors: it was moved, say.
+
+        `changed` is what `changed_since` said before.
+        """
         made: dict[int, Any] = {}
 
         def applied(values: Replaced) -> Replaced:
@@ -133,6 +176,8 @@ class BaseWeights:
         if self.resting is not None:
             tensors, displaced = applied(self.resting.tensors), applied(self.resting.displaced)
             self.resting = replace(self.resting, tensors=tensors, displaced=displaced)
+            return
+        self.place(changed)
 
     def widen(self) -> None:
         """Hold what a quantized base has beside its packed weights in float32, as training wants it."""
@@ -144,17 +189,32 @@ class BaseWeights:
 
     def copy_for(self, model: nn.Module, engine: Engine, memo: dict[int, object]) -> "BaseWeights":
         """Those of a deep copy of the model."""
-        displaced, resting = deepcopy(self.displaced, memo), deepcopy(self.resting, memo)
+        displaced, resting, placed = deepcopy((self.displaced, self.resting, self.placed), memo)
         facts = replace(self.facts)
-        return replace(self, model=model, engine=engine, displaced=displaced, resting=resting, facts=facts)
+        return replace(
+            self, model=model, engine=engine, displaced=displaced, resting=resting, placed=placed, facts=facts
+        )
+
+    def _displaced_now(self) -> Replaced:
+        """What is displaced, by the names that it would have today."""
+        return {now: self.displaced[name] for name, now in self.merged_names()} if self.displaced else {}
 
     def _unmerged_tensor(self, name: str) -> torch.Tensor:
         owner, _, leaf = name.rpartition(".")
-        module, tensor = self.displaced.get(owner), self.displaced.get(name)
+        displaced = self._displaced_now()
+        module, tensor = displaced.get(owner), displaced.get(name)
         if isinstance(tensor, torch.Tensor):
             return tensor
         found = module if isinstance(module, nn.Module) else self.model.get_submodule(owner)
         return found.get_parameter(leaf)
+
+
+def _parameters(name: str, module: nn.Module | None) -> dict[str, torch.Tensor]:
+    return {} if module is None else {f"{name}.{leaf}": each for leaf, each in module.named_parameters()}
+
+
+def _is_equal(given: Any, held: torch.Tensor) -> bool:
+    return isinstance(given, torch.Tensor) and given.shape == held.shape and torch.equal(given.to(held), held)
 
 
 def _applied(value: Any, fn: Callable[[torch.Tensor], torch.Tensor]) -> Any:

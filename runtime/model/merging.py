@@ -55,10 +55,17 @@ def merge(state: AdapterSet, names: Sequence[str] | None, *, safe: bool, quantiz
 
 
 def unmerge(state: AdapterSet) -> None:
-    """Give the base its own tensors back, bit for bit."""
+    """Give the base its own tensors back, bit for bit: see `AdaptedModel.unmerge_adapter`."""
+    base = state.base
+    changed = base.changed_since()
+    if changed:
+        more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+        message = f"{changed[0]}{more} was replaced or written to while adapters are merged into it"
+        help = "unmerging would lose that: merge_and_unload gives a model with it, unload one without it"
+        fail(UsageError, "E586", message, help=help)
     if state.displaced:
         _exchange(state, state.displaced, {}, ())
-    state.base.resting = None
+    base.resting, base.placed = None, {}
 
 
 def rest(state: AdapterSet) -> None:
@@ -74,7 +81,7 @@ def wake(state: AdapterSet) -> None:
     """Undo `rest`."""
     resting = state.base.resting
     if resting is not None:
-        _exchange(state, resting.tensors, resting.displaced, resting.merged)
+        _exchange(state, resting.tensors, None, resting.merged)
         state.base.resting = None
     state.enable(True)
 
@@ -90,7 +97,7 @@ def taken_out(state: AdapterSet) -> Iterator[None]:
     try:
         yield
     finally:
-        _exchange(state, tensors, displaced, merged)
+        _exchange(state, tensors, None, merged)
 
 
 @contextmanager
@@ -112,7 +119,8 @@ def merged_model(
     state = model._adapter_state
     tensors: Changes
     if state.displaced:
-        tensors = _owned({name: _there(model, name) for name in reversed(state.displaced)})
+        merged = [now for _, now in state.base.merged_names()]
+        tensors = _owned({name: _there(model, name) for name in reversed(merged)})
     else:
         active = state.active if names is None else _subset(state, names)
         _check_mergeable(state, active)
@@ -124,7 +132,8 @@ def merged_model(
     new = [name for name, before in replaced if bias_came_or_went(before, tensors[name])]
     if new:
         first = new[0].removesuffix(".bias")
-        message = f"merging gave {first} a bias (and {len(new) - 1} more modules)"
+        more = f" (and {len(new) - 1} more)" if len(new) > 1 else ""
+        message = f"merging gave {first} a bias{more}"
         warnings.warn(f"{message}: a checkpoint of this model does not fit the class as it is", stacklevel=3)
     restore_requires_grad(plain, state.base.requires_grad)
     forget_quantization(plain)
@@ -205,14 +214,16 @@ def _exchange(state: AdapterSet, tensors: Mapping[str, Any], displaced: Replaced
     `displaced` None is what these displace.
     """
     base = state.base
-    known = base.displaced, base.merged
+    known = base.displaced, base.merged, base.placed
     before = base.swap(tensors)
     try:
         base.displaced, base.merged = before if displaced is None else displaced, merged
+        if base.displaced:  # not while it rests: then it is known from before where it belongs
+            base.place()
         state.activate(state.active)
     except BaseException:
         base.swap(before)
-        base.displaced, base.merged = known
+        base.displaced, base.merged, base.placed = known
         state.activate(state.active)
         raise
     return before

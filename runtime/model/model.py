@@ -169,7 +169,12 @@ class AdaptedModel(AdaptedModule):
         merge(self._adapter_state, adapter_names, safe=safe_merge, quantized=quantized)
 
     def unmerge_adapter(self) -> None:
-        """Give the base its own tensors back, bit for bit."""
+        """Give the base its own tensors back, bit for bit.
+
+        They go back to the modules they came from, wherever these are by now; a module that has taken the place of one
+        keeps its own. Raises UsageError, and changes nothing, where merged weights were replaced or written to since
+        (E586): by `load_state_dict`, an optimizer, an assignment.
+        """
         if self._adapter_state.base.is_merged:
             unmerge(self._adapter_state)
         else:

@@ -102,6 +102,7 @@ class Reference:
         self.active: Active = ()
         self.enabled = True
         self.merged: Mapping[str, tuple[float, Adapter]] | None = None
+        self.merged_into: Mapping[str, nn.Module] = {}
 
     def refresh(self) -> None:
         """Let the model be as everything says."""
@@ -119,26 +120,30 @@ class Reference:
             return
         for name, weight in self.active:
             adapter = self.adapters[name]
-            for path, term in self._terms(adapter, weight):
-                serving(path).terms.append(term)
+            for _, module, term in self._terms(adapter, weight):
+                serving(module).terms.append(term)
             self._copies(adapter)
 
-    def _terms(self, adapter: Adapter, weight: float) -> Iterator[tuple[nn.Module, Term]]:
+    def _terms(self, adapter: Adapter, weight: float) -> Iterator[tuple[str, nn.Module, Term]]:
         for path, (a, b) in adapter.pairs.items():
-            yield self.model.get_submodule(path), Term(a, b, adapter.scale * weight, adapter.dropout)
+            yield path, self.model.get_submodule(path), Term(a, b, adapter.scale * weight, adapter.dropout)
 
     @torch.no_grad()
     def _merge(self, adapter: Adapter, weight: float) -> None:
-        self._copies(adapter)
-        for module, term in self._terms(adapter, weight):
+        self._copies(adapter, merged=True)
+        for path, module, term in self._terms(adapter, weight):
+            if self.merged_into[path] is not module:
+                continue  # it was put there since
             held = serving(module)
             before = held.instead.get("weight", held.weight)
             held.instead["weight"] = nn.Parameter(before + term.weight(module), requires_grad=False)
 
-    def _copies(self, adapter: Adapter) -> None:
+    def _copies(self, adapter: Adapter, *, merged: bool = False) -> None:
         for name, tensor in adapter.copies.items():
             path, _, leaf = name.rpartition(".")
-            serving(self.model.get_submodule(path)).instead[leaf] = tensor
+            module = self.model.get_submodule(path)
+            if not merged or self.merged_into[path] is module:
+                serving(module).instead[leaf] = tensor
 
     # --- what users do ---
 
@@ -167,6 +172,8 @@ class Reference:
         weights = dict(self.active)
         names = list(weights) if names is None else names
         self.merged = {name: (weights.get(name, 1.0), self.adapters[name].kept()) for name in names}
+        paths = {path for _, each in self.merged.values() for path, _, _ in each.named()}
+        self.merged_into = {path: self.model.get_submodule(path) for path in paths}
         self.refresh()
 
     def unmerge(self) -> None:

@@ -72,9 +72,6 @@ class TreeRules(Watched):
     def replace(self, data: st.DataObject) -> None:
         STEPS["replaced module"] += 1
         place, kinds = data.draw(st.sampled_from(self.subject.swaps))
-        merged = () if self.theirs.merged is None else self.theirs.merged.values()
-        if any(f"{path}.".startswith(f"{place}.") for _, adapter in merged for path in adapter.pairs):
-            return  # whether what is merged goes with a module, or with its place, is nobody's promise
         kind = data.draw(st.sampled_from((None, *kinds)))
         owner, _, leaf = place.rpartition(".")
         parents = [each.get_submodule(owner) for each in self.both()]
@@ -87,7 +84,8 @@ class TreeRules(Watched):
             new = (kind(), kind())
         for parent, module in zip(parents, new, strict=True):
             setattr(parent, leaf, module.to(self.dtype).train(getattr(parent, leaf).training))
-        self.theirs.refresh()  # adapters are where a selector finds them, whichever module stands there
+        # Adapters are where a selector finds them, whichever module stands there; what is merged goes with the module.
+        self.theirs.refresh()
         inside = {id(each) for each in self.ours.modules()}
         self.hooks = [each for each in self.hooks if id(each[0]) in inside]
 

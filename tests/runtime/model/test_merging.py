@@ -1,4 +1,7 @@
-"""Merged copies, and merging that is interrupted: the model stays what it was."""
+"""Merged copies, merging that is interrupted, and what others do to merged weights: nothing is lost."""
+
+import copy
+import pickle
 
 import pytest
 import torch
@@ -183,3 +186,114 @@ def test_nothing_is_merged_twice(tmp_path):
     adapted.unmerge_adapter()
     adapters = [(adapted._adapter_state.adapter("a"), 1.0)]
     assert merged_tensors(adapted, adapters).keys() == {"0.weight", "2.weight"}
+
+
+def replaced(adapted):
+    adapted[0] = nn.Linear(4, 5, bias=False)
+    return adapted[0]
+
+
+@pytest.mark.parametrize("rests", [False, True], ids=["merged", "disabled for a while"])
+@torch.no_grad()
+def test_what_is_merged_goes_with_its_module(rests):
+    adapted = adapted_by(SPECS["one by one"])
+    base, first = adapted[0].weight, adapted[0]
+    adapted.merge_adapter()
+    merged = adapted[0].weight
+    new = replaced(adapted)
+    own = new.weight
+    wanted = adapted[2](adapted[1](X @ own.T))
+    torch.testing.assert_close(adapted(X), wanted, msg="what stands there now was not merged")
+    if rests:
+        with adapted.disable_adapter():
+            assert (first.weight, new.weight) == (base, own)
+        assert (first.weight, new.weight) == (merged, own)
+    torch.testing.assert_close(adapted.merge_and_unload()(X), wanted)
+    assert torch.equal(adapted.unload()[0].weight, own)
+    adapted.unmerge_adapter()
+    assert (first.weight, new.weight) == (base, own)
+    adapted[0] = first
+    assert torch.equal(adapted(X), adapted_by(SPECS["one by one"])(X))
+
+
+@torch.no_grad()
+def test_what_is_merged_goes_with_modules_that_change_places():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)).eval()
+    adapted = compiler.apply(model, 'adapter a = lora(rank = 2) { on "0", "1" }').eval()
+    for parameter in adapted.adapter_bank.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    weights = [each.weight for each in adapted[:2]]
+    adapted.merge_adapter()
+    merged = [each.weight for each in adapted[:2]]
+    adapted[0], adapted[1] = adapted[1], adapted[0]
+    wanted = model[2](adapted[1](adapted[0](X)))
+    assert [each.weight for each in adapted[:2]] == merged[::-1]
+    torch.testing.assert_close(adapted.merge_and_unload()(X), wanted)
+    torch.testing.assert_close(adapted.unload()(X), model[2](model[0](model[1](X))))
+    for copied in (copy.deepcopy(adapted), pickle.loads(pickle.dumps(adapted))):
+        copied.unmerge_adapter()
+        assert all(map(torch.equal, [each.weight for each in copied[:2]], weights[::-1]))
+    adapted.unmerge_adapter()
+    assert [each.weight for each in adapted[:2]] == weights[::-1]
+
+
+def written(adapted):
+    adapted[0].weight.mul_(2)
+
+
+def loaded(adapted):
+    adapted.load_state_dict({"0.weight": torch.ones(5, 4)}, strict=False)
+
+
+def assigned(adapted):
+    adapted.load_state_dict({"0.weight": torch.ones(5, 4)}, strict=False, assign=True)
+
+
+def set_anew(adapted):
+    adapted[0].weight = nn.Parameter(torch.ones(5, 4))
+
+
+CHANGES = [written, loaded, assigned, set_anew]
+KEPT = {
+    "itself": lambda adapted: adapted,
+    "copy": copy.deepcopy,
+    "pickle": lambda adapted: pickle.loads(pickle.dumps(adapted)),
+    "other type": lambda adapted: adapted.to(torch.float64),
+}
+
+
+@pytest.mark.parametrize("keep", KEPT.values(), ids=KEPT)
+@pytest.mark.parametrize("change", CHANGES)
+@torch.no_grad()
+def test_unmerging_does_not_lose_what_was_put_into_merged_weights(change, keep):
+    adapted = adapted_by(SPECS["one by one"])
+    base = adapted[0].weight.clone()
+    adapted.merge_adapter()
+    change(adapted)
+    adapted = keep(adapted)
+    new = adapted[0].weight.clone()
+    with pytest.raises(UsageError, match=r"E586.*0\.weight"):
+        adapted.unmerge_adapter()
+    with pytest.raises(UsageError, match=r"E586"), pytest.warns(match="unmerged before others are activated"):
+        adapted.set_adapter("a")
+    assert torch.equal(adapted[0].weight, new)
+    with adapted.disable_adapter():
+        assert torch.equal(adapted[0].weight, base.to(new))
+    assert torch.equal(adapted[0].weight, new)
+    assert torch.equal(adapted.merge_and_unload()[0].weight, new)
+    assert torch.equal(adapted.unload()[0].weight, base.to(new))
+
+
+@pytest.mark.parametrize("keep", KEPT.values(), ids=KEPT)
+@torch.no_grad()
+def test_what_leaves_merged_weights_as_they_are_does_not_hinder_unmerging(keep):
+    adapted = adapted_by(SPECS["with a copy"])
+    unmerged = adapted(X)
+    adapted.merge_adapter()
+    adapted.load_state_dict(adapted.state_dict())
+    adapted.requires_grad_(True).requires_grad_(False)
+    adapted.load_state_dict({name: each.clone() for name, each in adapted.state_dict().items()}, assign=True)
+    adapted = keep(adapted)
+    adapted.unmerge_adapter()
+    torch.testing.assert_close(adapted(X.to(adapted[0].weight)).to(X), unmerged)
