@@ -12,8 +12,8 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
 from peftc.compiler.trace.stamp import AGAIN, BEGINS, ENDS, Body, StampError
+from peftc.passes.ir.bodies import INNER, module_path
 from peftc.passes.ir.infer import unbacked
-from peftc.passes.ir.split_tied_weights import module_path
 from peftc.passes.ir.verify import VerifyError
 from peftc.passes.ir.views import share_storage
 from peftc.runtime.regions.within import is_within, moved
@@ -117,6 +117,11 @@ class _Expansion:
                     _keep_view(node, copied, env)
                     if _STACK in copied.meta:
                         copied.meta[_STACK] = move.moved(copied.meta[_STACK])
+                    if INNER in copied.meta:
+                        inner = copied.meta[INNER].items()
+                        copied.meta[INNER] = {
+                            at: tuple(moved(path, move.old, move.new) for path in paths) for at, paths in inner
+                        }
 
     def _again(self, node: fx.Node, env: Any, move: _Move | None) -> list[Any]:
         """The nodes of a layer alike, and what they give."""

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy
@@ -14,16 +15,14 @@ from torch import nn
 from transformers import PreTrainedConfig
 from transformers.exporters.utils import patch_attributes
 
+from peftc.compiler.trace.gradients import Asked, own_backward
+from peftc.compiler.trace.outside import UntraceableError, from_outside
 from peftc.passes.foreign import transformers as contract
 from peftc.passes.plan.plain import REGION_OF, plain_class
 from peftc.runtime.regions.kinds import OWN
 from peftc.runtime.regions.watch import Facts, Read
 
 _GROUPS = ("_parameters", "_buffers", "_modules")
-
-
-class UntraceableError(Exception):
-    """A forward does what no graph can do again. Says what."""
 
 
 @dataclass
@@ -206,6 +205,8 @@ def recording(recorder: Recorder) -> Iterator[None]:
     try:
         with ExitStack() as stack:
             stack.enter_context(patch_attributes(_patches(recorder)))
+            stack.enter_context(own_backward(partial(_has_own_backward, recorder)))
+            stack.enter_context(Asked())
             yield
     finally:
         recorder.running = False
@@ -230,7 +231,7 @@ def _numpys() -> Any:
 def _patches(recorder: Recorder) -> list[tuple[Any, str, Callable[[Any], Any]]]:
     def asks(original: Any) -> Any:
         def is_grad_enabled() -> bool:
-            if _from_outside(sys._getframe(1)):
+            if from_outside(sys._getframe(1)):
                 recorder.gradients = True
                 return recorder.enabled
             return bool(original())
@@ -239,7 +240,7 @@ def _patches(recorder: Recorder) -> list[tuple[Any, str, Callable[[Any], Any]]]:
 
     def turns(original: Any) -> Any:
         def enter(self: Any, *args: Any) -> Any:
-            if _from_outside(sys._getframe(1)):
+            if from_outside(sys._getframe(1)):
                 recorder.turned = type(self).__name__
             return original(self, *args)
 
@@ -248,10 +249,17 @@ def _patches(recorder: Recorder) -> list[tuple[Any, str, Callable[[Any], Any]]]:
     return [
         (builtins, "range", _counting),
         (torch, "is_grad_enabled", asks),
+        (torch.set_grad_enabled, "__init__", turns),
         (torch.no_grad, "__enter__", turns),
         (torch.enable_grad, "__enter__", turns),
         (torch.inference_mode, "__enter__", turns),
     ]
+
+
+def _has_own_backward(recorder: Recorder, name: str) -> None:
+    recorder.gradients = True
+    if recorder.enabled:
+        raise UntraceableError(f"{name} has a backward of its own")
 
 
 def _counting(original: Any) -> Any:
@@ -263,17 +271,8 @@ def _counting(original: Any) -> Any:
 
     class Range(metaclass=Kind):
         def __new__(cls, *ends: Any) -> Any:
-            if any(isinstance(each, torch.SymInt) for each in ends) and _from_outside(sys._getframe(1)):
+            if any(isinstance(each, torch.SymInt) for each in ends) and from_outside(sys._getframe(1)):
                 raise UntraceableError("it loops over a size of what it is given")
             return original(*ends)
 
     return Range
-
-
-def _from_outside(frame: Any) -> bool:
-    """Whether a model's own code asks, and not torch's, which asks all the time."""
-    name = frame.f_globals.get("__name__", "")
-    if name == "torch.utils._contextlib":  # a decorated function's
-        function = frame.f_locals.get("func")
-        name = getattr(function, "__module__", "") or ""
-    return name.partition(".")[0] not in ("torch", "peftc")

@@ -12,7 +12,8 @@ from transformers.exporters.utils import patch_attributes
 
 from peftc.compiler.pipeline import managed
 from peftc.compiler.pipeline.lower import copy_graph
-from peftc.compiler.trace.recording import Index, Recorder, UntraceableError, config_copies, recorded, recording
+from peftc.compiler.trace.outside import UntraceableError
+from peftc.compiler.trace.recording import Index, Recorder, config_copies, recorded, recording
 from peftc.compiler.trace.trace import _always, _apart, _constants, _export, _flat_graph, _Input, refuse
 from peftc.compiler.trace.twin import Twin
 from peftc.grammar.diagnostics import AdapterError
@@ -73,6 +74,7 @@ def _trace(module: nn.Module, call: RegionCall) -> RegionTrace:
         raise UntraceableError(f"its forward turns gradients on or off ({recorder.turned})")
     aliases = tied_names(twin.model)
     graph = copy_graph(_flat_graph(graph_module, inputs))
+    _refuse_autocast(graph, aliases)
     if updates:
         _call_cache(graph, forward)
     managed.run(graph, [SplitOwners(aliases)])
@@ -209,6 +211,15 @@ class _Forward:
             self.updates = cache.updates
             leaves += cache.given
         return leaves
+
+
+def _refuse_autocast(graph: fx.Graph, names: Mapping[str, tuple[str, ...]]) -> None:
+    """Adapters of a module that is called in a block of autocast would not be in the block."""
+    for node in graph.find_nodes(op="call_function", target=torch.ops.higher_order.wrap_with_autocast):
+        for each in node.all_input_nodes:
+            if each.op == "get_attr" and each.target in names:
+                path = str(each.target).rpartition(".")[0].removeprefix(HEAD).lstrip(".")
+                raise UntraceableError(f"it calls {path or 'its own weights'} inside of torch.autocast")
 
 
 def _call_cache(graph: fx.Graph, forward: _Forward) -> None:

@@ -20,12 +20,14 @@ from transformers.utils import logging as transformers_logging
 
 from peftc.compiler.pipeline import managed
 from peftc.compiler.trace.expand import check_stamps, expanded
+from peftc.compiler.trace.gradients import Gradients, drop_idle
 from peftc.compiler.trace.repeats import repeated_layers
 from peftc.compiler.trace.samples import Sample, Sampler, of_one_size, plain_sample, sample_cache
 from peftc.compiler.trace.stamp import Stamper, StampError
 from peftc.compiler.trace.twin import Twin
 from peftc.grammar.diagnostics import AdapterError, Diagnostic, ModelError, fail
 from peftc.passes.foreign import transformers as contract
+from peftc.passes.ir.bodies import inline_gradient_blocks, tell_inner_uses
 from peftc.passes.ir.inputs import InputSpec, Size, describe, inputs_of
 from peftc.passes.ir.split_tied_weights import SplitOwners
 from peftc.passes.ir.traced import Traced
@@ -82,6 +84,7 @@ class Tracer:
         graph = _flat_graph(module, inputs)
         if stamper.calls:
             graph = expanded(graph, stamper.calls, aliases)
+        drop_idle(graph, dict(twin.model.named_parameters(remove_duplicate=False)))
         managed.run(graph, [SplitOwners(aliases)])
         if stamper.calls:
             check_stamps(graph, stamper.calls, aliases)
@@ -97,6 +100,8 @@ class Tracer:
             filler=int(contract.pads_with_zero(getattr(self._source, "config", None))),
             stamped=stamper.stamped,
             alone=stamper.alone,
+            gradients=forward.gradients.enabled if forward.gradients.asked else None,
+            own_backward=forward.gradients.own,
         )
 
     def takes_cache(self, call: Call) -> bool:
@@ -189,13 +194,15 @@ class _FlatForward:
         self._is_root = not call.signature.entry
         self.form: nest.Form = ()
         self.layout: caches.Layout | None = None
+        self.gradients = Gradients()
 
     def __call__(self, tensors: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
         values = list(tensors.values())
         count = sum(nest.count_tensors(form) for _, form in self._arguments)
         of_one_size(values[:count], values[count:])
         cache = caches.build(self._layout, values[count:], trimmed=False) if self._layout else None
-        output = self.run(values[:count], cache)
+        with self.gradients.watched():
+            output = self.run(values[:count], cache)
         leaves: list[torch.Tensor] = []
         self.form = nest.flatten(output, leaves, "the output")
         if nest.holds_cache(self.form):
@@ -283,6 +290,8 @@ def _flat_graph(module: fx.GraphModule, inputs: list[_Input]) -> fx.Graph:
     """The exported graph with plain placeholders and a flat tuple as output."""
     graph = module.graph
     graph.set_codegen(fx.graph.CodeGen())
+    inline_gradient_blocks(graph, module)
+    tell_inner_uses(graph, module)
     names = [str(node.target) for node in graph.find_nodes(op="placeholder")]
     if names != [each.name for each in inputs]:
         extra = sorted(set(names) - {each.name for each in inputs})

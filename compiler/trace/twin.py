@@ -25,6 +25,8 @@ class Twin:
 
     def __init__(self, model: nn.Module, known: Mapping[int, object] | None = None):
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+        # Operators are met once or twice in a trace: to remember what one gave takes longer than to ask it again.
+        self.mode.cache_enabled = False
         memo: dict[int, object] = dict(known or {})
         for module in model.modules():
             held = packed(module)

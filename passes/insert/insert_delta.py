@@ -12,9 +12,9 @@ from peftc.passes.expression.apply import Activation, Apply, DropoutError, Prime
 from peftc.passes.expression.convolve import Convolve, Patches, is_low_rank
 from peftc.passes.expression.materialise import Evaluator, to_logical, to_stored, unstack
 from peftc.passes.insert.uses import WeightUse, use_of
+from peftc.passes.ir.bodies import used_by
 from peftc.passes.ir.emit import Emit, Origin
 from peftc.passes.ir.pass_manager import Change, Miss
-from peftc.passes.ir.split_tied_weights import module_path
 from peftc.passes.ir.stages import Stage
 from peftc.passes.plan.site import Site
 from peftc.passes.plan.structure import AdaptedSite, Structure, Term, site_slot, slot_role
@@ -58,7 +58,7 @@ class InsertDelta:
     def _adapt(self, graph: fx.Graph, weight: fx.Node, adapted: AdaptedSite, misses: list[Miss]) -> int:
         ours = [user for user in weight.users if "peftc" not in user.meta and not _is_adapted(user, adapted.site)]
         # A functional use by another module is not this site's: PEFT reaches what the named module computes.
-        uses = [user for user in ours if adapted.site.kind == "parameter" or adapted.site.user in module_path(user)]
+        uses = [user for user in ours if adapted.site.kind == "parameter" or adapted.site.user in used_by(user, weight)]
         terms = [_primes(term) for term in adapted.terms]
         made = 0
         replaced: fx.Node | None = None

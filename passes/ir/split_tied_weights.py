@@ -6,6 +6,7 @@ from typing import ClassVar
 
 from torch import fx
 
+from peftc.passes.ir.bodies import used_by
 from peftc.passes.ir.pass_manager import Change
 from peftc.passes.ir.stages import Stage
 
@@ -31,7 +32,7 @@ class SplitOwners:
             if len(aliases) < 2:
                 continue
             for user in list(node.users):
-                wanted = owned_name(user, aliases) or str(node.target)
+                wanted = owned_name(user, node, aliases) or str(node.target)
                 if wanted == node.target:
                     continue
                 with graph.inserting_before(node):
@@ -44,15 +45,9 @@ class SplitOwners:
         return Change(made=made)
 
 
-def module_path(node: fx.Node) -> tuple[str, ...]:
-    """The modules a node was traced in, outermost first, without the exporter's `@n` suffix for repeated calls."""
-    stack = node.meta.get("nn_module_stack") or {}
-    return tuple(str(path).split("@")[0] for path, _ in stack.values())
-
-
-def owned_name(user: fx.Node, aliases: tuple[str, ...]) -> str | None:
-    """The alias that belongs to the innermost module the user was traced in, or None."""
-    for path in reversed(module_path(user)):
+def owned_name(user: fx.Node, weight: fx.Node, aliases: tuple[str, ...]) -> str | None:
+    """The alias that belongs to the innermost module in which the user uses the weight, or None."""
+    for path in reversed(used_by(user, weight)):
         for alias in aliases:
             if alias.rpartition(".")[0] == path:
                 return alias

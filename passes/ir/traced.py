@@ -20,6 +20,8 @@ class Traced:
     `filler` is a token that is not the padding's, of a model of text. `outputs` and `cache` belong to whoever traced:
     how to rebuild the model's output from the flat tuple. Layers in `stamped` were not traced: their nodes are those of
     another layer, alike, with tensors of their own. `alone` says of other repeated layers why they were traced.
+    `gradients` is whether the calls keep gradients that the graph is for, None where the forward did not ask;
+    `own_backward` names what has a backward of its own there, which no graph has: it is not for calls that keep any.
     """
 
     graph: fx.Graph
@@ -33,6 +35,8 @@ class Traced:
     filler: int = 0
     stamped: Mapping[str, str] = field(default_factory=dict)
     alone: Mapping[str, str] = field(default_factory=dict)
+    gradients: bool | None = None
+    own_backward: str = ""
 
     @property
     def shapes(self) -> tuple[tuple[int | None, ...], ...]:

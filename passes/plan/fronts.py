@@ -122,7 +122,9 @@ def _attention(model: nn.Module, heads: Heads | None) -> list[Site]:
         if held is not None:
             hidden, dtype, device = held.packing.in_features, held.packing.dtype, held.parts[0].device
         else:
-            weight = query.get_parameter("weight")
+            weight: Any = getattr(query, "weight", None)
+            if not isinstance(weight, torch.Tensor) or weight.dim() != 2:
+                continue  # queries are made in another way than by a linear
             hidden, dtype, device = weight.shape[0 if fused else 1], weight.dtype, weight.device
         found.append(
             Site(

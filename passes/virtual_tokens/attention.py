@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from peftc.passes.ir.bodies import module_path
 from peftc.passes.ir.pass_manager import Miss
-from peftc.passes.ir.split_tied_weights import module_path
 
 aten = torch.ops.aten
 

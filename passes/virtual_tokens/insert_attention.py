@@ -10,9 +10,9 @@ from torch import fx
 
 from peftc.passes.foreign.transformers import PACKED, SEPARATE
 from peftc.passes.insert.insert_delta import SlotValue, UnfitError
+from peftc.passes.ir.bodies import module_path
 from peftc.passes.ir.emit import Emit, Origin
 from peftc.passes.ir.pass_manager import Change, Miss
-from peftc.passes.ir.split_tied_weights import module_path
 from peftc.passes.ir.stages import Stage
 from peftc.passes.plan.structure import Structure, VirtualTokens
 from peftc.passes.virtual_tokens import widen

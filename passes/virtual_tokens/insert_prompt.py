@@ -10,12 +10,12 @@ from torch import fx
 from peftc.passes.foreign.peft import TASK_IDS
 from peftc.passes.foreign.transformers import name_of
 from peftc.passes.insert.insert_delta import SlotValue, UnfitError
+from peftc.passes.ir.bodies import module_path
 from peftc.passes.ir.emit import Emit, Origin
 from peftc.passes.ir.infer import is_same_size
 from peftc.passes.ir.inputs import BATCH, InputSpec, describe, inputs_of, with_role
 from peftc.passes.ir.pass_manager import Change
 from peftc.passes.ir.roles import Role, Stack
-from peftc.passes.ir.split_tied_weights import module_path
 from peftc.passes.ir.stages import Stage
 from peftc.passes.ir.values import refresh
 from peftc.passes.plan.structure import Structure, VirtualTokens

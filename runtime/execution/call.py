@@ -20,7 +20,7 @@ class Signature:
     `entry` is the submodule called (empty for the model itself); `arguments` pairs names with forms; `flags` are the
     config's own answers for options the call leaves open; `sizes` is not empty only where a trace turned out to be
     bound to sizes, and then names the ones it must have. `mode` is how the graph is widened for virtual tokens: traces
-    know none.
+    know none. `gradients` is whether the call keeps any, said only where the model's forward asks.
     """
 
     entry: str
@@ -30,6 +30,7 @@ class Signature:
     flags: tuple[object, ...]
     sizes: tuple[tuple[int, ...], ...] = ()
     mode: str = ""
+    gradients: bool | None = None
 
     @property
     def tensor_names(self) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import fx, nn
 
+from peftc.grammar.diagnostics import ModelError, fail
 from peftc.passes.cost.cost import Choice, Lookup, choose
 from peftc.passes.foreign import transformers as contract
 from peftc.passes.insert.insert_delta import SlotValue
@@ -119,6 +120,7 @@ class Engine:
         self._bindings: Sequence[Binding] = ()
         self._takes_cache: dict[str, bool] = {}
         self._traces: dict[Signature, Traced] = {}
+        self._asking: set[Signature] = set()  # of calls whose forward asks whether gradients are kept
         self._specialisations: dict[Structure, Specialisation] = {}
         self.plain = self._tenant = ActiveAdapters(self.specialisation(Structure()), _no_slots, _no_slots)
 
@@ -157,7 +159,13 @@ class Engine:
     def run(self, entry: str, arguments: Mapping[str, Any]) -> Any:
         """Call the model (or a submodule of it) with named arguments."""
         call, tenant = self.call(entry, arguments), self._tenant
-        output = self.program(call)(call, self.recompute)
+        program = self.program(call)
+        own = program.traced.own_backward
+        if own and torch.is_grad_enabled():
+            message = f"{own} has a backward of its own, which is lost in a graph of the whole model"
+            help = 'call the model under torch.no_grad(), or choose regions="layers": there it runs as it is written'
+            fail(ModelError, "E466", message, help=help)
+        output = program(call, self.recompute)
         if call.signature.training:
             self.penalise(output, tenant)
         return output
@@ -192,6 +200,7 @@ class Engine:
         Sites are lowered by `choice`, or as is cheapest for a call of this size.
         """
         self.bind()
+        call = self._graded(call)
         autocast = torch.is_autocast_enabled(_device_type(call))
         choice = self._choice(call) if choice is None else choice
         programs = self._tenant.specialisation.programs
@@ -215,11 +224,22 @@ class Engine:
 
     def traced(self, call: Call) -> Traced:
         """The base graph for a call, traced now if it was not before."""
-        signature = replace(call.signature, mode="")
+        signature = replace(self._graded(call).signature, mode="")
         if signature not in self._traces:
             with outside():
-                self._traces[signature] = self.backend.trace(replace(call, signature=signature))
+                traced = self.backend.trace(replace(call, signature=signature))
+            if traced.gradients is not None and signature.gradients is None:
+                self._asking.add(replace(signature, sizes=()))
+                signature = replace(signature, gradients=traced.gradients)
+            self._traces[signature] = traced
         return self._traces[signature]
+
+    def _graded(self, call: Call) -> Call:
+        """The call, which says whether it keeps gradients where the model's forward asks."""
+        plain = replace(call.signature, mode="", sizes=(), gradients=None)
+        if plain not in self._asking:
+            return call
+        return replace(call, signature=replace(call.signature, gradients=torch.is_grad_enabled()))
 
     @property
     def trace_count(self) -> int:
@@ -237,6 +257,7 @@ class Engine:
         """
         if traces:
             self._traces.clear()
+            self._asking.clear()
         self.storage.refresh()
         for each in self._specialisations.values():
             each.programs.clear()
@@ -250,14 +271,14 @@ class Engine:
     def copy_for(self, model: nn.Module) -> "Engine":
         """An engine for a copy of the model; it has the traces that there are, programs are not shared."""
         engine = Engine(self.backend.for_model(model), model)
-        engine._traces = dict(self._traces)
+        engine._traces, engine._asking = dict(self._traces), set(self._asking)
         engine.recompute = self.recompute
         return engine
 
     def beside(self, model: nn.Module, *, traces: bool) -> "Engine":
         """An engine for a model that is like this one while both live, so that a trace of one can be of both."""
         engine = self.copy_for(model)
-        engine._traces = self._traces if traces else {}
+        engine._traces, engine._asking = (self._traces, self._asking) if traces else ({}, set())
         return engine
 
     def find(self, owner: str) -> nn.Module:
@@ -290,6 +311,7 @@ class Engine:
     def _make(self, call: Call, autocast: bool, choice: Choice) -> Program:
         with outside():
             traced = self.traced(call)
+            call = self._graded(call)
             graph = self._specialised(traced, call.signature, autocast, choice)
             lowered = self.backend.lower(graph, autocast=autocast, choice=choice)
             program = Program(traced, lowered, self.find, training=call.signature.training)

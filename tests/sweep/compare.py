@@ -241,7 +241,20 @@ class Checks:
         return "; ".join(f"shape {at}: {each}" for at, each in enumerate(told) if each)
 
     def gradients(self, ours: Any) -> str:
-        """Of every trained tensor, after a step of training."""
+        """Of every trained tensor, after a step of training; in float64 where rounding decides in float32."""
+        told = self.gradients_of(ours)
+        if not told:
+            return told
+        batches, self.batches = self.batches, [{name: wide(each) for name, each in b.items()} for b in self.batches]
+        self.theirs.double(), ours.double()
+        try:
+            return told if self.gradients_of(ours) else ""
+        finally:
+            self.theirs.float(), ours.float()
+            self.batches = batches
+
+    def gradients_of(self, ours: Any) -> str:
+        """As `gradients`, in the type that the models are in."""
         theirs = self.theirs
         try:
             wanted = self.step(theirs)
@@ -270,7 +283,7 @@ class Checks:
         outputs = [each for each in called(model, self.batches[0]) if each.requires_grad]
         if not outputs:
             raise Unlike("no output has a gradient")
-        loss = sum(each.nan_to_num(0.0, 0.0, 0.0).clamp(-1e4, 1e4).float().pow(2).mean() for each in outputs)
+        loss = sum(each.nan_to_num(0.0, 0.0, 0.0).clamp(-1e4, 1e4).double().pow(2).mean() for each in outputs)
         loss.backward()  # type: ignore[union-attr]
         return (float(loss.detach()),)  # type: ignore[union-attr]
 
@@ -306,6 +319,11 @@ class Checks:
         mine = values(ours, self.batches[0])
         ours.unmerge_adapter()
         return differences(mine, self.expected[0], near)
+
+
+def wide(value: Any) -> Any:
+    """In float64, if it is of floats."""
+    return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
 
 class Unlike(Exception):

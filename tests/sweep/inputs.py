@@ -1,6 +1,7 @@
 """Batches that a model might take, in the order in which they are tried: it is driven by the first that it does."""
 
 import inspect
+import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -107,7 +108,10 @@ class Inputs:
                         patches = int(sides.prod(1).sum())
                         values = noise(patches, channels * frames * patch * patch)
                         values = values if order == "flat" else noise(patches, channels, patch, patch)
-                        return {"pixel_values": values, key: sides}
+                        made = {"pixel_values": values, key: sides}
+                        if "image_merge_sizes" in names:
+                            made["image_merge_sizes"] = torch.ones(shape.rows, dtype=torch.long)
+                        return made
 
                     yield grid
         if "spatial_shapes" in names:
@@ -130,15 +134,18 @@ class Inputs:
             }
         if "pixel_values" in names or "pixel_values" in self.required:
             sized = "image_sizes" in names
-            for tiles in (
-                (2, None) if sized or "pixel_attention_mask" in names or "aspect_ratio_ids" in names else (None,)
-            ):
+            several = sized or "pixel_attention_mask" in names or "aspect_ratio_ids" in names
+            for tiles, tells in itertools.product((2, 3, None) if several else (None,), (True, False)[not sized :]):
 
-                def images(shape: Shape, tiles: int | None = tiles, axis: int = 0) -> Batch:
+                def images(shape: Shape, tiles: int | None = tiles, tells: bool = tells) -> Batch:
                     own = (shape.rows,) if tiles is None else (shape.rows, tiles)
                     made: Batch = {"pixel_values": noise(*own, channels, side, side)}
-                    if sized:
+                    if tells:
                         made["image_sizes"] = torch.tensor([[side, side]] * shape.rows)
+                    if "high_res_pixel_values" in names:
+                        made["high_res_pixel_values"] = noise(*own, channels, 2 * side, 2 * side)
+                    if "pixel_attention_mask" in names:
+                        made["pixel_attention_mask"] = torch.ones(*own, side, side, dtype=torch.bool)
                     return made
 
                 yield images

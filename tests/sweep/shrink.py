@@ -48,6 +48,7 @@ SIZES: tuple[tuple[str, int], ...] = (
     (r"num_mel_bins|n_mel_bins|num_mel_channels|input_feat_per_channel", 16),
     (r"num_queries|num_query_tokens|num_denoising|num_detection_tokens|two_stage_num_proposals", 8),
     (r"index_topk|index_n_heads|index_topk_blocks|index_block_size", 4),
+    (r"mm_tokens_per_image", 4),
     (r"resampler_n_latents|num_latents|latent_query_num", 8),
 )  # fmt: skip
 NONE = re.compile(r"\w*(dropout\w*|drop_(path|rate|prob)\w*|layer_?drop|mask_(time|feature)_prob|\w+_pdrop|jitter\w*)")

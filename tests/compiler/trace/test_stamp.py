@@ -15,7 +15,7 @@ from peftc.compiler.trace import trace as tracing
 from peftc.compiler.trace.expand import check_stamps
 from peftc.compiler.trace.stamp import Body
 from peftc.compiler.trace.trace import Tracer
-from peftc.passes.ir.split_tied_weights import module_path
+from peftc.passes.ir.bodies import module_path
 from peftc.passes.ir.verify import VerifyError
 from peftc.passes.optimize.clean import Clean
 from peftc.passes.plan.sites import tied_names

@@ -9,7 +9,7 @@ from transformers import DynamicCache
 
 from peftc.compiler.trace.trace import Tracer
 from peftc.grammar.diagnostics import ModelError
-from peftc.passes.ir.split_tied_weights import module_path
+from peftc.passes.ir.bodies import module_path
 from peftc.runtime.execution.call import read_call
 
 aten = torch.ops.aten
