@@ -128,7 +128,10 @@ def _recording(base: Any) -> type:
                 recorder.read(self, name)
             return base.__getattribute__(self, name)
         try:
-            return base.__getattribute__(self, name)
+            found = base.__getattribute__(self, name)
+            if not hasattr(nn.Module, name):
+                recorder.read(self, name)  # of the class, where an attribute of the same name would hide it
+            return found
         except AttributeError:
             for group in _GROUPS:
                 if name in own[group]:

@@ -143,7 +143,8 @@ class Tracer:
 
     def _twin(self, call: Call) -> Twin:
         twin = Twin(self._source)
-        twin.model.train(call.signature.training)
+        if twin.model.training is not call.signature.training:
+            twin.model.train(call.signature.training)
         return twin
 
     def _layout(self, call: Call) -> caches.Layout:

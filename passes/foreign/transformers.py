@@ -306,6 +306,14 @@ def feature_shape(config: object) -> tuple[int, int]:
     return int(getattr(config, "num_mel_bins", 80)), 2 * int(positions or 100)
 
 
+def asks_for_gradients(hook: object) -> bool:
+    """Whether a hook is the one that `enable_input_require_grads` puts on embeddings, for checkpointing's sake.
+
+    peft's function of that kind has the same name, but for its last letter.
+    """
+    return getattr(hook, "__name__", "").startswith("make_inputs_require_grad")
+
+
 def embedding_scale(module: object) -> tuple[Any, float]:
     """What an embedding multiplies its rows by, a tensor or a number; and as a number, where it is a tensor."""
     return getattr(module, "embed_scale", 1.0), float(getattr(module, "scalar_embed_scale", 1.0))

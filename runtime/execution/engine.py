@@ -264,6 +264,12 @@ class Engine:
         for tell in self.when_reset:
             tell()
 
+    def forget(self) -> None:
+        """Forget the graphs of the whole model: something in it was changed."""
+        self._traces, self._asking = {}, set()
+        for each in self._specialisations.values():
+            each.programs.clear()
+
     def __reduce__(self) -> Any:
         """Without what it made: another process makes its own."""
         return Engine, (self.backend, self.model), {"recompute": self.recompute}

@@ -277,7 +277,7 @@ class EntryPoint:
         for name, parameter in self.__signature__.parameters.items():
             if parameter.kind is inspect.Parameter.VAR_KEYWORD:
                 bound |= bound.pop(name, {})
-        return self._model._adapter_state.engine.run(self._path, bound | extra)
+        return self._model._adapter_state.run_whole(self._path, bound | extra)
 
     __call__ = forward
 
@@ -329,9 +329,9 @@ def _adapted_class(base: type[nn.Module], root: type[Root]) -> type[Root]:
     def forward(self: AdaptedModule, *args: Any, **kwargs: Any) -> Any:
         state = self._adapter_state
         if state.whole or any(name in kwargs for name in EXTRA_INPUTS) or (state.host.stored and _is_exporting()):
-            return state.engine.run("", self._named(args, kwargs))
-        if not (torch.compiler.is_compiling() or state.host.is_settled):
-            state.host.renew()
+            return state.run_whole("", self._named(args, kwargs))
+        if not torch.compiler.is_compiling():
+            state.settle()
         # A container goes through everything that it holds, and is not to meet the adapters there.
         plain = base_view(self) if isinstance(self, CONTAINERS) else self
         with state.host.pinned() as tenant:

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from peftc.grammar.diagnostics import UsageError, did_you_mean, fail
+from peftc.grammar.diagnostics import ModelError, UsageError, did_you_mean, fail
 from peftc.grammar.method.rule import COMPATIBLE
 from peftc.grammar.spec.spec import Regions
+from peftc.passes.foreign import transformers as contract
 from peftc.passes.ir.emit import fake_like
 from peftc.passes.plan.plan import IDS, ORDER, ROWS, AdapterPlan, ParamKey
 from peftc.passes.plan.site import WHOLE
@@ -22,12 +23,15 @@ from peftc.runtime.base.overlay import BANK
 from peftc.runtime.base.replaced import Replaced
 from peftc.runtime.execution.engine import ActiveAdapters, Engine
 from peftc.runtime.execution.virtual import Owner, Virtual
-from peftc.runtime.model.base_weights import Active, BaseWeights
+from peftc.runtime.model.base_weights import Active, BaseWeights, base_view
 from peftc.runtime.regions.host import Host
+from peftc.runtime.regions.kinds import MIXED, attached, is_mixed
 from peftc.runtime.regions.modules import become_regions, layers_become_regions, renew_regions
 from peftc.runtime.regions.outline import partition_of
 from peftc.runtime.regions.partition import Partition
 from peftc.runtime.regions.places import DEFAULT, why_whole
+from peftc.runtime.regions.watch import Holds
+from peftc.runtime.regions.whole import watch_whole
 
 
 @dataclass
@@ -43,6 +47,7 @@ class AdapterSet:
     enabled: bool = True
     regions: Regions = DEFAULT
     host: Host = field(init=False)
+    _holds: Holds | None = None  # whether the model is as graphs of the whole were made for
     _prepared: dict[Active, tuple[ActiveAdapters, list[Binding]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -64,6 +69,48 @@ class AdapterSet:
         """Let modules in the place of regions be such; not those that stand there while weights are merged."""
         if not self.displaced:
             renew_regions(self.engine.model, self.host)
+
+    def settle(self) -> None:
+        """Before a call: modules in the place of regions are such, and what is of other code is made anew."""
+        self.host.check_code()
+        if not self.host.is_settled:
+            self.host.renew()
+
+    def run_whole(self, entry: str, arguments: Mapping[str, Any]) -> Any:
+        """Call the model, or a module in it, by one graph. What was changed in the model since is seen.
+
+        Raises ModelError where something would not run in a graph: a hook inside, a forward of a module's own.
+        """
+        if not torch.compiler.is_compiling():
+            self.host.check_code()
+            if not self.is_as_traced:
+                self._look()
+        return self.engine.run(entry, arguments)
+
+    @property
+    def is_as_traced(self) -> bool:
+        """Whether the model is as it was when a call first met its graphs."""
+        return self._holds is not None and self._holds()
+
+    def _look(self) -> None:
+        base = base_view(self.engine.model)
+        adapted = {at.site.user for at in self.engine.structure.sites}
+        why = attached(base, ignored=contract.asks_for_gradients) or next(
+            (f"{path} {MIXED}" for path in adapted if is_mixed(base, path)), ""
+        )
+        if why:
+            help = f'take it away, or choose regions="layers"; what needs one graph: {self._needs()}'
+            fail(ModelError, "E467", f"one graph of the whole model would not have it: {why}", help=help)
+        if self._holds is not None:
+            self.engine.forget()
+        self.watch()
+
+    def watch(self) -> None:
+        """The model is now as its graphs are made for."""
+        self._holds = watch_whole(self.engine.model)
+
+    def _needs(self) -> str:
+        return why_whole(self.engine.structure) or f'regions = "{self.regions}"'
 
     def partition(self) -> Partition:
         """Which modules run graphs now, and why."""
@@ -175,6 +222,10 @@ class AdapterSet:
         engine = self.engine.copy_for(model)
         base = self.base.copy_for(model, engine, memo)
         copied = AdapterSet(engine, model.get_submodule(BANK), base, enabled=self.enabled, regions=self.regions)
+        if self._holds is not None:
+            if not self._holds():
+                engine.forget()
+            copied.watch()
         copied.activate(self.active)
         if engine.recompute is not None:
             layers_become_regions(model, copied.host)

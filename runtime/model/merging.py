@@ -215,7 +215,10 @@ def _exchange(state: AdapterSet, tensors: Mapping[str, Any], displaced: Replaced
     """
     base = state.base
     known = base.displaced, base.merged, base.placed
+    as_traced = state.is_as_traced
     before = base.swap(tensors)
+    if as_traced:
+        state.watch()
     try:
         base.displaced, base.merged = before if displaced is None else displaced, merged
         if base.displaced:  # not while it rests: then it is known from before where it belongs
@@ -223,6 +226,8 @@ def _exchange(state: AdapterSet, tensors: Mapping[str, Any], displaced: Replaced
         state.activate(state.active)
     except BaseException:
         base.swap(before)
+        if as_traced:
+            state.watch()
         base.displaced, base.merged, base.placed = known
         state.activate(state.active)
         raise

@@ -2,6 +2,7 @@
 
 import re
 import threading
+import types
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -13,6 +14,7 @@ from torch import fx, nn
 from peftc.grammar.diagnostics import AdapterError, ModelError, fail
 from peftc.passes.cost.cost import Choice
 from peftc.passes.foreign import transformers as contract
+from peftc.passes.plan.plain import plain_class
 from peftc.passes.plan.structure import Structure, storage_slot
 from peftc.runtime.base.overlay import BANK
 from peftc.runtime.execution import nest
@@ -21,6 +23,7 @@ from peftc.runtime.execution.outside import outside
 from peftc.runtime.execution.program import Finder, Held, Lowered, graph_module, held_by
 from peftc.runtime.execution.segments import Recompute
 from peftc.runtime.regions.arguments import Arguments
+from peftc.runtime.regions.code import watch_code
 from peftc.runtime.regions.kinds import GLOBAL_HOOKS, HOOKS, split_by
 from peftc.runtime.regions.owned import has_more, owned_tensors
 from peftc.runtime.regions.region import Bound, Inlined, Programs, Region, RegionCall, RegionTrace, Split
@@ -63,6 +66,7 @@ class Host:
         self._numbers: dict[Specialisation, int] = {}
         self._pinned = threading.local()
         self.renew: Callable[[], None] = lambda: None  # what lets modules in the place of regions be such
+        self._code: Holds | None = None
         self._places: list[tuple[dict[str, Any], str, nn.Module | None]] = []
 
     @contextmanager
@@ -104,6 +108,7 @@ class Host:
         self._templates.clear()
         for each in self.regions.values():
             each.opaque.clear()
+            each.plain = types.MethodType(plain_class(each.module).forward, each.module)
 
     def look(self) -> None:
         """Remember which modules stand where regions are, and around them."""
@@ -122,6 +127,14 @@ class Host:
     def is_settled(self) -> bool:
         """Whether the modules stand there still: a few microseconds."""
         return all(held.get(leaf) is module for held, leaf, module in self._places)
+
+    def check_code(self) -> None:
+        """Forget every graph if the code of the model's classes is another: a few microseconds where it is not."""
+        if self._code is not None and self._code():
+            return
+        if self._code is not None:
+            self.engine.reset()
+        self._code = watch_code(self.engine.model)
 
     def told(self, *, replaced: bool) -> None:
         """There is another region, which `enter` has not told anything, or one in the place of another."""

@@ -1,7 +1,8 @@
 """Which modules are alike, so that one trace serves all of them, and what is attached to one, so that none does."""
 
+import sys
 import types
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from functools import partial
 from typing import Any
 
@@ -12,9 +13,12 @@ from torch.nn.modules import module as torch_module
 from peftc.passes.foreign import transformers as contract
 from peftc.passes.plan.plain import plain_class
 from peftc.passes.quantized.schemes.known import packed
+from peftc.runtime.regions.within import standing
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 """The dictionaries that a module keeps its hooks in."""
+
+MIXED = "is in training and the rest is not, or the other way round"
 
 OWN = frozenset(vars(nn.Module())) - {"training"}
 """What `nn.Module` itself keeps in a module, beside whether it is in training."""
@@ -22,6 +26,9 @@ OWN = frozenset(vars(nn.Module())) - {"training"}
 _LEFT_OUT = OWN | {"training"} | frozenset(contract.INDICES)
 
 PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+
+DEEP = 6
+"""How many containers in one another are looked into."""
 
 GLOBAL_HOOKS = tuple(
     value
@@ -35,10 +42,10 @@ def hooked_everywhere() -> bool:
     return any(GLOBAL_HOOKS)
 
 
-def attached(module: nn.Module, path: str = "") -> str:
+def attached(module: nn.Module, path: str = "", ignored: Callable[[Any], bool] = lambda _: False) -> str:
     """What has been attached to a module inside of this one, which has to be called for it to run; empty for nothing.
 
-    What is attached to the module itself runs around its program.
+    What is attached to the module itself runs around its program. Hooks that are `ignored` may as well not run.
     """
     if hooked_everywhere() and any(each is not module for each in module.modules()):
         return "a hook on every module"
@@ -46,7 +53,7 @@ def attached(module: nn.Module, path: str = "") -> str:
         if each is module:
             continue
         where = f"{path}.{name}".lstrip(".")
-        if any(vars(each)[hooks] for hooks in HOOKS):
+        if any(not ignored(hook) for hooks in HOOKS for hook in vars(each)[hooks].values()):
             return f"a hook on {where}"
         if "forward" in vars(each):
             return f"a forward of its own on {where}"
@@ -64,8 +71,14 @@ def _mixed(module: nn.Module, path: str) -> str:
     """Where a part of a module is in training and another is not: adapters drop where their own module trains."""
     for name, each in module.named_modules():
         if each.training is not module.training:
-            return f"{path}.{name} is {'not ' * (not each.training)}in training, and the rest is otherwise".lstrip(".")
+            return f"{path}.{name} {MIXED}".lstrip(".")
     return ""
+
+
+def is_mixed(model: nn.Module, path: str) -> bool:
+    """Whether the module of this path, if there is one, trains and the model does not, or the other way round."""
+    held = standing(model, path)
+    return held is not None and held.training is not model.training
 
 
 def fingerprint(module: nn.Module) -> Hashable:
@@ -100,20 +113,35 @@ def _lines(module: nn.Module) -> Iterator[Hashable]:
                 yield name, identity(value)
 
 
-def identity(value: Any) -> Hashable:
+def identity(value: Any, depth: int = 0) -> Hashable:
     """What a value is told from others by: plain ones by what they are, others by which object they are."""
+    if depth > DEEP:
+        return id(value)
+    within = partial(identity, depth=depth + 1)
     if isinstance(value, PLAIN):
         return type(value), value
     if isinstance(value, tuple | list) and len(value) < 64:
-        return type(value), tuple(map(identity, value))
+        return type(value), tuple(map(within, value))
     if isinstance(value, dict) and len(value) < 64 and all(isinstance(key, str) for key in value):
-        return dict, tuple((key, identity(each)) for key, each in value.items())
+        return dict, tuple((key, within(each)) for key, each in value.items())
     if isinstance(value, torch.Tensor):
         return id(value), value._version if not value.is_inference() else 0
     if isinstance(value, nn.Module):
         return nn.Module, type(value)
     if isinstance(value, partial):
-        return partial, *map(identity, (value.func, value.args, value.keywords))
+        return partial, *map(within, (value.func, value.args, value.keywords))
     if isinstance(value, types.MethodType):
-        return types.MethodType, value.__func__, identity(value.__self__)
+        return types.MethodType, value.__func__, within(value.__self__)
+    if is_record(value):
+        return type(value), tuple((name, within(each)) for name, each in vars(value).items())
     return id(value)
+
+
+def is_record(value: Any) -> bool:
+    """Whether a value is a user's own way to keep fields: a dataclass's object, a namespace. Modules look at those."""
+    kind = type(value)
+    if kind is types.SimpleNamespace:
+        return True
+    package, fields = kind.__module__.partition(".")[0], getattr(value, "__dict__", None)
+    known = package in sys.stdlib_module_names or package in ("torch", "transformers", "peftc", "numpy")
+    return not (known or callable(value)) and isinstance(fields, dict) and len(fields) < 64

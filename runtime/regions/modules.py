@@ -18,6 +18,8 @@ from peftc.runtime.regions.region import Region
 from peftc.runtime.regions.within import is_within, standing
 
 _CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
+_KINDS: dict[type, type] = {}
+_MADE = "_peftc_made"
 
 
 def region_class(base: type[nn.Module]) -> type[nn.Module]:
@@ -42,8 +44,29 @@ def region_class(base: type[nn.Module]) -> type[nn.Module]:
             "__module__": base.__module__,
             "__doc__": base.__doc__,
         }
-        _CLASSES[base] = type(base.__name__, (base,), namespace)
+        _CLASSES[base] = made = _kind_of(type(base))(base.__name__, (base,), namespace)
+        setattr(made, _MADE, True)
     return _CLASSES[base]
+
+
+def _kind_of(kind: Any) -> Any:
+    """A class of classes of regions: what is set on one, once it is made, is set on the class that it derives from.
+
+    So it is where a user says `type(layer).forward = ...`.
+    """
+    if kind not in _KINDS:
+
+        def write(cls: Any, name: str, value: Any) -> None:
+            if _MADE in vars(cls):
+                setattr(vars(cls)[REGION_OF], name, value)
+            else:  # a class may have a say in how others derive from it
+                kind.__setattr__(cls, name, value)
+
+        def delete(cls: Any, name: str) -> None:
+            delattr(vars(cls)[REGION_OF], name)
+
+        _KINDS[kind] = type(kind.__name__, (kind,), {"__setattr__": write, "__delattr__": delete})
+    return _KINDS[kind]
 
 
 def _remade(base: type[nn.Module]) -> nn.Module:

@@ -5,13 +5,13 @@ tensors there are, whether they train, whether something is attached to one of t
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from peftc.runtime.regions.kinds import GLOBAL_HOOKS, HOOKS
+from peftc.runtime.regions.kinds import GLOBAL_HOOKS, HOOKS, identity, is_record
 
 ABSENT = object()
 
@@ -41,15 +41,54 @@ class Facts:
 Holds = Callable[[], bool]
 
 
+@dataclass
+class Watcher:
+    """Gathers what has to be so, as terms over names of values, and makes the function that tells whether it is."""
+
+    held: list[Any] = field(default_factory=list)
+    terms: list[str] = field(default_factory=list)
+
+    def name(self, value: Any) -> str:
+        """What the terms call a value."""
+        self.held.append(value)
+        return f"v{len(self.held) - 1}"
+
+    def made(self) -> Holds:
+        """The function."""
+        names = ", ".join(f"v{index}" for index in range(len(self.held)))
+        made: Callable[..., Holds] = _maker(names, " and ".join(self.terms))
+        return made(*self.held)
+
+    def tensors(self, module: nn.Module) -> None:
+        """A module has the tensors it has, whatever they are."""
+        for tensors in (module._parameters, module._buffers):
+            if tensors:
+                kept = self.name(tensors)
+                self.terms += [
+                    f"{kept}.get({name!r}) is {'not ' * (value is not None)}None" for name, value in tensors.items()
+                ]
+
+    def children(self, own: str, module: nn.Module, but: str = "") -> None:
+        """A module has the modules it has; `own` is what its attributes are called."""
+        if module._modules:
+            children = self.name(module._modules)
+            self.terms.append(f"{own}['_modules'] is {children}")
+            self.terms.append(f"len({children}) == {len(module._modules)}")
+            self.terms += [
+                f"{children}.get({name!r}) is {self.name(child)}"
+                for name, child in module._modules.items()
+                if name != but
+            ]
+
+    def read(self, module: nn.Module | None, read: Read) -> None:
+        """What was read of a module is what it was."""
+        self.terms += _terms(module, read, self.name)
+
+
 def watch(module: nn.Module, facts: Facts) -> Holds:
     """A function that tells whether everything is as it is now."""
-    held: list[Any] = []
-    terms: list[str] = []
-
-    def name_of(value: Any) -> str:
-        held.append(value)
-        return f"v{len(held) - 1}"
-
+    watcher = Watcher()
+    terms, name_of = watcher.terms, watcher.name
     inside = dict(module.named_modules())
     hooks = [vars(each)[kind] for path, each in inside.items() if path for kind in HOOKS]
     if hooks:
@@ -60,24 +99,13 @@ def watch(module: nn.Module, facts: Facts) -> Holds:
         if path:
             terms.append(f"'forward' not in {own}")
             terms.append(f"{name_of(each)}.__class__ is {name_of(type(each))}")
-        for tensors in (each._parameters, each._buffers):
-            if tensors:
-                kept = name_of(tensors)
-                terms += [
-                    f"{kept}.get({name!r}) is {'not ' * (value is not None)}None" for name, value in tensors.items()
-                ]
-        if each._modules:
-            children = name_of(each._modules)
-            terms.append(f"{own}['_modules'] is {children}")
-            terms.append(f"len({children}) == {len(each._modules)}")
-            terms += [f"{children}.get({name!r}) is {name_of(child)}" for name, child in each._modules.items()]
+        watcher.tensors(each)
+        watcher.children(own, each)
     for read in facts.reads:
-        terms += _terms(inside.get(read.path), read, name_of)
+        watcher.read(inside.get(read.path), read)
     if facts.gradients is not None:
         terms.append(f"{name_of(torch.is_grad_enabled)}() is {facts.gradients}")
-    names = ", ".join(f"v{index}" for index in range(len(held)))
-    made: Callable[..., Holds] = _maker(names, " and ".join(terms))
-    return made(*held)
+    return watcher.made()
 
 
 def _terms(module: nn.Module | None, read: Read, name_of: Callable[[Any], str]) -> list[str]:
@@ -96,7 +124,11 @@ def _terms(module: nn.Module | None, read: Read, name_of: Callable[[Any], str]) 
     now = f"{where}.get({key}, {name_of(ABSENT)})"
     if value is None or isinstance(value, bool):
         return [f"{now} is {value}"]
-    if isinstance(value, int | float | str | tuple | torch.dtype | torch.device):
+    if isinstance(value, int | float | str | torch.dtype | torch.device):
+        return [f"{now} == {name_of(value)}"]
+    if is_record(value) or (isinstance(value, list | tuple | dict) and _is_nested(value)):
+        return [f"{name_of(identity)}({now}) == {name_of(identity(value))}"]
+    if isinstance(value, tuple):
         return [f"{now} == {name_of(value)}"]
     if isinstance(value, list | dict | set):
         try:
@@ -109,6 +141,12 @@ def _terms(module: nn.Module | None, read: Read, name_of: Callable[[Any], str]) 
         tensor = name_of(value)
         return [f"{now} is {tensor}", f"{tensor}._version == {value._version}"]
     return [f"{now} is {name_of(value)}"]
+
+
+def _is_nested(value: Any) -> bool:
+    """Whether a container holds others, which may change without it."""
+    inside = value.values() if isinstance(value, dict) else value
+    return any(isinstance(each, list | dict | tuple | set) or is_record(each) for each in inside)
 
 
 _MAKERS: dict[tuple[str, str], Callable[..., Holds]] = {}

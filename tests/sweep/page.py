@@ -47,8 +47,9 @@ def state(row: Mapping[str, Any]) -> str:
 def page(rows: list[Mapping[str, Any]], versions: str) -> str:
     """The whole page."""
     parts = [HEAD, versions, "\n".join(_summary(rows))]
-    tokens = [f"`{row['name']}`" for row in rows if state(row) == "equal" and row.get("generated", True)]
-    parts.append(f"Generated tokens were compared, where the model generates, for {', '.join(tokens)}.")
+    silent = [f"`{row['name']}`" for row in rows if state(row) == "equal" and not row.get("generated", True)]
+    but = f", but of {', '.join(silent)}" if silent else ""
+    parts.append(f"Generated tokens were compared of every model that generates{but}.")
     parts.append("## What is not PEFT's, or took too long\n\n" + "\n".join(_differing(rows)))
     parts.append("## What ran in Python\n\n" + "\n".join(_split(rows)))
     parts.append("## Every type\n\n" + "\n\n".join(_types(rows)))

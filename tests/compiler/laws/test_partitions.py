@@ -7,6 +7,10 @@ import torch
 from torch.testing import assert_close
 
 from peftc import compiler
+from peftc.compiler.trace.repeats import repeated_layers
+from peftc.compiler.trace.trace import Tracer
+from peftc.passes.ir.traced import Traced
+from peftc.runtime.execution.call import Call
 from tests import zoo
 
 SPEC = 'adapter a = lora(rank = 2, init = "random") { on all linear }'
@@ -20,7 +24,9 @@ MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "moe": (dict(num_hidden_layers=3), {}),
     "bert": (dict(num_hidden_layers=3), {}),
     "t5": (dict(num_layers=3), dict(decoder_input_ids=IDS)),
+    "vit": (dict(num_hidden_layers=3), {}),
 }
+IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
 
 def measured(name: str, regions: str) -> tuple[torch.Tensor, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
@@ -30,7 +36,8 @@ def measured(name: str, regions: str) -> tuple[torch.Tensor, dict[str, torch.Ten
     torch.manual_seed(0)
     adapted: Any = compiler.apply(model, SPEC, regions=regions)
     adapted.eval()
-    logits = adapted(input_ids=IDS, attention_mask=MASK, **more).logits
+    given = dict(pixel_values=IMAGES) if name == "vit" else dict(input_ids=IDS, attention_mask=MASK, **more)
+    logits = adapted(**given).logits
     logits.square().sum().backward()
     gradients = {key: each.grad for key, each in adapted.named_parameters() if each.requires_grad}
     merged = adapted.merge_and_unload()
@@ -52,3 +59,20 @@ def test_partitions_are_of_no_consequence(name: str) -> None:
             most = 1e-4 * gradient.abs().max().item()
             assert_close(their_gradients[key], gradient, rtol=0, atol=most, msg=key)
         assert_close(their_merged, merged, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_stamping_is_of_no_consequence(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph of the whole model in which each layer was traced computes the same to the last bit."""
+    made: list[Traced] = []
+    found = []
+    for stamps in (True, False):
+
+        def trace(tracer: Tracer, call: Call, stamps: bool = stamps) -> Traced:
+            made.append(tracer._trace(call, None, repeated_layers(tracer._source) if stamps else {}))
+            return made[-1]
+
+        monkeypatch.setattr(Tracer, "trace", trace)  # nor is a trace shared with another test
+        found.append(measured(name, "model"))
+    assert [bool(each.stamped) for each in made] == [True, False]
+    assert_close(found[0], found[1], rtol=0, atol=0)

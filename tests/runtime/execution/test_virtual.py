@@ -190,8 +190,8 @@ def test_arguments_that_no_model_takes(tiny):
 def test_arguments_of_an_entry_point():
     """A submodule's own signature knows of no adapters."""
     runs = []
-    engine = SimpleNamespace(run=lambda path, arguments: runs.append((path, arguments)))
-    model = SimpleNamespace(_adapter_state=SimpleNamespace(engine=engine))
+    state = SimpleNamespace(run_whole=lambda path, arguments: runs.append((path, arguments)))
+    model = SimpleNamespace(_adapter_state=state)
     encoder = EntryPoint(model, "encoder", nn.Linear(2, 2))
     encoder("x", task_ids=[1])
     assert runs == [("encoder", {"input": "x", "task_ids": [1]})]
