@@ -63,7 +63,10 @@ def _kind_of(kind: Any) -> Any:
                 kind.__setattr__(cls, name, value)
 
         def delete(cls: Any, name: str) -> None:
-            delattr(vars(cls)[REGION_OF], name)
+            if _MADE in vars(cls):
+                delattr(vars(cls)[REGION_OF], name)
+            else:
+                kind.__delattr__(cls, name)
 
         _KINDS[kind] = type(kind.__name__, (kind,), {"__setattr__": write, "__delattr__": delete})
     return _KINDS[kind]
