@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from transformers.exporters.utils import patch_attributes
 
 from peftc.compiler.trace.outside import UntraceableError, from_outside
+from peftc.compiler.trace.own_backward import own_backward
 
 _BEFORE = "_peftc_before"
 _REQUIRES_GRAD = torch.Tensor.requires_grad.__get__  # type: ignore[attr-defined]
@@ -118,23 +119,6 @@ class _Detaching(Asked):
             return value if id(value) in given or not value.is_floating_point() else value.detach()
 
         return pytree.tree_map_only(torch.Tensor, detached, output)
-
-
-@contextmanager
-def own_backward(noted: Callable[[str], None]) -> Iterator[None]:
-    """Inside, tells the names of the functions with a backward of their own that a model calls."""
-    original: Any = vars(torch.autograd.Function)["apply"]
-
-    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        if from_outside(sys._getframe(1)):
-            noted(cls.__name__)
-        return original.__func__(cls, *args, **kwargs)
-
-    torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment, method-assign]
-    try:
-        yield
-    finally:
-        torch.autograd.Function.apply = original  # type: ignore[method-assign]
 
 
 def drop_idle(graph: fx.Graph, names: Mapping[str, Any]) -> None:

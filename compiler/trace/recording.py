@@ -15,8 +15,9 @@ from torch import nn
 from transformers import PreTrainedConfig
 from transformers.exporters.utils import patch_attributes
 
-from peftc.compiler.trace.gradients import Asked, own_backward
+from peftc.compiler.trace.gradients import Asked
 from peftc.compiler.trace.outside import UntraceableError, from_outside
+from peftc.compiler.trace.own_backward import own_backward
 from peftc.passes.foreign import transformers as contract
 from peftc.passes.plan.plain import REGION_OF, plain_class
 from peftc.runtime.regions.kinds import OWN

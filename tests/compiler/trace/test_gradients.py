@@ -26,6 +26,21 @@ class Tripled(torch.autograd.Function):
         return 3 * gradient
 
 
+class Written(torch.autograd.Function):
+    """The backward is what comes of the operators anyway."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * torch.sigmoid(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (x,) = ctx.saved_tensors
+        gate = torch.sigmoid(x)
+        return gradient * gate * (1 + x * (1 - gate))
+
+
 class Block(nn.Module):
     """Two linears, and between them what its kind says."""
 
@@ -40,6 +55,10 @@ class Block(nn.Module):
 
 def own_backward(block, x):
     return Tripled.apply(x)
+
+
+def written_out(block, x):
+    return Written.apply(x)
 
 
 def no_grad(block, x):
@@ -114,7 +133,7 @@ def conditional(block, x):
     return torch.cond(x.sum() > 0, block.second, torch.tanh, (x,))
 
 
-KINDS = [no_grad, decorated, set_grad_enabled, nested, detached, asks, asks_inside, outside_of_autocast]
+KINDS = [written_out, no_grad, decorated, set_grad_enabled, nested, detached, asks, asks_inside, outside_of_autocast]
 SPLIT = [own_backward, statement, inference, asks_a_tensor]
 
 
@@ -163,6 +182,13 @@ def check(theirs, ours, order):
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_holds(kind, regions, order, tmp_path):
     check(*pair(kind, tmp_path, regions), order)
+
+
+def test_a_backward_that_is_written_out_splits_nothing(tmp_path):
+    """As that of Bloom's activation."""
+    _, ours = pair(written_out, tmp_path, "layers")
+    gradients(ours)
+    assert "split" not in str(ours.region_partition())
 
 
 @pytest.mark.parametrize("order", [(True, False, True), (False, True, False)], ids=["grad first", "no_grad first"])
