@@ -306,12 +306,15 @@ def feature_shape(config: object) -> tuple[int, int]:
     return int(getattr(config, "num_mel_bins", 80)), 2 * int(positions or 100)
 
 
-def asks_for_gradients(hook: object) -> bool:
-    """Whether a hook is the one that `enable_input_require_grads` puts on embeddings, for checkpointing's sake.
+def is_idle_hook(hook: object) -> bool:
+    """Whether a hook is one of transformers' own that has nothing to do while a graph runs.
 
-    peft's function of that kind has the same name, but for its last letter.
+    `enable_input_require_grads` puts one on embeddings, for checkpointing's sake (peft's has the same name, but for its
+    last letter). Those that gather hidden states stay on layers once these were asked for; they act where the model's
+    own forward runs, which is while it is traced.
     """
-    return getattr(hook, "__name__", "").startswith("make_inputs_require_grad")
+    gathers = getattr(hook, "__module__", "") == "transformers.utils.output_capturing"
+    return gathers or getattr(hook, "__name__", "").startswith("make_inputs_require_grad")
 
 
 def embedding_scale(module: object) -> tuple[Any, float]:

@@ -95,7 +95,7 @@ class AdapterSet:
     def _look(self) -> None:
         base = base_view(self.engine.model)
         adapted = {at.site.user for at in self.engine.structure.sites}
-        why = attached(base, ignored=contract.asks_for_gradients) or next(
+        why = attached(base, ignored=contract.is_idle_hook) or next(
             (f"{path} {MIXED}" for path in adapted if is_mixed(base, path)), ""
         )
         if why:

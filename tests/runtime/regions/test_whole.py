@@ -134,6 +134,24 @@ def test_embeddings_may_be_made_to_ask_for_gradients():
     assert all(each.grad is not None for each in adapted.parameters() if each.requires_grad)
 
 
+def test_hidden_states_that_were_asked_for_leave_no_hook_that_matters():
+    """transformers leaves the hooks that gather them on the layers."""
+    model = zoo.make("llama", num_hidden_layers=2)
+    adapted = compiler.apply(zoo.make("llama", num_hidden_layers=2), "adapter a = prefix(length = 2)").eval()
+    wanted = adapted(IDS).logits
+    model(IDS, output_hidden_states=True)
+    assert any(each._forward_hooks for each in model.modules()), "or there is nothing to show"
+    again = compiler.apply(model, "adapter a = prefix(length = 2)").eval()
+    again.load_state_dict(adapted.state_dict())
+    assert_close(again(IDS).logits, wanted)
+    model(IDS, output_hidden_states=True)
+    hidden = again(IDS, output_hidden_states=True).hidden_states
+    assert len(hidden) == len(adapted(IDS, output_hidden_states=True).hidden_states) == 3
+    count = again._adapter_state.engine.trace_count
+    again(IDS), again(IDS, output_hidden_states=True)
+    assert again._adapter_state.engine.trace_count == count
+
+
 def test_virtual_tokens_need_a_graph_that_has_no_hooks():
     adapted = compiler.apply(zoo.make("llama"), "adapter a = prefix(length = 2)").eval()
     adapted(IDS)
