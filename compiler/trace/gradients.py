@@ -96,19 +96,23 @@ class Asked(TorchFunctionMode):
     """Refuses to say whether a tensor requires a gradient: none does while a forward is traced."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func == _REQUIRES_GRAD and from_outside(sys._getframe(1)):
-            raise UntraceableError("it asks whether a tensor requires a gradient")
+        _refuse_asking(func)
         return func(*args, **(kwargs or {}))
 
 
-class _Detaching(Asked):
+def _refuse_asking(func: Any) -> None:
+    # The frame, of what calls the mode, is looked at last: dynamo goes through this for branches, and cannot look.
+    if func == _REQUIRES_GRAD and from_outside(sys._getframe(2)):
+        raise UntraceableError("it asks whether a tensor requires a gradient")
+
+
+class _Detaching(TorchFunctionMode):
     def __init__(self, gradients: Gradients):
         super().__init__()
         self.gradients = gradients
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func == _REQUIRES_GRAD and from_outside(sys._getframe(1)):
-            raise UntraceableError("it asks whether a tensor requires a gradient")
+        _refuse_asking(func)
         output = func(*args, **(kwargs or {}))
         if self.gradients.turned is not False:
             return output

@@ -25,7 +25,7 @@ from peftc.runtime.execution.engine import ActiveAdapters, Engine
 from peftc.runtime.execution.virtual import Owner, Virtual
 from peftc.runtime.model.base_weights import Active, BaseWeights, base_view
 from peftc.runtime.regions.host import Host
-from peftc.runtime.regions.kinds import MIXED, attached, is_mixed
+from peftc.runtime.regions.kinds import attached, mixed
 from peftc.runtime.regions.modules import become_regions, layers_become_regions, renew_regions
 from peftc.runtime.regions.outline import partition_of
 from peftc.runtime.regions.partition import Partition
@@ -95,9 +95,7 @@ class AdapterSet:
     def _look(self) -> None:
         base = base_view(self.engine.model)
         adapted = {at.site.user for at in self.engine.structure.sites}
-        why = attached(base, ignored=contract.is_idle_hook) or next(
-            (f"{path} {MIXED}" for path in adapted if is_mixed(base, path)), ""
-        )
+        why = attached(base, ignored=contract.is_idle_hook) or mixed(base, "", adapted)
         if why:
             help = f'take it away, or choose regions="layers"; what needs one graph: {self._needs()}'
             fail(ModelError, "E467", f"one graph of the whole model would not have it: {why}", help=help)

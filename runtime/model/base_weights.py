@@ -71,12 +71,13 @@ class BaseWeights:
 
         What is widened is rounded to what it was, anew each time: to hold on to it would take half as much again.
         """
+        displaced = self._displaced_now()
         made: dict[int, nn.Parameter] = {}
         narrowed: Replaced = {}
         for name, dtype in self.widened.items():
-            wide = self._unmerged_tensor(name)
+            wide = self._unmerged_tensor(name, displaced)
             narrowed[name] = made.setdefault(id(wide), nn.Parameter(wide.detach().to(dtype), requires_grad=False))
-        return Overlay(base_view(self.model), {**self._displaced_now(), **narrowed})
+        return Overlay(base_view(self.model), {**displaced, **narrowed})
 
     def unmerged(self) -> Overlay:
         """The base without what is merged, in the types it is held in."""
@@ -199,9 +200,8 @@ class BaseWeights:
         """What is displaced, by the names that it would have today."""
         return {now: self.displaced[name] for name, now in self.merged_names()} if self.displaced else {}
 
-    def _unmerged_tensor(self, name: str) -> torch.Tensor:
+    def _unmerged_tensor(self, name: str, displaced: Replaced) -> torch.Tensor:
         owner, _, leaf = name.rpartition(".")
-        displaced = self._displaced_now()
         module, tensor = displaced.get(owner), displaced.get(name)
         if isinstance(tensor, torch.Tensor):
             return tensor

@@ -2,7 +2,7 @@
 
 import sys
 import types
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterator
 from functools import partial
 from typing import Any
 
@@ -13,12 +13,9 @@ from torch.nn.modules import module as torch_module
 from peftc.passes.foreign import transformers as contract
 from peftc.passes.plan.plain import plain_class
 from peftc.passes.quantized.schemes.known import packed
-from peftc.runtime.regions.within import standing
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 """The dictionaries that a module keeps its hooks in."""
-
-MIXED = "is in training and the rest is not, or the other way round"
 
 OWN = frozenset(vars(nn.Module())) - {"training"}
 """What `nn.Module` itself keeps in a module, beside whether it is in training."""
@@ -64,21 +61,17 @@ def attached(module: nn.Module, path: str = "", ignored: Callable[[Any], bool] =
 
 def split_by(module: nn.Module, path: str) -> str:
     """Why a module cannot be one graph whatever it is called with, as the tree tells; empty where it may be."""
-    return attached(module, path) or _mixed(module, path)
+    return attached(module, path) or mixed(module, path)
 
 
-def _mixed(module: nn.Module, path: str) -> str:
-    """Where a part of a module is in training and another is not: adapters drop where their own module trains."""
+def mixed(module: nn.Module, path: str, names: Collection[str] | None = None) -> str:
+    """Where a part of a module, or one of these parts, is in training and the module is not, or the other way round:
+    adapters drop where their own module trains.
+    """
     for name, each in module.named_modules():
-        if each.training is not module.training:
-            return f"{path}.{name} {MIXED}".lstrip(".")
+        if each.training is not module.training and (names is None or name in names):
+            return f"{path}.{name} is {'not ' * (not each.training)}in training, and the rest is otherwise".lstrip(".")
     return ""
-
-
-def is_mixed(model: nn.Module, path: str) -> bool:
-    """Whether the module of this path, if there is one, trains and the model does not, or the other way round."""
-    held = standing(model, path)
-    return held is not None and held.training is not model.training
 
 
 def fingerprint(module: nn.Module) -> Hashable:

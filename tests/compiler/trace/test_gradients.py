@@ -12,6 +12,7 @@ from torch.testing import assert_close
 
 from peftc import compiler
 from peftc.grammar.diagnostics import ModelError
+from tests.stack import Stack
 
 X = torch.linspace(-1, 1, 12, dtype=torch.float64).reshape(3, 4)
 
@@ -137,21 +138,10 @@ KINDS = [written_out, no_grad, decorated, set_grad_enabled, nested, detached, as
 SPLIT = [own_backward, statement, inference, asks_a_tensor]
 
 
-class Model(nn.Module):
-    def __init__(self, kind):
-        super().__init__()
-        self.layers = nn.ModuleList(Block(kind) for _ in range(2))
-
-    def forward(self, x):
-        for layer in self.layers:
-            x = layer(x)
-        return x
-
-
 def pair(kind, place, regions):
     """The model adapted by peft, and its checkpoint loaded."""
     torch.manual_seed(0)
-    model = Model(kind).eval()
+    model = Stack(Block(kind) for _ in range(2)).eval()
     config = peft.LoraConfig(r=2, target_modules=["first", "second"], init_lora_weights=False)
     theirs = peft.get_peft_model(copy.deepcopy(model), config).eval()
     theirs.save_pretrained(place)

@@ -17,6 +17,7 @@ from peftc.compiler.api import Compiler
 from peftc.passes.plan.plain import plain_class
 from peftc.runtime.regions.code import watch_code
 from tests import shared_traces, zoo
+from tests.stack import Stack
 
 X = torch.linspace(-1, 1, 8).reshape(2, 4)
 SCALE = 1.0
@@ -61,10 +62,6 @@ class Layer(nn.Module):
     @staticmethod
     def static(x):
         return x
-
-
-def set_global(name, value):
-    setattr(sys.modules[__name__], name, value)
 
 
 def tripled(x, *_):
@@ -125,20 +122,9 @@ GLOBALS = {
 }
 
 
-class Model(nn.Module):
-    def __init__(self, kind, way):
-        super().__init__()
-        self.layers = nn.ModuleList(kind(way) for _ in range(2))
-
-    def forward(self, x):
-        for layer in self.layers:
-            x = layer(x)
-        return x
-
-
 def pair(kind, way, regions):
     torch.manual_seed(0)
-    model = Model(kind, way).eval()
+    model = Stack(kind(way) for _ in range(2)).eval()
     adapted = compiler.apply(model, "adapter a = lora(rank = 2) { on **.linear }", regions=regions).eval()
     assert_close(adapted(X), model(X))
     return model, adapted

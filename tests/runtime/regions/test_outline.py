@@ -55,7 +55,7 @@ ATTACHED = {
     hook: ("model.layers.1", "a hook on mlp.act_fn"),
     own_forward: ("model.layers.0", "a forward of its own on self_attn"),
     parametrization: ("model.layers.2", "a parametrization of input_layernorm"),
-    mixed: ("model.layers.0", "mlp is in training and the rest is not, or the other way round"),
+    mixed: ("model.layers.0", "mlp is in training, and the rest is otherwise"),
 }
 
 

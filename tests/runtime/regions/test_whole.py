@@ -11,6 +11,7 @@ from torch.testing import assert_close
 from peftc import compiler
 from peftc.grammar.diagnostics import ModelError
 from tests import zoo
+from tests.stack import Stack
 
 X = torch.linspace(-1, 1, 8).reshape(2, 4)
 IDS = torch.tensor([[3, 4, 5, 6]])
@@ -26,20 +27,9 @@ class Layer(nn.Module):
         return self.drop(self.linear(x)) * self.scale + self.shift
 
 
-class Model(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.layers = nn.ModuleList([Layer(), Layer()])
-
-    def forward(self, x):
-        for layer in self.layers:
-            x = layer(x)
-        return x
-
-
 def pair(spec="adapter a = lora(rank = 2) { on **.linear }"):
     torch.manual_seed(0)
-    model = Model().eval()
+    model = Stack([Layer(), Layer()]).eval()
     adapted = compiler.apply(model, spec, regions="model").eval()
     assert_close(adapted(X), model(X))
     return model, adapted
