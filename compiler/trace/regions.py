@@ -1,8 +1,7 @@
 """Traces one module by itself, from the arguments of one of its calls, to the graph of a region."""
 
-import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,14 +11,13 @@ from transformers.exporters.utils import patch_attributes
 
 from peftc.compiler.pipeline import managed
 from peftc.compiler.pipeline.lower import copy_graph
+from peftc.compiler.trace.cache_calls import call_cache, measured
 from peftc.compiler.trace.outside import UntraceableError
 from peftc.compiler.trace.recording import Index, Recorder, config_copies, recorded, recording
 from peftc.compiler.trace.trace import _always, _apart, _constants, _export, _flat_graph, _Input, refuse
 from peftc.compiler.trace.twin import Twin
 from peftc.grammar.diagnostics import AdapterError
-from peftc.passes.ir.cache_update import update_cache
-from peftc.passes.ir.infer import is_same_size
-from peftc.passes.ir.inputs import InputSpec, describe, inputs_of
+from peftc.passes.ir.inputs import InputSpec, inputs_of
 from peftc.passes.ir.split_tied_weights import SplitOwners
 from peftc.passes.ir.traced import Traced
 from peftc.passes.plan.sites import tied_names
@@ -76,7 +74,7 @@ def _trace(module: nn.Module, call: RegionCall) -> RegionTrace:
     graph = copy_graph(_flat_graph(graph_module, inputs))
     _refuse_autocast(graph, aliases)
     if updates:
-        _call_cache(graph, forward)
+        call_cache(graph, forward.updates, forward.count, forward.outputs)
     managed.run(graph, [SplitOwners(aliases)])
     recorder.gradients |= bool(recorder.turned)
     traced = Traced(
@@ -87,7 +85,7 @@ def _trace(module: nn.Module, call: RegionCall) -> RegionTrace:
         cache=None,
         guards=tuple(guards),
     )
-    return RegionTrace(traced, recorder.facts(), _measured(graph, forward.updates), recorder.indexed)
+    return RegionTrace(traced, recorder.facts(), measured(graph, forward.updates), recorder.indexed)
 
 
 @dataclass
@@ -222,70 +220,6 @@ def _refuse_autocast(graph: fx.Graph, names: Mapping[str, tuple[str, ...]]) -> N
                 raise UntraceableError(f"it calls {path or 'its own weights'} inside of torch.autocast")
 
 
-def _call_cache(graph: fx.Graph, forward: _Forward) -> None:
-    """f(x, K, V), k, v  ->  f(x, update(cache, k, v)), which takes the cache as an input."""
-    (output,) = graph.find_nodes(op="output")
-    leaves = list(output.args[0])
-    given = leaves[forward.outputs :]
-    placeholders = list(graph.find_nodes(op="placeholder"))
-    inputs, cached = placeholders[: forward.count], placeholders[forward.count :]
-    with graph.inserting_after(placeholders[-1]):
-        cache = graph.placeholder("cache")
-    cache.meta["val"] = None
-    describe(cache, InputSpec("cache"))
-    for at, update in enumerate(forward.updates):
-        keys, values = given[2 * at : 2 * at + 2]
-        taken = cached[2 * at : 2 * at + 2]
-        with graph.inserting_before(output):
-            index: Any = update.index
-            if isinstance(index, str):
-                index = graph.create_node("get_attr", f"{HEAD}.{index}")
-                index.meta["val"] = 0
-            node = graph.call_function(update_cache, (cache, keys, values, index))
-            node.meta["val"] = tuple(each.meta["val"] for each in taken)
-            for part, each in enumerate(taken):
-                got = graph.call_function(operator.getitem, (node, part))
-                got.meta["val"] = each.meta["val"]
-                each.replace_all_uses_with(got)
-        for each in (node, *node.users):
-            stack = keys.meta.get("nn_module_stack")
-            if stack is not None:
-                each.meta["nn_module_stack"] = stack
-    output.args = (tuple(leaves[: forward.outputs]),)
-    for each in cached:
-        graph.erase_node(each)
-    _sort(graph)
-    assert len(inputs) == forward.count
-
-
-def _sort(graph: fx.Graph) -> None:
-    """Put every node after its operands, otherwise in the order that there is. Raises UntraceableError for a circle."""
-    placed: dict[fx.Node, None] = {}
-    open_: set[fx.Node] = set()
-
-    def place(node: fx.Node) -> None:
-        if node in placed:
-            return
-        if node in open_:
-            raise UntraceableError("what it asks of its cache depends on what the cache gives")
-        open_.add(node)
-        for each in node.all_input_nodes:
-            place(each)
-        placed[node] = None
-
-    nodes = list(graph.nodes)
-    for node in nodes:
-        if node.op == "placeholder":
-            place(node)
-    for node in nodes:
-        if node.op != "output":
-            place(node)
-    last = graph._root
-    for node in placed:
-        last.append(node)
-        last = node
-
-
 def _input(name: str, tensor: torch.Tensor, twin: Twin, call: RegionCall) -> _Input:
     shape = tuple(int(size) for size in tensor.shape)
     axes = tuple(size if size <= 1 or call.exact else None for size in shape)
@@ -298,28 +232,6 @@ def _cached(name: str, tensor: torch.Tensor, twin: Twin, call: RegionCall) -> _I
     free = [None if each > 1 and not call.exact else each for each in (rows, length)]
     spec = InputSpec(name, axes=(free[0], heads, free[1], size))
     return _Input(spec, twin.fake(_like(tensor, tensor.shape)))
-
-
-def _measured(graph: fx.Graph, updates: Sequence[Update]) -> tuple[Update, ...]:
-    """The updates with what their sizes are, where inputs tell."""
-    inputs = [node.meta["val"] for node in graph.find_nodes(op="placeholder") if node.meta["val"] is not None]
-    nodes = [node for node in graph.nodes if node.target is update_cache]
-
-    def found(size: Any) -> tuple[int, int] | int | None:
-        if isinstance(size, int):
-            return size
-        for at, value in enumerate(inputs):
-            for axis, other in enumerate(value.shape):
-                if isinstance(other, torch.SymInt) and is_same_size(size, other):
-                    return at, axis
-        return None
-
-    measured = []
-    for update, node in zip(updates, nodes, strict=True):
-        keys = node.args[1].meta["val"]
-        sizes = tuple(tuple(map(found, value.shape)) for value in node.meta["val"])
-        measured.append(replace(update, tokens=found(keys.shape[2]), sizes=sizes))
-    return tuple(measured)
 
 
 def _like(tensor: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:

@@ -3,10 +3,11 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.node import Argument
 from torch.utils import _pytree as pytree
 
@@ -96,8 +97,19 @@ def mode_of(*arguments: Argument) -> Any:
     return found[0] if found else None
 
 
+_LIKE: WeakKeyDictionary[FakeTensorMode, WeakValueDictionary[object, torch.Tensor]] = WeakKeyDictionary()
+
+
 def fake_like(shape: Sequence[int], dtype: torch.dtype, near: fx.Node) -> torch.Tensor:
-    """A fake tensor of this shape in the mode and on the device of the value of `near`."""
+    """A fake tensor of this shape in the mode and on the device of the value of `near`: one for all that are alike.
+
+    So whatever is made of the slots of equal layers is one too, and `infer` need not make it again.
+    """
     value = near.meta["val"]
-    with value.fake_mode:
-        return torch.empty(tuple(shape), dtype=dtype, device=value.device)
+    known = _LIKE.setdefault(value.fake_mode, WeakValueDictionary())
+    key = (tuple(shape), dtype, value.device)
+    found = known.get(key)
+    if found is None:
+        with value.fake_mode:
+            found = known[key] = torch.empty(key[0], dtype=dtype, device=value.device)
+    return found

@@ -15,9 +15,10 @@ import torch
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._ops import HigherOrderOperator
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
+from torch.utils.weak import WeakTensorKeyDictionary
 
 OPERATOR = "operator"
 """The metadata that a native call has: the operator that it is another spelling of."""
@@ -48,31 +49,32 @@ class _Made:
     dtype: torch.dtype
     device: torch.device
     operand: int | None
-    like: "_Latest"
+    known: "_Known"
 
 
-@dataclass
-class _Latest:
-    """The latest tensor that was made so, while somebody has it, and the operand that it is a view of.
+class _Known:
+    """The tensors that were made so, while somebody has them: a new one, and views by the operand that they are of.
 
     Fake values say nothing but their types, so one may stand in many places: where it is still there, it is not made
     again, which would take longer than all else.
     """
 
-    value: Callable[[], torch.Tensor | None] | None = None
-    operand: Callable[[], torch.Tensor | None] | None = None
+    def __init__(self) -> None:
+        self._new: Callable[[], torch.Tensor | None] | None = None
+        self._views: Any = WeakTensorKeyDictionary()
 
     def keep(self, value: torch.Tensor, operand: torch.Tensor | None) -> torch.Tensor:
-        """This one is the latest."""
-        self.value = ref(value)
-        self.operand = None if operand is None else ref(operand)
+        """This one was made."""
+        if operand is None:
+            self._new = ref(value)
+        else:
+            self._views[operand] = ref(value)
         return value
 
     def found(self, operand: torch.Tensor | None) -> torch.Tensor | None:
-        """The latest, if it is of this operand."""
-        if self.value is None or (None if self.operand is None else self.operand()) is not operand:
-            return None
-        return self.value()
+        """The one that was made, of this operand if it is a view."""
+        known = self._new if operand is None else self._views.get(operand)
+        return None if known is None else known()
 
 
 class _Memo:
@@ -257,9 +259,9 @@ def _remembered(value: Any, leaves: Iterable[Any]) -> tuple[list[Any], pytree.Tr
                 return None
             fresh.add(storage)
             offset = part.storage_offset()
-            latest = _Latest()
-            latest.keep(part, None if operand is None else tensors[operand])
-            kept.append(_Made(tuple(part.shape), part.stride(), offset, part.dtype, part.device, operand, latest))
+            known = _Known()
+            known.keep(part, None if operand is None else tensors[operand])
+            kept.append(_Made(tuple(part.shape), part.stride(), offset, part.dtype, part.device, operand, known))
         elif part is None or isinstance(part, bool | int | float | torch.SymInt | torch.SymFloat | torch.SymBool):
             kept.append(part)
         else:
@@ -273,15 +275,16 @@ def _again(part: Any, leaves: Iterable[Any], mode: FakeTensorMode) -> Any:
     operand = None
     if part.operand is not None:
         operand = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)][part.operand]
-    found = part.like.found(operand)
+    found = part.known.found(operand)
     if found is not None:
         return found
+    # As a fake mode makes one, without asking its cache, which knows less than we do and takes ten times longer.
     if operand is None:
-        # As a fake mode makes one, without asking its cache, which knows less than we do and takes longer.
         made = torch.empty_strided(part.shape, part.strides, dtype=part.dtype, device="meta")
-        return part.like.keep(FakeTensor(mode, made, part.device), None)
-    with mode, torch.no_grad():
-        return part.like.keep(torch.as_strided(operand, part.shape, part.strides, part.offset), operand)
+    else:
+        with torch.no_grad(), in_kernel_invocation_manager(mode):
+            made = torch.as_strided(operand, part.shape, part.strides, part.offset)
+    return part.known.keep(FakeTensor(mode, made, part.device), operand)
 
 
 def _storage(tensor: torch.Tensor) -> int:
