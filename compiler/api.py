@@ -9,17 +9,17 @@ import torch
 from torch import fx, nn
 
 from peftc.compiler.export_model.exportable import Exportable
-from peftc.compiler.load_model.quantizing import check_is_backed, quantize_linears
+from peftc.compiler.load_model.quantizing import check_is_backed, check_stored, quantize_linears
 from peftc.compiler.pipeline.lower import lower, specialise
 from peftc.compiler.report.progress import step
 from peftc.compiler.trace.regions import trace_region
 from peftc.compiler.trace.trace import Tracer
 from peftc.compiler.trace.weights import trace_weights
 from peftc.compiler.versions import warn_if_untested
-from peftc.grammar.diagnostics import ModelError, UsageError, fail
+from peftc.grammar.diagnostics import ModelError, SpecError, UsageError, fail
 from peftc.grammar.method.rule import Value
 from peftc.grammar.spec.elaborate import read_spec
-from peftc.grammar.spec.spec import Regions, Spec
+from peftc.grammar.spec.spec import Base, Regions, Spec
 from peftc.passes.cost.cost import Choice
 from peftc.passes.foreign import transformers as contract
 from peftc.passes.insert.insert_delta import SlotValue
@@ -118,6 +118,18 @@ class Compiler:
         if self._surveyed is None or self._surveyed[0] != seen:
             self._surveyed = (seen, survey(view))
         return self._surveyed[1]
+
+    def check_base(self, base: Base | None) -> None:
+        """Raise SpecError unless the model is, is stored and is run as a spec demands."""
+        check_base(base, self.survey())
+        if base is None:
+            return
+        if base.quantize is not None:
+            check_stored(self._model._adapter_state.base.unmerged().module, base.quantize)
+        regions = self._model._adapter_state.regions
+        if base.regions not in (None, regions):
+            message = f"this spec is for regions = '{base.regions}', and the model has '{regions}'"
+            fail(SpecError, "E247", message, base.span, "leave 'regions' out, or say it when the model is adapted")
 
     def for_model(self, model: nn.Module) -> "Compiler":
         """The same for a copy of the model."""

@@ -152,6 +152,16 @@ def check_same(model: nn.Module, quantize: Quantize) -> None:
             fail(SpecError, "E244", message, quantize.span, "load the model dense to have it quantized")
 
 
+def check_stored(model: nn.Module, quantize: Quantize) -> None:
+    """Raise SpecError unless a model is quantized already, and as a spec says."""
+    if not is_packed(model):
+        message = f"this spec is for a base in {text(quantize)}, and the model is dense"
+        fail(
+            SpecError, "E244", message, quantize.span, "quantize the model when it is adapted, or leave 'quantize' out"
+        )
+    check_same(model, quantize)
+
+
 def check_is_backed(model: nn.Module) -> None:
     """Raise ModelError for a model that transformers says is in HQQ's format, and whose weights it has drawn."""
     if str(getattr(getattr(model, contract.QUANTIZED_BY, None), "value", "")) == "hqq" and not is_packed(model):

@@ -10,6 +10,7 @@ import torch
 from torch import fx, nn
 
 from peftc.grammar.diagnostics import ModelError, fail
+from peftc.grammar.spec.spec import Base
 from peftc.passes.cost.cost import Choice, Lookup, choose
 from peftc.passes.foreign import transformers as contract
 from peftc.passes.insert.insert_delta import SlotValue
@@ -70,6 +71,10 @@ class CompilerProtocol(Protocol):
 
     def survey(self) -> ModelSurvey:
         """What there is to adapt on the model, without what is merged."""
+        ...
+
+    def check_base(self, base: Base | None) -> None:
+        """Raise SpecError unless the model is, is stored and is run as a spec demands."""
         ...
 
     def for_model(self, model: nn.Module) -> "CompilerProtocol":

@@ -56,15 +56,17 @@ class AdaptedModel(AdaptedModule):
         config (an object with `to_dict`, or a dict). PEFT's order, the name first, is understood too. `calibration` are
         the batches that a method needs which starts from data, as in `apply`; the base runs on them. `tokenizer` is
         for tokens that a spec names by their text, for new ones, and for a method that starts from a text. `dense` is
-        what a quantized base was made from, as in `apply`. Raises SpecError or UsageError and leaves the model as it
-        was.
+        what a quantized base was made from, as in `apply`. What the spec says of its `base` has to be so already: an
+        adapter that joins others neither quantizes a model nor says where its regions begin. Raises SpecError or
+        UsageError and leaves the model as it was.
         """
         if isinstance(adapter_name, Mapping | AdapterSpec) or hasattr(adapter_name, "to_dict"):
             adapter_config, adapter_name = adapter_name, adapter_config
-        spec, state = one_adapter(adapter_config, adapter_name), self._adapter_state
-        state.check_name(spec.name, help="choose another name")
-        planned = plan_adapters([spec], state.engine.backend.survey(), tokenizer)
-        active = ((spec.name, 1.0),)
+        one, state = one_adapter(adapter_config, adapter_name), self._adapter_state
+        state.check_name(one.spec.name, help="choose another name")
+        state.engine.backend.check_base(one.base)
+        planned = plan_adapters([one.spec], state.engine.backend.survey(), tokenizer)
+        active = ((one.spec.name, one.weight),)
         add_fresh(self, planned, active, calibration=calibration, tokenizer=tokenizer, dense=dense)
         self._unmerge_for_others(stacklevel=3)
 

@@ -1,19 +1,29 @@
 """What users say an adapter is (a spec in any form, a PEFT config), as the spec of that one adapter."""
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from os import PathLike
 from typing import Any
 
 from peftc.grammar.diagnostics import UsageError, fail
 from peftc.grammar.spec.elaborate import read_spec
 from peftc.grammar.spec.library import builtin_methods
-from peftc.grammar.spec.spec import AdapterSpec, Spec
+from peftc.grammar.spec.spec import AdapterSpec, Base, Spec
 from peftc.runtime.peft_format.peft_config import read_config
 
 
-def one_adapter(config: Any, name: str | None) -> AdapterSpec:
+@dataclass(frozen=True)
+class OneAdapter:
+    """An adapter, the weight it is to be active with, and what is demanded of the model it is for."""
+
+    spec: AdapterSpec
+    weight: float = 1.0
+    base: Base | None = None
+
+
+def one_adapter(config: Any, name: str | None) -> OneAdapter:
     """The one adapter a config or spec describes, under the name asked for."""
+    weights, base = dict[str, float](), None
     if isinstance(config, AdapterSpec):
         found = config
     elif isinstance(config, Mapping) or hasattr(config, "to_dict"):
@@ -30,8 +40,9 @@ def one_adapter(config: Any, name: str | None) -> AdapterSpec:
         matching = [each for each in spec.adapters if len(spec.adapters) == 1 or each.name == name]
         if not matching:
             fail(UsageError, "E518", f"the spec has no adapter {name!r}")
-        found = matching[0]
-    return found if name is None or found.name == name else replace(found, name=name)
+        found, weights, base = matching[0], dict(spec.active), spec.base
+    weight = weights.get(found.name, 1.0)
+    return OneAdapter(found if name is None or found.name == name else replace(found, name=name), weight, base)
 
 
 def _text_or_path(config: Any) -> str | PathLike[str]:

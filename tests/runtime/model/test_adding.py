@@ -5,7 +5,7 @@ import torch
 import transformers as hf
 
 from peftc import compiler
-from peftc.grammar.diagnostics import UsageError
+from peftc.grammar.diagnostics import SpecError, UsageError
 from peftc.grammar.spec.elaborate import read_spec
 from peftc.runtime.adapters.bank import AdapterParameters
 from peftc.runtime.model import adding
@@ -171,3 +171,28 @@ def test_beside_others_it_rests_unless_it_is_to_be_active(trainable, adapted):
     assert adapted.active_adapters() == ["a"]
     assert state.adapter("a").is_trainable
     assert state.adapter("b").is_trainable is trainable
+
+
+@pytest.mark.parametrize(
+    ("base", "code", "caret"),
+    [
+        ("hidden_size = 9", "E243", "hidden_size = 9"),
+        ('architecture = "GPT2Model"', "E241", 'architecture = "GPT2Model"'),
+        ("quantize = nf4", "E244", "quantize = nf4"),
+        ('regions = "modules"', "E247", 'base { regions = "modules" }'),
+    ],
+)
+def test_what_a_spec_says_of_its_base_is_so_already(adapted, base, code, caret):
+    before = everything(adapted)
+    with pytest.raises(SpecError) as caught:
+        adapted.add_adapter(f"base {{ {base} }}\nadapter b = lora {{ on q_proj }}")
+    (problem,) = caught.value.diagnostics
+    assert (problem.code, problem.span.text) == (code, caret)
+    unchanged(adapted, before)
+
+
+def test_a_base_that_is_as_a_spec_says(adapted):
+    """The adapter joins, with the weight that the spec activates it with."""
+    base = 'base { hidden_size = 8  regions = "layers" }'
+    adapted.add_adapter(f'{base}\nadapter b = lora(init = "random") {{ on q_proj }}\nactivate 0.5 * b')
+    assert adapted._adapter_state.active == (("b", 0.5),)
