@@ -12,7 +12,7 @@ from peftc.compiler.load_model.models import FoundModel, seeded
 from peftc.compiler.load_model.tokenizers import tokenizer_for
 from peftc.compiler.pipeline.managed import gathered_refusals
 from peftc.compiler.report.facts import RefusalFacts
-from peftc.compiler.trace.trace import refuse
+from peftc.compiler.trace.exporting import refuse
 from peftc.grammar.diagnostics import AdapterError, ModelError
 from peftc.grammar.spec.spec import Spec
 from peftc.runtime.model.model import AdaptedModel

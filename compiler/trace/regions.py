@@ -12,9 +12,9 @@ from transformers.exporters.utils import patch_attributes
 from peftc.compiler.pipeline import managed
 from peftc.compiler.pipeline.lower import copy_graph
 from peftc.compiler.trace.cache_calls import call_cache, measured
+from peftc.compiler.trace.exporting import Input, always, apart, constants_of, exported, flat_graph, refuse
 from peftc.compiler.trace.outside import UntraceableError
 from peftc.compiler.trace.recording import Index, Recorder, config_copies, recorded, recording
-from peftc.compiler.trace.trace import _always, _apart, _constants, _export, _flat_graph, _Input, refuse
 from peftc.compiler.trace.twin import Twin
 from peftc.grammar.diagnostics import AdapterError
 from peftc.passes.ir.inputs import InputSpec, inputs_of
@@ -25,7 +25,7 @@ from peftc.runtime.execution import cache_layers, nest
 from peftc.runtime.regions.region import RegionCall, RegionTrace, Update
 from peftc.runtime.regions.within import HEAD
 
-_COMPILING = [(torch.compiler, "is_compiling", _always)]  # what models ask, as they do where the exporter runs
+_COMPILING = [(torch.compiler, "is_compiling", always)]  # what models ask, as they do where the exporter runs
 
 
 def trace_region(module: nn.Module, call: RegionCall) -> RegionTrace:
@@ -67,11 +67,11 @@ def _trace(module: nn.Module, call: RegionCall) -> RegionTrace:
             inputs.append(_cached(f"cached_{i}_{part}", value, twin, call))
     forward = _Forward(run, len(leaves), call)
     with _apart_from(leaves):
-        graph_module, guards = _export(twin.model, forward, inputs, type(module).__name__)  # type: ignore[arg-type]
+        graph_module, guards = exported(twin.model, forward, inputs, type(module).__name__)
     if recorder.turned and torch.is_grad_enabled():
         raise UntraceableError(f"its forward turns gradients on or off ({recorder.turned})")
     aliases = tied_names(twin.model)
-    graph = copy_graph(_flat_graph(graph_module, inputs))
+    graph = copy_graph(flat_graph(graph_module, inputs))
     _refuse_autocast(graph, aliases)
     if updates:
         call_cache(graph, forward.updates, forward.count, forward.outputs)
@@ -80,7 +80,7 @@ def _trace(module: nn.Module, call: RegionCall) -> RegionTrace:
     traced = Traced(
         graph=graph,
         inputs=tuple(inputs_of(graph).values()),
-        constants=_constants(graph_module, graph, aliases | _numbers(graph)),
+        constants=constants_of(graph_module, graph, aliases | _numbers(graph)),
         outputs=forward.form,
         cache=None,
         guards=tuple(guards),
@@ -220,18 +220,18 @@ def _refuse_autocast(graph: fx.Graph, names: Mapping[str, tuple[str, ...]]) -> N
                 raise UntraceableError(f"it calls {path or 'its own weights'} inside of torch.autocast")
 
 
-def _input(name: str, tensor: torch.Tensor, twin: Twin, call: RegionCall) -> _Input:
+def _input(name: str, tensor: torch.Tensor, twin: Twin, call: RegionCall) -> Input:
     shape = tuple(int(size) for size in tensor.shape)
     axes = tuple(size if size <= 1 or call.exact else None for size in shape)
-    return _Input(InputSpec(name, axes=axes), twin.fake(_like(tensor, shape)))
+    return Input(InputSpec(name, axes=axes), twin.fake(_like(tensor, shape)))
 
 
-def _cached(name: str, tensor: torch.Tensor, twin: Twin, call: RegionCall) -> _Input:
+def _cached(name: str, tensor: torch.Tensor, twin: Twin, call: RegionCall) -> Input:
     """What a cache gives: heads and their size are the model's own."""
     rows, heads, length, size = (int(each) for each in tensor.shape)
     free = [None if each > 1 and not call.exact else each for each in (rows, length)]
     spec = InputSpec(name, axes=(free[0], heads, free[1], size))
-    return _Input(spec, twin.fake(_like(tensor, tensor.shape)))
+    return Input(spec, twin.fake(_like(tensor, tensor.shape)))
 
 
 def _like(tensor: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
@@ -260,4 +260,4 @@ def _numbers(graph: fx.Graph) -> dict[str, tuple[str, ...]]:
 
 
 def _apart_from(tensors: Sequence[torch.Tensor]) -> Any:
-    return _apart(tensors[0].device.type if tensors else "cpu")
+    return apart(tensors[0].device.type if tensors else "cpu")

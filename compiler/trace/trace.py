@@ -1,53 +1,32 @@
 """Traces a model, once per signature, to one flat graph."""
 
 import inspect
-import logging
-import operator
-import re
-import warnings
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any, NoReturn
+from collections.abc import Hashable, Mapping
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import fx, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
-from transformers.exporters.exporter_dynamo import DynamoConfig, DynamoExporter
 from transformers.exporters.utils import patch_attributes
-from transformers.utils import logging as transformers_logging
 
 from peftc.compiler.pipeline import managed
 from peftc.compiler.trace.expand import check_stamps, expanded
+from peftc.compiler.trace.exporting import Input, always, apart, constants_of, exported, flat_graph, refuse
 from peftc.compiler.trace.gradients import Gradients, drop_idle
 from peftc.compiler.trace.repeats import repeated_layers
 from peftc.compiler.trace.samples import Sample, Sampler, of_one_size, plain_sample, sample_cache
 from peftc.compiler.trace.stamp import Stamper, StampError
 from peftc.compiler.trace.twin import Twin
-from peftc.grammar.diagnostics import AdapterError, Diagnostic, ModelError, fail
+from peftc.grammar.diagnostics import AdapterError, ModelError, fail
 from peftc.passes.foreign import transformers as contract
-from peftc.passes.ir.bodies import inline_gradient_blocks, tell_inner_uses
-from peftc.passes.ir.inputs import InputSpec, Size, describe, inputs_of
+from peftc.passes.ir.inputs import InputSpec, inputs_of
 from peftc.passes.ir.split_tied_weights import SplitOwners
 from peftc.passes.ir.traced import Traced
 from peftc.passes.plan.sites import tied_names
 from peftc.runtime.execution import caches, nest
 from peftc.runtime.execution.call import Call
-
-
-@dataclass(frozen=True)
-class _Input:
-    spec: InputSpec
-    value: torch.Tensor
-
-    @property
-    def name(self) -> str:
-        return self.spec.name
-
-    @property
-    def dynamic(self) -> tuple[int, ...]:
-        return tuple(axis for axis, size in enumerate(self.spec.axes) if not isinstance(size, int))
 
 
 class Tracer:
@@ -79,9 +58,9 @@ class Tracer:
         inputs = self._inputs(twin, call, layout)
         forward = _FlatForward(twin.model, call, layout)
         stamper = Stamper(twin.model, kinds)
-        with _apart(_device_of(call)), stamper.installed():
-            module, guards = _export(twin.model, forward, inputs, type(self._source).__name__)
-        graph = _flat_graph(module, inputs)
+        with apart(_device_of(call)), stamper.installed():
+            module, guards = exported(twin.model, forward, inputs, type(self._source).__name__)
+        graph = flat_graph(module, inputs)
         if stamper.calls:
             graph = expanded(graph, stamper.calls, aliases)
         drop_idle(graph, dict(twin.model.named_parameters(remove_duplicate=False)))
@@ -91,7 +70,7 @@ class Tracer:
         return Traced(
             graph=graph,
             inputs=tuple(inputs_of(graph).values()),
-            constants=_constants(module, graph, aliases),
+            constants=constants_of(module, graph, aliases),
             outputs=forward.form,
             cache=layout or forward.layout,
             guards=guards,
@@ -113,16 +92,16 @@ class Tracer:
     def _is_encoder_decoder(self) -> bool:
         return contract.is_encoder_decoder(getattr(self._source, "config", None))
 
-    def _inputs(self, twin: Twin, call: Call, layout: caches.Layout | None) -> list[_Input]:
+    def _inputs(self, twin: Twin, call: Call, layout: caches.Layout | None) -> list[Input]:
         names = call.signature.tensor_names
         samples = self._samples(call, names, layout is not None)
         inputs = [
-            _Input(self._spec(name, sample), twin.fake(_blank(tensor, sample.shape)))
+            Input(self._spec(name, sample), twin.fake(_blank(tensor, sample.shape)))
             for name, tensor, sample in zip(names, call.tensors, samples, strict=True)
         ]
         if layout is not None:
             device = call.tensors[0].device
-            inputs += [_Input(spec, twin.fake(tensor)) for spec, tensor in sample_cache(layout, device)]
+            inputs += [Input(spec, twin.fake(tensor)) for spec, tensor in sample_cache(layout, device)]
         return inputs
 
     def _spec(self, path: str, sample: Sample) -> InputSpec:
@@ -164,6 +143,15 @@ class Tracer:
 
     def _run(self, call: Call, options: Mapping[str, Any]) -> Any:
         """What a twin returns for a call of these sizes, with other options."""
+        kinds = repeated_layers(self._source)
+        try:
+            return self._ran(call, options, kinds)
+        except (StampError, ModelError):
+            if not kinds:
+                raise
+            return self._ran(call, options, {})
+
+    def _ran(self, call: Call, options: Mapping[str, Any], kinds: Mapping[str, Hashable]) -> Any:
         twin = self._twin(call)
         names = call.signature.tensor_names
         tensors = [
@@ -173,13 +161,14 @@ class Tracer:
         forward = _FlatForward(twin.model, call, None)
         try:
             with (
-                _apart(_device_of(call)),
+                apart(_device_of(call)),
                 twin.mode,
                 torch.no_grad(),
-                patch_attributes([(torch.compiler, "is_compiling", _always)]),
+                patch_attributes([(torch.compiler, "is_compiling", always)]),
+                Stamper(twin.model, kinds).installed(),
             ):
                 return forward.run(tensors, None, options)
-        except AdapterError:
+        except (AdapterError, StampError):
             raise
         except Exception as error:
             refuse(type(self._source).__name__, error)
@@ -225,112 +214,14 @@ class _FlatForward:
         return self._module(**arguments)
 
 
-def _export(
-    model: nn.Module, forward: _FlatForward, inputs: list[_Input], kind: str
-) -> tuple[fx.GraphModule, tuple[str, ...]]:
-    sample = {each.name: each.value for each in inputs}
-    dynamic = {each.name: dict.fromkeys(each.dynamic, torch.export.Dim.AUTO) for each in inputs}
-
-    def flat(**tensors: torch.Tensor) -> list[torch.Tensor]:
-        return forward(tensors)
-
-    flat.__signature__ = inspect.Signature([_keyword(name) for name in sample])  # type: ignore[attr-defined]
-    model.__dict__["forward"] = flat
-    try:
-        if isinstance(model, PreTrainedModel):
-            config = DynamoConfig(dynamic=True, dynamic_shapes=dynamic)
-            program, _ = DynamoExporter().export_program(model, dict(sample), config)
-        else:
-            with torch.no_grad():
-                program = torch.export.export(model, (), sample, dynamic_shapes=dynamic, strict=False)
-        # What transformers' models ask of sizes is about masks and lengths that the sampler chose to differ; a plain
-        # module may have taken another way for these sizes than it would for others.
-        asked = () if isinstance(model, PreTrainedModel) else program._guards_code
-        return program.module(), tuple(_guards(asked, list(sample)))
-    except (AdapterError, StampError):
-        raise
-    except Exception as error:  # whatever the model's own code meets under the exporter
-        refuse(kind, error)
-    finally:
-        model.__dict__.pop("forward", None)
-
-
 def _count(graph: fx.Graph) -> int:
     (output,) = graph.find_nodes(op="output")
     return len(output.args[0])
 
 
-def _guards(code: Sequence[str], names: list[str]) -> Iterator[str]:
-    """The exporter's guards on sizes, as `Traced.guards` has them."""
-    for guard in code:
-        text = re.sub(
-            r"L\['(\w+)'\]\.size\(\)\[(\d+)\]", lambda found: f"sizes[{names.index(found[1])}][{found[2]}]", guard
-        )
-        if "L[" not in text:
-            yield text
-
-
-def refuse(kind: str, error: Exception) -> NoReturn:
-    """Raise ModelError for what the exporter met in a forward."""
-    lines = str(error).strip().splitlines() or ["no message"]
-    help = "its forward depends on data, or on something torch.export does not support; the cause is chained"
-    if isinstance(error, ValueError | TypeError):
-        help = "its own forward may refuse such a call: try it on the model without adapters; the cause is chained"
-    diagnostic = Diagnostic(
-        "E402", f"{kind} cannot be traced for this call: {type(error).__name__}: {lines[0]}", help=help
-    )
-    raise ModelError(diagnostic) from error
-
-
 def _first_line(error: Exception) -> str:
     """What an error says, in a line."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def _flat_graph(module: fx.GraphModule, inputs: list[_Input]) -> fx.Graph:
-    """The exported graph with plain placeholders and a flat tuple as output."""
-    graph = module.graph
-    graph.set_codegen(fx.graph.CodeGen())
-    inline_gradient_blocks(graph, module)
-    tell_inner_uses(graph, module)
-    names = [str(node.target) for node in graph.find_nodes(op="placeholder")]
-    if names != [each.name for each in inputs]:
-        extra = sorted(set(names) - {each.name for each in inputs})
-        fail(ModelError, "E403", f"the exporter prepares inputs that are not supported yet: {', '.join(extra)}")
-    for node, each in zip(graph.find_nodes(op="placeholder"), inputs, strict=True):
-        describe(node, replace(each.spec, axes=_known_sizes(node, each.spec.axes)))
-    for node in graph.nodes:
-        if node.op == "get_attr" and "val" not in node.meta:
-            node.meta["val"] = None
-        if node.op == "call_module" and node.target == "_guards_fn":
-            graph.erase_node(node)
-    return graph
-
-
-def _constants(
-    module: fx.GraphModule, graph: fx.Graph, aliases: Mapping[str, tuple[str, ...]]
-) -> dict[str, torch.Tensor | nn.Module]:
-    """What the graph reads that is not the model's: lifted constants and the bodies of higher-order operators."""
-    found: dict[str, torch.Tensor | nn.Module] = {}
-    for node in graph.find_nodes(op="get_attr"):
-        if node.target not in aliases:
-            found[str(node.target)] = operator.attrgetter(str(node.target))(module)
-    return found
-
-
-def _always(_: Callable[[], bool]) -> Callable[[], bool]:
-    """Models choose kernels that fake tensors can run when they believe they are being compiled."""
-    return lambda: True
-
-
-def _keyword(name: str) -> inspect.Parameter:
-    return inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-
-
-def _known_sizes(node: fx.Node, axes: tuple[Size | None, ...]) -> tuple[Size | None, ...]:
-    """What the axes of an input count, and how long those are that the trace turned out to be bound to."""
-    shape = node.meta["val"].shape
-    return tuple(size if isinstance(size, int) else meant for size, meant in zip(shape, axes, strict=True))
 
 
 def _blank(tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
@@ -339,22 +230,3 @@ def _blank(tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
 
 def _device_of(call: Call) -> str:
     return call.tensors[0].device.type if call.tensors else "cpu"
-
-
-@contextmanager
-def _apart(device: str) -> Iterator[None]:
-    """Trace whatever the caller's mode: the graph serves calls inside and outside of autocast and inference mode.
-
-    Keeps the exporter's advice, which is not for our user, off the user's screen.
-    """
-    level = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    exporter = logging.getLogger("torch.export")
-    before, exporter.disabled = exporter.disabled, True
-    try:
-        with warnings.catch_warnings(), torch.inference_mode(False), torch.autocast(device, enabled=False):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        exporter.disabled = before
-        transformers_logging.set_verbosity(level)

@@ -11,18 +11,18 @@ from typing import Any, ClassVar
 
 import torch
 from torch import fx, nn
-from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
-from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, compute_unbacked_bindings
 from torch.utils._sympy.numbers import int_oo
 from torch.utils._sympy.value_ranges import ValueRanges
 
+from peftc.passes.ir.infer import infer, operator_of
 from peftc.passes.ir.inputs import InputSpec, Size, describe, spec_of
 from peftc.passes.ir.pass_manager import Change
 from peftc.passes.ir.roles import Role
 from peftc.passes.ir.stages import Stage
+from peftc.passes.ir.values import operands
 
 _VIEWS = frozenset((torch.ops.aten.view.default, torch.ops.aten.reshape.default))
 
@@ -242,14 +242,19 @@ def _known_sizes(copied: Mapping[fx.Node, fx.Node]) -> dict[Any, tuple[fx.Node, 
     return found
 
 
-@torch.no_grad()
 def propagate(lifted: Lifted) -> None:
     """Give every node its value in the graph's own symbols. Raises BoundError."""
-    placeholders = list(lifted.graph.find_nodes(op="placeholder"))
-    values = [each.meta["val"] for each in placeholders]
-    module = fx.GraphModule(nn.Module(), lifted.graph)
-    with enable_python_dispatcher():  # without it some operators take sizes for plain numbers
-        FakeTensorProp(module, lifted.mode).propagate_dont_convert_inputs(*values)
+    environment = lifted.mode.shape_env
+    assert environment is not None
+    for node in lifted.graph.nodes:
+        if node.op != "call_function":
+            continue
+        args, kwargs = operands(node)
+        value = node.meta["val"] = infer(operator_of(node), args, kwargs, lifted.mode)
+        node.meta.pop("unbacked_bindings", None)  # of the trace's own symbols
+        bindings = compute_unbacked_bindings(environment, value)
+        if bindings:
+            node.meta["unbacked_bindings"] = bindings
     check_unbound(lifted)
 
 

@@ -5,7 +5,7 @@ strides as expressions, types, devices) and by its constants, for as long as the
 else about fake values matters to an operator, so a second layer costs a look-up.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -240,11 +240,13 @@ def _expression(size: Any) -> Any:
     return size.node.expr if isinstance(size, torch.SymInt | torch.SymFloat | torch.SymBool) else size
 
 
-def _remembered(value: Any, leaves: Iterable[Any]) -> tuple[list[Any], pytree.TreeSpec] | None:
+def _remembered(value: Any, leaves: Sequence[Any]) -> tuple[list[Any], pytree.TreeSpec] | None:
     """A value as the memo keeps it, or None where it cannot be made again from types alone."""
     tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
     operands = [_storage(each) for each in tensors]
     parts, form = pytree.tree_flatten(value)
+    if unbacked(parts) - unbacked(leaves):
+        return None  # each run gives it another symbol
     kept: list[Any] = []
     fresh: set[int] = set()
     for part in parts:

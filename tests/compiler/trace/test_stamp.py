@@ -15,6 +15,7 @@ from peftc.compiler.trace import trace as tracing
 from peftc.compiler.trace.expand import check_stamps
 from peftc.compiler.trace.stamp import Body
 from peftc.compiler.trace.trace import Tracer
+from peftc.grammar.diagnostics import ModelError
 from peftc.passes.ir.bodies import module_path
 from peftc.passes.ir.verify import VerifyError
 from peftc.passes.optimize.clean import Clean
@@ -451,7 +452,7 @@ def test_a_model_that_cannot_be_traced_says_the_same():
         def forward(self, x):
             return self.inner(x) if x.sum() > 0 else x
 
-    with pytest.raises(tracing.ModelError, match=r"E402.*GuardOnDataDependentSymNode"):
+    with pytest.raises(ModelError, match=r"E402.*GuardOnDataDependentSymNode"):
         trace(Stack(Depends).eval(), x=X)
 
 
