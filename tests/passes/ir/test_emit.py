@@ -60,6 +60,9 @@ def test_fake_like_is_in_the_graphs_mode(place):
     value = fake_like((), torch.float64, x)
     assert value.fake_mode is x.meta["val"].fake_mode
     assert mode_of(({"nested": [x]},)) is x.meta["val"].fake_mode
+    assert fake_like((), torch.float64, x) is value
+    assert fake_like((), torch.float32, x).dtype == torch.float32
+    assert fake_like((1,), torch.float64, x).shape == (1,)
 
 
 def test_an_operator_without_tensors_is_fake_as_what_is_near(place):

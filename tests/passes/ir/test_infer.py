@@ -1,3 +1,5 @@
+import gc
+
 import pytest
 import torch
 from torch import fx, nn
@@ -69,6 +71,22 @@ def test_a_remembered_view_is_one_of_its_own_operand(mode):
     assert calls_of(mode) == count
     assert (turned.shape, turned.stride()) == ((4, 3), (1, 4))
     assert turned.untyped_storage()._cdata == two.untyped_storage()._cdata
+
+
+def test_a_view_of_each_operand_is_made_once_while_somebody_has_it(mode):
+    """Views of two operands, asked for in turns, as those of two kinds of linears are."""
+    operands = [fake(mode, 3, 4), fake(mode, 3, 4)]
+    views = [infer(aten.t.default, (each,), {}, mode) for each in operands]
+    assert all(infer(aten.t.default, (each,), {}, mode) is view for each, view in zip(operands, views, strict=True))
+    del views
+    gc.collect()
+    assert infer(aten.t.default, (operands[0],), {}, mode).shape == (4, 3)
+
+
+def test_a_size_that_only_data_says_is_another_each_time(mode):
+    one, two = (infer(aten.nonzero.default, (fake(mode, 3, 4),), {}, mode) for _ in range(2))
+    assert calls_of(mode) == 2
+    assert one.shape[0].node.expr != two.shape[0].node.expr
 
 
 def test_several_results_are_remembered(mode):
