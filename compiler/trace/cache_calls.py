@@ -40,7 +40,7 @@ def call_cache(graph: fx.Graph, updates: Sequence[Update], count: int, outputs: 
         last = max(last, keys, values, key=places.__getitem__)
         with graph.inserting_before(last.next):
             node = _update(graph, cache, update, keys, values, cached[2 * at : 2 * at + 2])
-        places[node] = places[last]
+        places |= dict.fromkeys((node, *node.users), places[last])
         last = node
     output.args = (tuple(_leaves(output)[:outputs]),)
     for each in cached:

@@ -125,6 +125,8 @@ def operator_of(node: fx.Node) -> Any:
 
 def infer(operator: Operator, args: Any, kwargs: Mapping[str, Any], mode: FakeTensorMode | None) -> Any:
     """What an operator gives for these values, in a fake mode. Raises whatever the operator raises."""
+    if torch.Tag.inplace_view in getattr(operator, "tags", ()):
+        args = (args[0].detach(), *args[1:])  # it changes the shape of this one, which may stand in other places too
     if mode is None:
         return _run(operator, args, kwargs, None)
     memo = _MEMOS.setdefault(mode, _Memo())

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.cache_utils import Cache
 
 from peftc.grammar.diagnostics import UsageError, did_you_mean, fail
-from peftc.passes.foreign.transformers import forward_of
+from peftc.passes.foreign.transformers import USE_CACHE, forward_of
 from peftc.passes.quantized.schemes.known import packed
 from peftc.runtime.base.overlay import BANK, is_adapters
 from peftc.runtime.base.share import placement
@@ -22,6 +22,7 @@ from peftc.runtime.execution.storage import check_trainable, without_packed
 from peftc.runtime.execution.virtual import EXTRA_INPUTS
 from peftc.runtime.model.adapter_set import AdapterSet
 from peftc.runtime.model.base_weights import COMPILED_CALLS, STATE, base_view
+from peftc.runtime.model.uncached import is_recomputing, without_cache
 from peftc.runtime.regions.modules import layers_become_regions
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -146,8 +147,8 @@ class AdaptedModule(nn.Module):
         As transformers' method of that name, and Trainer's `gradient_checkpointing`: losses and gradients stay as they
         are, random numbers included. Each repeated layer of the model (those transformers marks, else the members of
         its ModuleLists) runs under `torch.utils.checkpoint.checkpoint(use_reentrant=False)`; a layer that changes
-        buffers as it runs, like a batch norm, is left alone. What a forward returns is kept: pass `use_cache=False`,
-        as Trainer does, or the keys and values of every layer are. Without gradients, and in evaluation, nothing
+        buffers as it runs, like a batch norm, is left alone. No cache is made, as in transformers; layers that are
+        given one of the caller's run once, and a warning tells so. Without gradients, and in evaluation, nothing
         changes; nor does it under torch.compile, which has a partitioner of its own that decides what to recompute.
 
         Args:
@@ -311,6 +312,7 @@ def _adapted_class(base: type[nn.Module], root: type[Root]) -> type[Root]:
     known = frozenset(positional) | {each.name for each in parameters if each.kind is each.KEYWORD_ONLY}
     takes_more = any(each.kind is each.VAR_KEYWORD for each in parameters)
     takes_cache = forward_of(base.forward).cache is not None
+    makes_cache = takes_cache and (USE_CACHE in known or takes_more)
 
     def named(self: AdaptedModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         if len(args) > len(positional):
@@ -328,6 +330,8 @@ def _adapted_class(base: type[nn.Module], root: type[Root]) -> type[Root]:
 
     def forward(self: AdaptedModule, *args: Any, **kwargs: Any) -> Any:
         state = self._adapter_state
+        if makes_cache and self.training and self.is_gradient_checkpointing and is_recomputing():
+            args, kwargs = (), without_cache(self._named(args, kwargs))
         if state.whole or any(name in kwargs for name in EXTRA_INPUTS) or (state.host.stored and _is_exporting()):
             return state.run_whole("", self._named(args, kwargs))
         if not torch.compiler.is_compiling():

@@ -1,5 +1,6 @@
 """A region: one module of an adapted model, its programs, and when it runs none of them."""
 
+import warnings
 import zlib
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -155,6 +156,8 @@ class Split:
 
 
 Programs = dict[Hashable, Bound | Split]
+
+_CACHED = "layers that are given a cache are not recomputed (gradient checkpointing): call with use_cache=False"
 
 
 class Host(Protocol):
@@ -323,6 +326,8 @@ class Region:
         if found is None or not self.module.training or not torch.is_grad_enabled() or self.layer is None:
             return None
         cached = any(isinstance(each, Cache) for each in (*args, *kwargs.values()))
+        if cached:
+            warnings.warn(_CACHED, stacklevel=2)
         # A forward of Python's may write to what it holds, as batch norms do.
         writes = any(isinstance(each, _BatchNorm) and each.training for each in self.module.modules())
         return None if cached or writes or self.layer % found.every else found

@@ -26,10 +26,10 @@ class Layer:
     def call(self, operator: object, *args: object) -> fx.Node:
         return self._mark(self.graph.call_function(operator, args))  # type: ignore[arg-type]
 
-    def called(self, *outputs: fx.Node) -> list[str]:
-        """The names of the operators once the cache is called, for whose update the last two outputs are."""
+    def called(self, *outputs: fx.Node, updates: int = 1) -> list[str]:
+        """The names of the operators once the cache is called, for whose updates the last outputs are."""
         self.graph.output(outputs)
-        call_cache(self.graph, [Update(0)], 1, len(outputs) - 2)
+        call_cache(self.graph, [Update(each) for each in range(updates)], 1, len(outputs) - 2 * updates)
         return [node.target.__name__ for node in self.graph.nodes if node.op == "call_function"]
 
 
@@ -47,6 +47,19 @@ def test_the_order_is_that_of_the_layer() -> None:
     layer.graph.lint()
     (node,) = layer.graph.find_nodes(op="call_function", target=update_cache)
     assert node.args[1:3] == (key, value)
+
+
+def test_a_second_update_may_be_of_what_the_first_gave() -> None:
+    layer = Layer()
+    more = [layer._mark(layer.graph.placeholder(name)) for name in ("K2", "V2")]
+    key = layer.call(aten.abs.default, layer.x)
+    twice = layer.call(aten.neg.default, layer.keys)
+    seen = layer.call(aten.mm.default, *more)
+    names = layer.called(seen, key, key, twice, layer.values, updates=2)
+    assert names.index("neg.default") > names.index("update_cache")
+    assert names.count("update_cache") == 2
+    assert names[-1] == "mm.default"
+    layer.graph.lint()
 
 
 def test_what_a_cache_is_given_cannot_depend_on_what_it_gives() -> None:

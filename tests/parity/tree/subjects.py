@@ -26,6 +26,7 @@ class Subject:
     configs: tuple[tuple[str, tuple[Any, ...]], ...] = ()
     swaps: tuple[tuple[str, tuple[Callable[[], nn.Module], ...]], ...] = ()
     biases: tuple[str, ...] = ()  # modules without a bias
+    bypassed: tuple[str, ...] = ()  # modules inside of layers that give what they are given, in another form
     generates: bool = False
 
 
@@ -117,6 +118,7 @@ LLAMA = Subject(
         ("model.layers.1.mlp.up_proj", (linear(32, 48, bias=True),)),
     ),
     biases=("model.layers.1.mlp.gate_proj", "model.layers.0.self_attn.q_proj"),
+    bypassed=("model.layers.0.mlp.act_fn", "model.layers.1.post_attention_layernorm"),
     generates=True,
 )
 
@@ -165,6 +167,7 @@ BERT = Subject(
         ("bert.encoder.layer.1.output.dropout", (nn.Identity,)),
         ("bert.encoder.layer.1.attention.output.dense", (linear(32, 32, bias=True),)),
     ),
+    bypassed=("bert.encoder.layer.0.output.LayerNorm", "bert.encoder.layer.1.attention.output.dropout"),
 )
 
 
@@ -250,5 +253,6 @@ NET = Subject(
         ("blocks.1.fc2", (linear(12, 8),)),
     ),
     biases=("blocks.0.fc2",),
+    bypassed=("blocks.0.norm", "blocks.1.act"),
 )
 SUBJECTS = {each.name: each for each in (LLAMA, BERT, NET)}

@@ -92,7 +92,7 @@ class TreeRules(Watched):
     @rule(data=st.data())
     def forward(self, data: st.DataObject) -> None:
         STEPS["own forward"] += 1
-        place = data.draw(st.sampled_from(self.subject.layers))
+        place = data.draw(st.sampled_from((*self.subject.layers, *self.subject.bypassed)))
         for each in self.both():
             module = each.get_submodule(place)
             if place in self.forwards:

@@ -83,6 +83,13 @@ def test_a_view_of_each_operand_is_made_once_while_somebody_has_it(mode):
     assert infer(aten.t.default, (operands[0],), {}, mode).shape == (4, 3)
 
 
+def test_an_operator_that_changes_its_operands_shape_leaves_the_value_as_it_is(mode):
+    x = fake(mode, 3, 4)
+    for _ in range(2):
+        assert infer(aten.unsqueeze_.default, (x, 0), {}, mode).shape == (1, 3, 4)
+        assert x.shape == (3, 4)
+
+
 def test_a_size_that_only_data_says_is_another_each_time(mode):
     one, two = (infer(aten.nonzero.default, (fake(mode, 3, 4),), {}, mode) for _ in range(2))
     assert calls_of(mode) == 2

@@ -7,10 +7,12 @@ import torch
 import transformers as hf
 from torch import nn
 from torch.testing import assert_close
+from transformers import DynamicCache
 
 from peftc import compiler
 from peftc.compiler import UsageError
 from peftc.compiler.api import Compiler
+from peftc.grammar.spec.spec import Regions
 from peftc.passes.ir.cache_update import update_cache
 from peftc.passes.plan.plain import plain_class
 from peftc.runtime.regions.host import Host
@@ -163,6 +165,46 @@ def test_layers_are_computed_again(every: int) -> None:
         grads.append({name: p.grad.clone() for name, p in adapted.named_parameters() if p.grad is not None})
     assert calls == [4, 4 + 4 // every]
     assert_close(grads[1], grads[0])
+
+
+def activations(call: Any, **options: Any) -> tuple[Any, int]:
+    """What a call gives, and how often an activation is computed in it and in its backward pass."""
+    with torch.profiler.profile() as profile:
+        output = call(**options)
+        output[0].sum().backward()
+    return output, sum(each.count for each in profile.key_averages() if each.key == "aten::silu")
+
+
+@pytest.mark.parametrize("regions", ["layers", "modules", "model"])
+def test_no_cache_is_made_where_layers_are_computed_again(regions: Regions) -> None:
+    """As plain transformers: a model that makes caches in training has its layers recomputed all the same."""
+    base = llama(4)
+    adapted = compiler.apply(base, SPEC, regions=regions).train()
+    assert adapted.config.use_cache
+    adapted(IDS)
+    for model in (adapted, base.train().requires_grad_()):
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model(IDS)
+        output, count = activations(model, input_ids=IDS)
+        assert (output.past_key_values, count) == (None, 8)
+    with pytest.warns(UserWarning, match="use_cache=True is not followed"):
+        assert adapted(IDS, use_cache=True).past_key_values is None
+    with torch.no_grad():
+        assert adapted(IDS).past_key_values.get_seq_length() == IDS.shape[1]
+    assert adapted.eval()(IDS).past_key_values.get_seq_length() == IDS.shape[1]
+
+
+@pytest.mark.filterwarnings("error:use_cache")
+def test_layers_that_are_given_a_cache_are_computed_once_and_say_so() -> None:
+    adapted = compiler.apply(llama(4), SPEC).train()
+    adapted.gradient_checkpointing_enable()
+    calls = ((adapted, {"past_key_values": DynamicCache}), (adapted.model, {}))
+    for call, given in calls:
+        for _ in range(2):  # the first one traces
+            options = {name: make() for name, make in given.items()}
+            with pytest.warns(UserWarning, match="given a cache are not recomputed"):
+                output, count = activations(call, input_ids=IDS, **options)
+        assert (output.past_key_values.get_seq_length(), count) == (IDS.shape[1], 4)
 
 
 def test_a_text_that_grows_is_served_without_asking_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
