@@ -25,6 +25,14 @@ Forward = Callable[[Mapping[str, torch.Tensor]], list[torch.Tensor]]
 """What is exported: tensors by the names of inputs -> the output's tensors."""
 
 
+def _always(_: Callable[[], bool]) -> Callable[[], bool]:
+    return lambda: True
+
+
+COMPILING = [(torch.compiler, "is_compiling", _always)]
+"""For `patch_attributes`: models choose kernels that fake tensors can run when they believe they are being compiled."""
+
+
 @dataclass(frozen=True)
 class Input:
     """An input of a graph, and the fake tensor that it is traced with."""
@@ -137,11 +145,6 @@ def apart(device: str) -> Iterator[None]:
     finally:
         exporter.disabled = before
         transformers_logging.set_verbosity(level)
-
-
-def always(_: Callable[[], bool]) -> Callable[[], bool]:
-    """Models choose kernels that fake tensors can run when they believe they are being compiled."""
-    return lambda: True
 
 
 def _keyword(name: str) -> inspect.Parameter:

@@ -12,7 +12,7 @@ from transformers.exporters.utils import patch_attributes
 from peftc.compiler.pipeline import managed
 from peftc.compiler.pipeline.lower import copy_graph
 from peftc.compiler.trace.cache_calls import call_cache, measured
-from peftc.compiler.trace.exporting import Input, always, apart, constants_of, exported, flat_graph, refuse
+from peftc.compiler.trace.exporting import COMPILING, Input, apart, constants_of, exported, flat_graph, refuse
 from peftc.compiler.trace.outside import UntraceableError
 from peftc.compiler.trace.recording import Index, Recorder, config_copies, recorded, recording
 from peftc.compiler.trace.twin import Twin
@@ -24,8 +24,6 @@ from peftc.passes.plan.sites import tied_names
 from peftc.runtime.execution import cache_layers, nest
 from peftc.runtime.regions.region import RegionCall, RegionTrace, Update
 from peftc.runtime.regions.within import HEAD
-
-_COMPILING = [(torch.compiler, "is_compiling", always)]  # what models ask, as they do where the exporter runs
 
 
 def trace_region(module: nn.Module, call: RegionCall) -> RegionTrace:
@@ -58,7 +56,7 @@ def _trace(module: nn.Module, call: RegionCall) -> RegionTrace:
     if call.cache is not None:
         fakes = [twin.fake(_like(each, each.shape)) for each in leaves]
         probe = _Probe(call.cache, twin)
-        with _apart_from(leaves), twin.mode, torch.no_grad(), patch_attributes(_COMPILING):
+        with _apart_from(leaves), twin.mode, torch.no_grad(), patch_attributes(COMPILING):
             run(fakes, probe)
         updates = probe.pairs
     inputs = [_input(f"in_{i}", each, twin, call) for i, each in enumerate(leaves)]

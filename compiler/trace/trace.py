@@ -13,7 +13,7 @@ from transformers.exporters.utils import patch_attributes
 
 from peftc.compiler.pipeline import managed
 from peftc.compiler.trace.expand import check_stamps, expanded
-from peftc.compiler.trace.exporting import Input, always, apart, constants_of, exported, flat_graph, refuse
+from peftc.compiler.trace.exporting import COMPILING, Input, apart, constants_of, exported, flat_graph, refuse
 from peftc.compiler.trace.gradients import Gradients, drop_idle
 from peftc.compiler.trace.repeats import repeated_layers
 from peftc.compiler.trace.samples import Sample, Sampler, of_one_size, plain_sample, sample_cache
@@ -164,7 +164,7 @@ class Tracer:
                 apart(_device_of(call)),
                 twin.mode,
                 torch.no_grad(),
-                patch_attributes([(torch.compiler, "is_compiling", always)]),
+                patch_attributes(COMPILING),
                 Stamper(twin.model, kinds).installed(),
             ):
                 return forward.run(tensors, None, options)
