@@ -314,7 +314,6 @@ def test_a_checkpoint_beside_others_leaves_regions_as_they_are(tmp_path):
     compiler.apply(model, BASE + SPEC).save_pretrained(tmp_path / "said")
     adapted = compiler.apply(model, SPEC)
     adapted.load_adapter(tmp_path / "said", "b")
-    adapted.add_adapter(BASE + SPEC.replace("adapter a", "adapter c"))
     assert regions_of(adapted) == "layers"
 
 
