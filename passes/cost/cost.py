@@ -6,7 +6,7 @@ do not overlap, and a matrix product first copies its operands into an order of 
 parameters go into is left out where nothing trains: it is computed once and kept.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal
@@ -84,15 +84,14 @@ class Choice:
     frozen: bool = False
 
 
-def choose(structure: Structure, lookup: Lookup, tokens: int, *, training: bool, frozen: bool) -> Choice:
-    """The cheapest lowering of every site for a call of so many tokens.
+def choose(structure: Structure, sizes: Sequence[Sizes], tokens: int, *, training: bool, frozen: bool) -> Choice:
+    """The cheapest lowering of every site, whose tensors have these sizes, for a call of so many tokens.
 
     `training` says that gradients are wanted, `frozen` that no adapter can get one.
     """
     found: dict[Lowering, set[str]] = {each: set() for each in LOWERINGS}
-    for adapted in structure.sites:
-        sizes = sizes_of(adapted, lookup)
-        best = cheapest(anonymous(adapted), sizes, typical(tokens), training=training, frozen=frozen)
+    for adapted, own in zip(structure.sites, sizes, strict=True):
+        best = cheapest(anonymous(adapted), own, typical(tokens), training=training, frozen=frozen)
         found[best].add(adapted.site.name)
     return Choice(frozenset(found["dense"]), frozenset(found["kept"]), frozen)
 
@@ -266,6 +265,11 @@ def _base(site: Site) -> fx.Graph:
     used.meta["nn_module_stack"] = {"site": (site.module, "")}
     graph.output((used,))
     return graph
+
+
+def all_sizes(structure: Structure, lookup: Lookup) -> tuple[Sizes, ...]:
+    """The sizes of every site's tensors, in the structure's order."""
+    return tuple(sizes_of(adapted, lookup) for adapted in structure.sites)
 
 
 def sizes_of(adapted: AdaptedSite, lookup: Lookup) -> Sizes:

@@ -29,6 +29,9 @@ from peftc.passes.plan.resolve_rows import planned_rows
 from peftc.passes.plan.site import WHOLE, Site
 from peftc.passes.plan.sites import collect, input_embedding, output_head, tied_names, universe
 
+KEPT = 8
+"""Of how many different specs a survey keeps the plan."""
+
 
 @dataclass(frozen=True)
 class ModelSurvey:
@@ -43,11 +46,21 @@ class ModelSurvey:
     fronts: tuple[Site, ...] = ()  # places that are no weight
     embedding: str = ""  # the module that embeds tokens, if the model says so
     head: str = ""  # the module that turns hidden states into logits, if the model says so
+    _plans: list[AdapterPlan] = field(default_factory=list, init=False, repr=False, compare=False)
 
     @property
     def model_type(self) -> str:
         """config.model_type, or an empty string for a plain module."""
         return str(getattr(self.config, "model_type", ""))
+
+    def known(self, spec: AdapterSpec) -> AdapterPlan | None:
+        """A plan that was made of a spec like this one, whatever that was called: servers load such ones all day."""
+        found = next((each for each in self._plans if replace(each.spec, name=spec.name) == spec), None)
+        return None if found is None else replace(found, spec=spec)
+
+    def keep(self, plan: AdapterPlan) -> None:
+        """Remember a plan, and of those before it the latest."""
+        self._plans[:] = [plan, *self._plans[: KEPT - 1]]
 
 
 def survey(model: nn.Module) -> ModelSurvey:
@@ -95,6 +108,14 @@ def check_base(base: Base | None, ground: ModelSurvey) -> None:
 
 def resolve(spec: AdapterSpec, ground: ModelSurvey) -> AdapterPlan:
     """The plan of one adapter. Raises SpecError with every problem that is found."""
+    plan = ground.known(spec)
+    if plan is None:
+        plan = _resolved(spec, ground)
+        ground.keep(plan)
+    return plan
+
+
+def _resolved(spec: AdapterSpec, ground: ModelSurvey) -> AdapterPlan:
     _check_rows(spec)
     tensors = Tensors(ground.universe, ground.tensors, ground.ties)
     trained = trained_modules(spec, tensors)

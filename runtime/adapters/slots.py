@@ -20,6 +20,9 @@ from peftc.passes.plan.structure import (
 )
 from peftc.runtime.adapters.bank import AdapterParameters
 
+Weighed = Sequence[tuple[AdapterParameters, float]]
+"""Adapters in the order of their activation, with their weights."""
+
 Binding = tuple[dict[str, Any], str, torch.Tensor | float]
 """A dictionary of a slot, the name in it, and the tensor (for a scalar also the number) to put there."""
 
@@ -42,10 +45,10 @@ class Slots:
             module._parameters.clear()
             module._buffers.clear()
 
-    def bindings(self, position: int, adapter: AdapterParameters, weight: float) -> list[Binding]:
-        """What to put where so that this adapter, with this activation weight, is active at this position."""
+    def bindings(self, active: Weighed) -> list[Binding]:
+        """What to put where so that these adapters are active in this order, with these activation weights."""
         found: list[Binding] = []
-        for entry in entries(position, adapter, weight):
+        for entry in _all_entries(active):
             slot = self.module(entry.slot)
             if isinstance(entry.value, torch.Tensor):
                 found.append(_binding(slot, entry.name, entry.value))
@@ -55,7 +58,7 @@ class Slots:
 
     def tensors(self, adapter: AdapterParameters) -> dict[str, torch.Tensor]:
         """What would be in the slots if this adapter alone were active, by attribute path."""
-        bindings = self.bindings(0, adapter, 1.0)
+        bindings = self.bindings([(adapter, 1.0)])
         paths = {id(held): path for path, slot in self._modules.items() for held in (slot._parameters, slot._buffers)}
         return {
             f"{paths[id(holder)]}.{name}": value for holder, name, value in bindings if isinstance(value, torch.Tensor)
@@ -108,15 +111,19 @@ Sources = Mapping[tuple[str, str], Kept]
 """A slot and a name in it -> where the value is kept."""
 
 
-def sources(active: Sequence[tuple[AdapterParameters, float]]) -> Sources:
+def sources(active: Weighed) -> Sources:
     """Where everything is kept that slots have of adapters active in this order, with their weights."""
     found: dict[tuple[str, str], Kept] = {}
-    with torch.inference_mode(False):
-        for position, (adapter, weight) in enumerate(active):
-            for entry in entries(position, adapter, weight):
-                own = ({entry.name: entry.value}, entry.name)
-                found[entry.slot, entry.name] = own if entry.held is None else entry.held
+    for entry in _all_entries(active):
+        own = ({entry.name: entry.value}, entry.name)
+        found[entry.slot, entry.name] = own if entry.held is None else entry.held
     return found
+
+
+def _all_entries(active: Weighed) -> list[Entry]:
+    """Scalars of them are tensors that can be trained with, whoever asks first."""
+    with torch.inference_mode(False):
+        return [each for place, (adapter, weight) in enumerate(active) for each in entries(place, adapter, weight)]
 
 
 def scalars(adapter: AdapterParameters, site: str, weight: float) -> dict[str, float]:

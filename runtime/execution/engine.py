@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from peftc.grammar.diagnostics import ModelError, fail
 from peftc.grammar.spec.spec import Base
-from peftc.passes.cost.cost import Choice, Lookup, choose
+from peftc.passes.cost.cost import Choice, Lookup, Sizes, all_sizes, choose
 from peftc.passes.foreign import transformers as contract
 from peftc.passes.insert.insert_delta import SlotValue
 from peftc.passes.ir.traced import Traced
@@ -93,6 +93,16 @@ class Specialisation:
 
     structure: Structure
     programs: dict[tuple[Signature, bool, Choice], Program] = field(default_factory=dict)
+    choices: dict[tuple[tuple[Sizes, ...], int, bool, bool], Choice] = field(default_factory=dict)
+    regions: dict[str, Any] = field(default_factory=dict)  # what modules by themselves have of it, whoever is active
+
+    def choice(self, lookup: Lookup, tokens: int, *, training: bool, frozen: bool) -> Choice:
+        """The cheapest lowerings for adapters of these sizes, and a call of so many tokens."""
+        sizes = all_sizes(self.structure, lookup)
+        key = (sizes, tokens.bit_length(), training, frozen)
+        if key not in self.choices:
+            self.choices[key] = choose(self.structure, sizes, tokens, training=training, frozen=frozen)
+        return self.choices[key]
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,6 +117,7 @@ class ActiveAdapters:
     choices: dict[tuple[int, bool], Choice] = field(default_factory=dict)
     virtual: Virtual = field(default_factory=Virtual)
     sources: Callable[[], Sources] = dict
+    holders: Callable[[], Sequence[nn.Module]] = tuple  # the modules that hold the adapters' tensors
     regions: dict[str, Any] = field(default_factory=dict)  # what modules by themselves run with these adapters
 
 
@@ -122,7 +133,7 @@ class Engine:
         self.model = model
         self.forward = contract.forward_of(model.forward)
         self._fixed: Choice | None = None
-        self._bindings: Sequence[Binding] = ()
+        self._bindings: Callable[[], Sequence[Binding]] | None = None
         self._takes_cache: dict[str, bool] = {}
         self._traces: dict[Signature, Traced] = {}
         self._asking: set[Signature] = set()  # of calls whose forward asks whether gradients are kept
@@ -138,7 +149,7 @@ class Engine:
         """The programs of this structure, the same object for equal structures."""
         return self._specialisations.setdefault(structure, Specialisation(structure))
 
-    def activate(self, tenant: ActiveAdapters, bindings: Sequence[Binding] = ()) -> None:
+    def activate(self, tenant: ActiveAdapters, bindings: Callable[[], Sequence[Binding]] | None = None) -> None:
         """Serve calls with these adapters from now on. Makes no graph: calls do.
 
         `bindings` put their tensors into the slots, when a graph of the whole model is first asked for.
@@ -147,9 +158,9 @@ class Engine:
 
     def bind(self) -> None:
         """Put the active adapters' tensors into the slots."""
-        if self._bindings:
-            bind(list(self._bindings))
-            self._bindings = ()
+        if self._bindings is not None:
+            bind(list(self._bindings()))
+            self._bindings = None
 
     @property
     def active(self) -> ActiveAdapters:
@@ -315,8 +326,9 @@ class Engine:
         training = tenant.trainable and torch.is_grad_enabled()
         key = (tokens.bit_length(), training)
         if key not in tenant.choices:
-            structure, frozen = tenant.specialisation.structure, not tenant.trainable
-            tenant.choices[key] = choose(structure, tenant.lookup, tokens, training=training, frozen=frozen)
+            frozen = not tenant.trainable
+            made = tenant.specialisation.choice(tenant.lookup, tokens, training=training, frozen=frozen)
+            tenant.choices[key] = made
         return tenant.choices[key]
 
     def _make(self, call: Call, autocast: bool, choice: Choice) -> Program:

@@ -12,6 +12,7 @@ from torch import fx, nn
 
 from peftc.passes.ir.traced import Traced
 from peftc.passes.optimize.hoist import PIECES
+from peftc.runtime.adapters.slots import Kept
 from peftc.runtime.execution import caches, nest, virtual
 from peftc.runtime.execution.call import Call
 from peftc.runtime.execution.segments import Namespace, Recompute, layer_names, python_function, stitched
@@ -49,7 +50,7 @@ class Program:
         def held(owner: str, leaf: str) -> tuple[dict[str, Any], str]:
             return held_by(find(owner), leaf), leaf
 
-        self.pieces = None if lowered.prologue is None else HoistedConstants(lowered.prologue, held)
+        self.pieces = None if lowered.prologue is None else hoisted(lowered.prologue, held)
         root = _bound(lowered.plain, traced.constants, held, self.pieces)
         self.function = _function(lowered.plain, root)
         self._recomputed: tuple[Recompute, Callable[..., Any]] | None = None
@@ -109,10 +110,8 @@ class Program:
 class HoistedConstants:
     """What a graph reads that weights and parameters alone decide; computed anew when one of them changed."""
 
-    def __init__(self, prologue: fx.Graph, held: "Held"):
-        targets = [str(node.target) for node in prologue.find_nodes(op="get_attr")]
-        self._sources = [held(owner, leaf) for owner, _, leaf in (each.rpartition(".") for each in targets)]
-        self._compute = _function(prologue, _bound(prologue, {}, held, None))
+    def __init__(self, sources: "Sequence[Kept]", compute: Callable[[], tuple[torch.Tensor, ...]]):
+        self._sources, self._compute = sources, compute
         self._seen: list[torch.Tensor] = []
         self._versions: list[int] = []
         self.values: dict[str, torch.Tensor] = {}
@@ -138,6 +137,13 @@ class HoistedConstants:
         self.values.update({f"p{index}": value for index, value in enumerate(values)})
 
 
+def hoisted(prologue: fx.Graph, held: "Held") -> HoistedConstants:
+    """What keeps the results of a prologue, which is taken over."""
+    targets = [str(node.target) for node in prologue.find_nodes(op="get_attr")]
+    sources = [held(owner, leaf) for owner, _, leaf in (each.rpartition(".") for each in targets)]
+    return HoistedConstants(sources, _function(prologue, _bound(prologue, {}, held, None)))
+
+
 Guard = Callable[[Sequence[Sequence[int]]], bool]
 
 
@@ -151,7 +157,7 @@ def guard_of(guards: tuple[str, ...]) -> Guard | None:
 Finder = Callable[[str], nn.Module]
 """The path of a module in graphs -> the live module; the empty path is the model."""
 
-Held = Callable[[str, str], tuple[dict[str, Any], str]]
+Held = Callable[[str, str], Kept]
 """The path of a module in graphs, and a name -> the dictionary in which what is read is kept, and its name there."""
 
 

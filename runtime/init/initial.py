@@ -93,6 +93,12 @@ class _Making:
 
     def at(self, at: PlannedSite) -> None:
         """Make what is not there yet of a site's tensors, in the order the method defines them."""
+        keys = [at.key(self.plan.name, each) for each in at.bound.params]
+        if all(key in self.given for key in keys) and all(each.seed is None for each in at.bound.params):
+            for key in keys:
+                if key not in self.made:
+                    self.made[key] = self._given(self.given[key], at.site)
+            return
         generators: dict[int, torch.Generator] = {}
         missing = (each.role for each in at.bound.params if at.key(self.plan.name, each) not in self.given)
         sources = at.bound.sources(missing)

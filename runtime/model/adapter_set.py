@@ -1,7 +1,7 @@
 """The adapters of one model: which there are, which are active."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
@@ -21,7 +21,7 @@ from peftc.runtime.adapters.bank import AdapterParameters
 from peftc.runtime.adapters.slots import Binding, sources
 from peftc.runtime.base.overlay import BANK
 from peftc.runtime.base.replaced import Replaced
-from peftc.runtime.execution.engine import ActiveAdapters, Engine
+from peftc.runtime.execution.engine import ActiveAdapters, Engine, Specialisation
 from peftc.runtime.execution.virtual import Owner, Virtual
 from peftc.runtime.model.base_weights import Active, BaseWeights, base_view
 from peftc.runtime.regions.host import Host
@@ -32,6 +32,9 @@ from peftc.runtime.regions.partition import Partition
 from peftc.runtime.regions.places import DEFAULT, why_whole
 from peftc.runtime.regions.watch import Holds
 from peftc.runtime.regions.whole import watch_whole
+
+Bindings = Callable[[], Sequence[Binding]]
+"""What puts the tensors of adapters into slots, worked out when a graph first reads these."""
 
 
 @dataclass
@@ -48,7 +51,8 @@ class AdapterSet:
     regions: Regions = DEFAULT
     host: Host = field(init=False)
     _holds: Holds | None = None  # whether the model is as graphs of the whole were made for
-    _prepared: dict[Active, tuple[ActiveAdapters, list[Binding]]] = field(default_factory=dict)
+    _prepared: dict[Active, tuple[ActiveAdapters, Bindings]] = field(default_factory=dict)
+    _placed: set[tuple[Specialisation, Regions]] = field(default_factory=set)  # whose modules are regions
 
     def __post_init__(self) -> None:
         self.host = Host(self.engine)
@@ -208,6 +212,7 @@ class AdapterSet:
             layers_become_regions(self.engine.model, self.host)
         self.engine.storage.refresh()
         self._prepared.clear()
+        self._placed.clear()
         self.activate(self.active)
 
     def enable(self, enabled: bool) -> None:
@@ -232,8 +237,10 @@ class AdapterSet:
     def _forget(self, names: Sequence[str]) -> None:
         for name in names:
             self.bank._modules.pop(name, None)
-        if names:
-            self._prepared.clear()
+        gone = set(names)
+        for active in [each for each in self._prepared if not gone.isdisjoint(name for name, _ in each)]:
+            del self._prepared[active]
+        if gone:
             self.engine.slots.clear()
 
     def _retrained(self, active: Active, trainable: bool) -> ActiveAdapters:
@@ -243,16 +250,16 @@ class AdapterSet:
         self._prepared[active] = (tenant, bindings)
         return tenant
 
-    def _prepare(self, active: Active) -> tuple[ActiveAdapters, list[Binding]]:
+    def _prepare(self, active: Active) -> tuple[ActiveAdapters, Bindings]:
         adapters = [self.adapter(name) for name, _ in active]
         _check(active, adapters)
         weights = [weight for _, weight in active]
         structure = structure_of([(each.plan, each.dtypes()) for each in adapters], weights)
         specialisation = self.engine.specialisation(structure)
-        become_regions(self.engine.model, self.host, structure, self.regions)
-        bindings: list[Binding] = []
-        for position, (adapter, (_, weight)) in enumerate(zip(adapters, active, strict=True)):
-            bindings += self.engine.slots.bindings(position, adapter, weight)
+        if (specialisation, self.regions) not in self._placed:
+            become_regions(self.engine.model, self.host, structure, self.regions)
+            self._placed.add((specialisation, self.regions))
+        weighed = list(zip(adapters, weights, strict=True))
 
         def lookup(position: int, site: str, role: str) -> torch.Tensor:
             adapter = adapters[position]
@@ -270,9 +277,16 @@ class AdapterSet:
 
         penalties = tuple(each.penalty for each in adapters if each.allocator is not None)
         virtual = Virtual(specialisation.structure.fronts, owner=Owner(active, adapters))
-        found = cache(lambda: sources(list(zip(adapters, weights, strict=True))))
-        tenant = ActiveAdapters(specialisation, slot_value, lookup, penalties=penalties, virtual=virtual, sources=found)
-        self._prepared[active] = (tenant, bindings)
+        tenant = ActiveAdapters(
+            specialisation,
+            slot_value,
+            lookup,
+            penalties=penalties,
+            virtual=virtual,
+            sources=cache(lambda: sources(weighed)),
+            holders=cache(lambda: [each for adapter in adapters for each in adapter.modules()]),
+        )
+        self._prepared[active] = tenant, cache(lambda: self.engine.slots.bindings(weighed))
         return self._prepared[active]
 
 

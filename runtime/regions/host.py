@@ -3,9 +3,9 @@
 import re
 import threading
 import types
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,39 +13,23 @@ from torch import fx, nn
 
 from peftc.grammar.diagnostics import AdapterError, ModelError, fail
 from peftc.passes.cost.cost import Choice
-from peftc.passes.foreign import transformers as contract
 from peftc.passes.plan.plain import plain_class
-from peftc.passes.plan.structure import Structure, storage_slot
-from peftc.runtime.base.overlay import BANK
+from peftc.passes.plan.structure import Structure
 from peftc.runtime.execution import nest
 from peftc.runtime.execution.engine import COMPILED, ActiveAdapters, Engine, Specialisation
 from peftc.runtime.execution.outside import outside
-from peftc.runtime.execution.program import Finder, Held, Lowered, graph_module, held_by
+from peftc.runtime.execution.program import Lowered, graph_module
 from peftc.runtime.execution.segments import Recompute
 from peftc.runtime.regions.arguments import Arguments
 from peftc.runtime.regions.code import watch_code
-from peftc.runtime.regions.kinds import GLOBAL_HOOKS, HOOKS, split_by
+from peftc.runtime.regions.kinds import split_by
+from peftc.runtime.regions.local import Local, Recipe, Shared, finder, where_kept
 from peftc.runtime.regions.owned import has_more, owned_tensors
-from peftc.runtime.regions.region import Bound, Inlined, Programs, Region, RegionCall, RegionTrace, Split
+from peftc.runtime.regions.region import KEPT, Bound, Inlined, Region, RegionCall, RegionTrace, Split
 from peftc.runtime.regions.template import Template
 from peftc.runtime.regions.traces import Traces
-from peftc.runtime.regions.watch import Facts, Holds, watch
+from peftc.runtime.regions.watch import Facts, Holds, watch, while_attached
 from peftc.runtime.regions.within import HEAD, Part, is_within, moved, part_of, standing
-
-
-@dataclass(eq=False)
-class _Local:
-    """What adapters have inside of one module, and its programs with them: by call, and by what made them."""
-
-    version: int
-    tenant: ActiveAdapters
-    part: Part | None
-    specialisation: Specialisation | None = None
-    own: tuple[tuple[str, ...], bool] | None = None  # adapted tensors of its own, and whether it must have a graph
-    programs: Programs = field(default_factory=dict)
-    alike: dict[Hashable, list[Bound | Split]] = field(default_factory=dict)
-    bound: dict[Hashable, Bound] = field(default_factory=dict)
-
 
 _LOCK = threading.RLock()
 
@@ -79,16 +63,20 @@ class Host:
         finally:
             self._pinned.tenant = before
 
-    def local(self, path: str) -> _Local:
+    def local(self, path: str) -> Local:
         """What the active adapters have inside of a module."""
         tenant: ActiveAdapters = getattr(self._pinned, "tenant", None) or self.engine.active
-        found: _Local | None = tenant.regions.get(path)
+        found: Local | None = tenant.regions.get(path)
+        if found is None or found.shared.version != self._version:
+            found = tenant.regions[path] = Local(self._shared(tenant.specialisation, path), tenant)
+        return found
+
+    def _shared(self, specialisation: Specialisation, path: str) -> Shared:
+        found: Shared | None = specialisation.regions.get(path)
         if found is None or found.version != self._version:
-            part = self.part(tenant.specialisation.structure, path)
-            found = _Local(self._version, tenant, part)
-            if part is not None:
-                found.specialisation = self.engine.specialisation(part.structure)
-            tenant.regions[path] = found
+            part = self.part(specialisation.structure, path)
+            own = None if part is None else self.engine.specialisation(part.structure)
+            found = specialisation.regions[path] = Shared(self._version, part, own)
         return found
 
     def part(self, structure: Structure, path: str) -> Part | None:
@@ -106,6 +94,8 @@ class Host:
         self._version += 1
         self.traces.clear()
         self._templates.clear()
+        for specialisation in self._numbers:
+            specialisation.regions.clear()
         for each in self.regions.values():
             each.opaque.clear()
             each.plain = types.MethodType(plain_class(each.module).forward, each.module)
@@ -141,6 +131,12 @@ class Host:
         self._entered = None
         self._version += replaced  # programs are bound to the module that was there
 
+    def holds_packed(self, modules: Collection[str], regions: Collection[str]) -> None:
+        """These modules, in these regions, store their weight packed."""
+        self._version += not self.packed.issuperset(regions)
+        self.stored.update(modules)
+        self.packed.update(regions)
+
     def enter(self) -> None:
         """Let regions know whether the active adapters adapt weights of their own: what compilers ask."""
         specialisation = self.engine.active.specialisation
@@ -165,7 +161,7 @@ class Host:
                 trace = self._traced_from(region, local, form, names)
                 lowered = self._lowered(trace, local, False, COMPILED, region.module)
                 portable = replace(lowered, plain=lowered.traceable, prologue=None)
-                code = Template(portable, trace.traced.constants).bind(self._held(region.module, local))
+                code = Template(portable, trace.traced.constants).bind(where_kept(self.engine, region.module, local))
             outputs: nest.Form = trace.traced.outputs  # type: ignore[assignment]
             found = Bound(code, outputs, outputs[0] == nest.TENSOR, False, lambda: True)
             local.programs[key] = found
@@ -179,10 +175,10 @@ class Host:
             self.compiled = True
             self.engine.bind()
             lowered = self._lowered(trace, local, False, COMPILED, region.module)
-            graph = graph_module(lowered.traceable, trace.traced.constants, self._finder(region.module, local))
+            graph = graph_module(lowered.traceable, trace.traced.constants, finder(self.engine, region.module, local))
             return Inlined(graph, trace.traced.outputs)  # type: ignore[arg-type]
 
-    def _traced_from(self, region: Region, local: _Local, form: Any, names: tuple[str, ...]) -> RegionTrace:
+    def _traced_from(self, region: Region, local: Local, form: Any, names: tuple[str, ...]) -> RegionTrace:
         """The trace of a module that takes tensors of this form and no other arguments."""
         made, width = [], _width(region.module, local)
         for axes, dtype in form:
@@ -198,21 +194,38 @@ class Host:
         return found
 
     def program(
-        self, region: Region, local: _Local, arguments: Arguments, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+        self,
+        region: Region,
+        local: Local,
+        alike: Hashable,
+        arguments: Arguments,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
     ) -> Bound | Split:
-        """The program for a call, made now if there is none; or why there is none."""
+        """The program for a call, made now if there is none; or why there is none. Calls of one key may share it."""
         with _LOCK, outside():
-            return self._program(region, local, arguments, args, kwargs)
+            if not self.is_settled:
+                self.renew()
+            known = local.shared.alike.setdefault(alike, [])
+            for each in known:
+                if each.serves(arguments, region.module):
+                    if isinstance(each, Split):
+                        return each
+                    if each.choice == self._choice(arguments, local):
+                        return self._bound(each, region.module, local)
+            found = self._recipe(region, local, arguments, args, kwargs)
+            known[:] = [found, *known[: KEPT - 1]]
+            return found if isinstance(found, Split) else self._bound(found, region.module, local)
 
-    def own_weights(self, region: Region, local: _Local, reason: str) -> Mapping[str, torch.Tensor]:
+    def own_weights(self, region: Region, local: Local, reason: str) -> Mapping[str, torch.Tensor]:
         """The adapted tensors of a module's own, for its Python to run with. Computed outside of autocast, which would
         round them. Raises ModelError where adapters of it are no weights, and so cannot act in its Python.
         """
         assert local.part is not None
         module = region.module
-        if local.own is None:
-            local.own = owned_tensors(module, local.part.structure), self.is_refused(region, local.part)
-        names, refused = local.own
+        if local.shared.own is None:
+            local.shared.own = owned_tensors(module, local.part.structure), self.is_refused(region, local.part)
+        names, refused = local.shared.own
         if refused:
             message = f"{region.path or 'the model'} holds adapted weights and has no graph: {reason}"
             fail(ModelError, "E465", message, help="choose other sites")
@@ -225,7 +238,7 @@ class Host:
                 traced = self.engine.backend.trace_weights(module, names)
                 trace = RegionTrace(traced, Facts())
                 lowered = self._lowered(trace, local, False, Choice(dense=frozenset(names)), module)
-                code = Template(lowered, traced.constants).bind(self._held(module, local))
+                code = Template(lowered, traced.constants).bind(where_kept(self.engine, module, local))
             found = Bound(code, (), False, False, lambda: True)
             local.programs[key] = found
         with torch.autocast(next(module.parameters()).device.type, enabled=False):
@@ -240,42 +253,40 @@ class Host:
         """Whether a tensor below a module is one of a module that stores it packed."""
         return f"{path}.{name}".lstrip(".").rpartition(".")[0] in self.stored
 
-    def _program(
-        self, region: Region, local: _Local, arguments: Arguments, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> Bound | Split:
-        module = region.module
-        assert local.part is not None
-        if not self.is_settled:
-            self.renew()
+    def _recipe(
+        self, region: Region, local: Local, arguments: Arguments, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Recipe | Split:
+        module, recipes = region.module, local.shared.recipes
         why = split_by(module, region.path)
         if why:
-            return Split(why, _still_attached(module))
+            return Split(why, while_attached(module))
         autocast = torch.is_autocast_enabled(arguments.device)
         try:
             trace = self.traces.find(module, arguments, args, kwargs)
         except AdapterError as error:
             return Split(error.diagnostics[0].message, watch(module, Facts()))
         choice = self._choice(arguments, local)
-        training = module.training
-        key = (id(trace), id(local.specialisation), autocast, choice, training)
-        found = local.bound.get(key)
+        key = (id(trace), id(local.shared.specialisation), autocast, choice, module.training)
+        found = recipes.get(key)
         if found is None or not found.holds():
             template = self._templates.get(key)
             if template is None:
-                template = self._templates[key] = self._template(trace, local, autocast, choice, module)
-            code = template.bind(self._held(module, local))
-            form: nest.Form = trace.traced.outputs  # type: ignore[assignment]
-            single = form[0] == nest.TENSOR
-            found = Bound(code, form, single, bool(trace.updates), watch(module, trace.facts), trace)
-            local.bound[key] = found
+                lowered = self._lowered(trace, local, autocast, choice, module)
+                template = self._templates[key] = Template(lowered, trace.traced.constants)
+            found = recipes[key] = Recipe(key, template, trace, watch(module, trace.facts), choice)
         return found
 
-    def _template(
-        self, trace: RegionTrace, local: _Local, autocast: bool, choice: Choice, module: nn.Module
-    ) -> Template:
-        return Template(self._lowered(trace, local, autocast, choice, module), trace.traced.constants)
+    def _bound(self, recipe: Recipe, module: nn.Module, local: Local) -> Bound:
+        """What a recipe gives with the tensors of the active adapters."""
+        found = local.bound.get(recipe.key)
+        if found is None or found.holds is not recipe.holds:
+            trace, code = recipe.trace, recipe.template.bind(where_kept(self.engine, module, local))
+            form: nest.Form = trace.traced.outputs  # type: ignore[assignment]
+            found = Bound(code, form, form[0] == nest.TENSOR, bool(trace.updates), recipe.holds, trace)
+            local.bound[recipe.key] = found
+        return found
 
-    def _lowered(self, trace: RegionTrace, local: _Local, autocast: bool, choice: Choice, module: nn.Module) -> Lowered:
+    def _lowered(self, trace: RegionTrace, local: Local, autocast: bool, choice: Choice, module: nn.Module) -> Lowered:
         tenant, part = local.tenant, local.part
         assert part is not None
 
@@ -298,48 +309,10 @@ class Host:
             raise ModelError(*told) from error.__cause__
         return self.engine.backend.lower(graph, autocast=autocast, choice=choice)
 
-    def _choice(self, arguments: Arguments, local: _Local) -> Choice:
+    def _choice(self, arguments: Arguments, local: Local) -> Choice:
         assert local.part is not None
         choice, path = self.engine.choice(arguments.tokens, arguments.device, local.tenant), local.part.path
         return Choice(_below(choice.dense, path), _below(choice.kept, path), choice.frozen)
-
-    def _held(self, module: nn.Module, local: _Local) -> Held:
-        """Where graphs find what they read: in the module, in the adapters, in what quantized modules store."""
-        keep_here(self.engine.model.get_submodule(BANK))
-        find = self._finder(module, local)
-        part, sources = local.part, local.tenant.sources()
-        assert part is not None
-
-        def held(owner: str, leaf: str) -> tuple[dict[str, Any], str]:
-            return sources.get((part.owner(owner), leaf)) or (held_by(find(owner), leaf), leaf)
-
-        return held
-
-    def _finder(self, module: nn.Module, local: _Local) -> Finder:
-        """The modules that graphs of a region read from."""
-        inside = dict(module.named_modules(remove_duplicate=False))
-        part = local.part
-        assert part is not None
-        stored = {storage_slot(f"{HEAD}.{name}".rstrip(".")): f"{part.path}.{name}".rstrip(".") for name in inside}
-
-        def find(owner: str) -> nn.Module:
-            if owner == HEAD or owner.startswith(f"{HEAD}."):
-                return inside[owner[len(HEAD) + 1 :]]
-            return self.engine.find(storage_slot(stored[owner]) if owner in stored else part.owner(owner))
-
-        return find
-
-
-def keep_here(bank: nn.Module) -> None:
-    """Have adapters where they are computed with: accelerate would bring what it took away when a module is called, and
-    these are only read.
-    """
-    for each in bank.modules():
-        hook = vars(each).pop(contract.OFFLOADED, None)
-        if hook is not None:
-            hook.detach_hook(each)
-            for name in ("forward", "_old_forward"):
-                vars(each).pop(name, None)
 
 
 def _kind(module: nn.Module, name: str) -> Hashable:
@@ -352,7 +325,7 @@ def _named(message: str, part: Part) -> str:
     return re.sub(rf"\b{HEAD}\b(?=[. ]|$)", part.path, message)
 
 
-def _width(module: nn.Module, local: _Local) -> int:
+def _width(module: nn.Module, local: Local) -> int:
     """How many features a module with adapted weights takes."""
     assert local.part is not None
     for at in local.part.structure.sites:
@@ -368,13 +341,3 @@ def _is_convolution(module: nn.Module) -> bool:
 
 def _below(names: frozenset[str], path: str) -> frozenset[str]:
     return frozenset(moved(name, path, HEAD) for name in names if is_within(name, path))
-
-
-def _still_attached(module: nn.Module) -> Holds:
-    """Whether something is attached to a module inside: while it is, only which modules there are matters."""
-    children = [(each._modules, dict(each._modules)) for each in module.modules()]
-    inside = [vars(each) for each in module.modules() if each is not module]
-    hooks = (*(own[kind] for own in inside for kind in HOOKS), *(GLOBAL_HOOKS if inside else ()))
-    return lambda: (
-        (any(hooks) or any("forward" in own for own in inside)) and all(now == then for now, then in children)
-    )

@@ -83,8 +83,7 @@ def become_regions(model: nn.Module, host: Host, structure: Structure, regions: 
     found = places(model, owners_of(model, structure), regions)
     _become(model, host, found)
     host.look()
-    host.stored |= set(stored)
-    host.packed |= {path for path in found if any(is_within(name, path) for name in stored)}
+    host.holds_packed(stored, {path for path in found if any(is_within(name, path) for name in stored)})
 
 
 def layers_become_regions(model: nn.Module, host: Host) -> None:

@@ -177,9 +177,15 @@ class Host(Protocol):
         ...
 
     def program(
-        self, region: "Region", local: Any, arguments: Arguments, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+        self,
+        region: "Region",
+        local: Any,
+        alike: Hashable,
+        arguments: Arguments,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
     ) -> Bound | Split:
-        """The program for a call, made now if there is none; or why there is none."""
+        """The program for a call, made now if there is none; or why there is none. Calls of one key may share it."""
         ...
 
     def own_weights(self, region: "Region", local: Any, reason: str) -> Mapping[str, torch.Tensor]:
@@ -239,10 +245,11 @@ class Region:
         self, local: Any, key: tuple[Any, ...], arguments: Arguments, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Bound | Split:
         """A program that serves calls alike, as those of a text that grows are, or what the host finds."""
-        alike: list[Bound | Split] = local.alike.setdefault(arguments.alike(key), [])
+        kind = arguments.alike(key)
+        alike: list[Bound | Split] = local.alike.setdefault(kind, [])
         found = next((each for each in alike if each.serves(arguments, self.module)), None)
         if found is None:
-            found = self.host.program(self, local, arguments, args, kwargs)
+            found = self.host.program(self, local, kind, arguments, args, kwargs)
             alike[:] = [found, *alike[: KEPT - 1]]
         if len(local.programs) >= KEPT:
             local.programs.clear()

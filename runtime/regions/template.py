@@ -9,6 +9,7 @@ import torch
 from torch import fx, nn
 
 from peftc.passes.optimize.hoist import PIECES
+from peftc.runtime.adapters.slots import Kept
 from peftc.runtime.execution.program import Alias, Held, HoistedConstants, Lowered, constant_name, namespace_of
 from peftc.runtime.execution.segments import Namespace, python_function, writes_outside
 
@@ -21,42 +22,59 @@ class Template:
 
     lowered: Lowered
     constants: Constants
-    _names: dict[str, tuple[str, str]] = field(default_factory=dict)  # of a namespace: owner, one leaf read of it
-    _code: Callable[..., Any] | None = None
-    writes: bool = False  # to what it does not make
+    writes: bool = field(init=False)  # to what it does not make
+    _main: "_Reader" = field(init=False)
+    _prologue: "_Reader | None" = field(init=False)
 
     def __post_init__(self) -> None:
-        short: dict[tuple[str, str], str] = {}
-        graph = self.lowered.plain
-        for node in graph.find_nodes(op="get_attr"):
-            target = str(node.target)
-            if target in self.constants:
-                node.target = constant_name(target)
-                continue
-            owner, _, leaf = target.rpartition(".")
-            kind = "" if owner == PIECES else leaf
-            name = short.setdefault((owner, kind), f"n{len(short)}")
-            self._names[name] = (owner, leaf)
-            node.target = f"{name}.{leaf}"
-        self.writes = writes_outside(graph)
-        self._code = python_function(graph)
+        prologue = self.lowered.prologue
+        self.writes = writes_outside(self.lowered.plain)
+        self._main = _Reader(self.lowered.plain, self.constants)
+        self._prologue = None if prologue is None else _Reader(prologue, {})
 
     def bind(self, held: Held) -> "Code":
         """The function over live modules."""
-        prologue = None if self.lowered.prologue is None else _copied(self.lowered.prologue)
-        pieces = None if prologue is None else HoistedConstants(prologue, held)
+        pieces = None
+        if self._prologue is not None:
+            root = self._prologue.root(held, {})
+            pieces = HoistedConstants(self._prologue.sources(held), partial(self._prologue.code, root))
+        root = self._main.root(held, {} if pieces is None else pieces.values)
+        return Code(self._main.code, root, pieces, self.writes)
+
+
+class _Reader:
+    """A graph's code, and where it reads: from the attributes of its first argument. Takes the graph over."""
+
+    def __init__(self, graph: fx.Graph, constants: Constants):
+        self._constants = {constant_name(target): value for target, value in constants.items()}
+        self._names: dict[str, tuple[str, str]] = {}  # of a namespace: owner, one leaf read of it
+        self._targets: list[tuple[str, str]] = []
+        short: dict[tuple[str, str], str] = {}
+        for node in graph.find_nodes(op="get_attr"):
+            target = str(node.target)
+            if target in constants:
+                node.target = constant_name(target)
+                continue
+            owner, _, leaf = target.rpartition(".")
+            self._targets.append((owner, leaf))
+            name = short.setdefault((owner, "" if owner == PIECES else leaf), f"n{len(short)}")
+            self._names[name] = (owner, leaf)
+            node.target = f"{name}.{leaf}"
+        self.code: Callable[..., Any] = python_function(graph)
+
+    def root(self, held: Held, pieces: dict[str, Any]) -> Namespace:
+        """What the code reads from, where modules, adapters and pieces are."""
         root = Namespace()
         for name, (owner, leaf) in self._names.items():
-            if owner == PIECES:
-                assert pieces is not None
-                setattr(root, name, namespace_of(pieces.values, leaf, leaf))
-            else:
-                where, kept = held(owner, leaf)
-                setattr(root, name, namespace_of(where, leaf, kept))
-        for target, value in self.constants.items():
-            setattr(root, constant_name(target), value)
-        assert self._code is not None
-        return Code(self._code, root, pieces, self.writes)
+            where, kept = (pieces, leaf) if owner == PIECES else held(owner, leaf)
+            setattr(root, name, namespace_of(where, leaf, kept))
+        for name, value in self._constants.items():
+            setattr(root, name, value)
+        return root
+
+    def sources(self, held: Held) -> list[Kept]:
+        """Where everything is kept that it reads."""
+        return [held(owner, leaf) for owner, leaf in self._targets]
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,9 +99,3 @@ class Code:
             else:
                 setattr(root, name, value)
         return partial(self.function, root)
-
-
-def _copied(graph: fx.Graph) -> fx.Graph:
-    copied = fx.Graph()
-    copied.output(copied.graph_copy(graph, {}))
-    return copied

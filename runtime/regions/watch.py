@@ -108,6 +108,16 @@ def watch(module: nn.Module, facts: Facts) -> Holds:
     return watcher.made()
 
 
+def while_attached(module: nn.Module) -> Holds:
+    """Whether something is attached to a module inside: while it is, only which modules there are matters."""
+    children = [(each._modules, dict(each._modules)) for each in module.modules()]
+    inside = [vars(each) for each in module.modules() if each is not module]
+    hooks = (*(own[kind] for own in inside for kind in HOOKS), *(GLOBAL_HOOKS if inside else ()))
+    return lambda: (
+        (any(hooks) or any("forward" in own for own in inside)) and all(now == then for now, then in children)
+    )
+
+
 def _terms(module: nn.Module | None, read: Read, name_of: Callable[[Any], str]) -> list[str]:
     if module is None:
         return ["False"]

@@ -141,18 +141,25 @@ def switching(base: torch.nn.Module) -> dict[str, Run]:
     return {"peft": run("peft", theirs, ("default", "b")), "peftc": run("peftc", ours, ("a", "b"))}
 
 
-def loading(base: torch.nn.Module, directory: str) -> dict[str, Run]:
+def loading(base: torch.nn.Module, directory: str, *, called: bool = False) -> dict[str, Run]:
+    """Of an adapter like one that is there, which is let go of again; if it is `called`, with one token."""
     theirs, ours = with_peft(base), with_peftc(base)
     theirs.save_pretrained(directory)
+    ids = torch.randint(5, 2000, (1, 1))
 
-    def load(model: torch.nn.Module) -> Run:
+    def load(model: torch.nn.Module, first: str) -> Run:
         def run() -> None:
             model.load_adapter(directory, "loaded")
+            if called:
+                model.set_adapter("loaded")
+                with torch.no_grad():
+                    model(input_ids=ids)
+                model.set_adapter(first)
             model.delete_adapter("loaded")
 
         return run
 
-    return {"peft": load(theirs), "peftc": load(ours)}
+    return {"peft": load(theirs, "default"), "peftc": load(ours, "a")}
 
 
 def first_calls(make: Callable[[torch.nn.Module], torch.nn.Module], layers: int) -> float:
@@ -270,6 +277,7 @@ def main() -> None:
         changes = {
             "switch": interleaved(switching(base), 5 * options.rounds),
             "load and delete": interleaved(loading(base, directory), options.rounds),
+            "load, activate, call and delete": interleaved(loading(base, directory, called=True), options.rounds),
         }
     report("Adapters", changes, 1e3, "ms")
 

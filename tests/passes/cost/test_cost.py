@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from peftc import compiler
 from peftc.compiler.api import call_like
 from peftc.passes.cost import cost
-from peftc.passes.cost.cost import alternatives, anonymous, cheapest, choose, estimate, sizes_of, typical
+from peftc.passes.cost.cost import alternatives, anonymous, cheapest, estimate, sizes_of, typical
 from peftc.passes.cost.op_cost import Work
 
 METHODS = ("lora(rank = 2)", "dora(rank = 2)", "loha(rank = 2)", "hira(rank = 2)", "oft(block = 4)", "lokr()", "ia3()")
@@ -148,7 +148,7 @@ def test_choices_are_by_site():
     made = compiler.apply(model, "adapter a = loha(rank = 2) { on all linear }")
     tenant = made._adapter_state.engine._tenant
     few, many, frozen = (
-        choose(tenant.specialisation.structure, tenant.lookup, tokens, training=False, frozen=frozen)
+        tenant.specialisation.choice(tenant.lookup, tokens, training=False, frozen=frozen)
         for tokens, frozen in ((1, False), (10**6, False), (1, True))
     )
     assert "0" in few.dense
@@ -166,7 +166,7 @@ def test_sites_alike_are_counted_once(monkeypatch):
     monkeypatch.setattr(cost, "_lowered", lambda *given: lowered.append(given) or original(*given))
     for tokens in (1, 3, 70, 5000):
         for training in (False, True):
-            choose(tenant.specialisation.structure, tenant.lookup, tokens, training=training, frozen=False)
+            tenant.specialisation.choice(tenant.lookup, tokens, training=training, frozen=False)
     assert len(lowered) == 2 * 2  # two kinds of site, two lowerings
     assert len({anonymous(each) for each in tenant.specialisation.structure.sites}) == 2
 

@@ -45,6 +45,25 @@ def test_parameters_have_the_sites_sizes(ground):
     assert at.parameter_count == 2 * 8 + 24 * 2
 
 
+def test_a_spec_like_one_before_has_its_plan(ground):
+    """Under its own name, and only where nothing else differs."""
+    first, again = plan(ground, "on c_attn"), plan(ground, "on  c_attn")
+    other = resolve(read_spec("adapter b = lora(rank = 2) { on c_attn }").adapters[0], ground)
+    assert again.sites is other.sites is first.sites
+    assert (first.name, other.name, other.spec.name) == ("a", "b", "b")
+    assert plan(ground, "on c_attn", "rank = 3").sites[0].bound.params != first.sites[0].bound.params
+    assert names(plan(ground, "on c_fc")) != names(first)
+
+
+def test_plans_are_of_one_survey(ground):
+    wider = transformers.GPT2Config(vocab_size=16, n_embd=16, n_layer=2, n_head=2, n_positions=8, num_labels=3)
+    first, other = (
+        plan(ground, "on c_attn"),
+        plan(survey(transformers.GPT2ForSequenceClassification(wider)), "on c_attn"),
+    )
+    assert (first.sites[0].site.in_features, other.sites[0].site.in_features) == (8, 16)
+
+
 def test_the_last_on_wins_then_refine(ground):
     found = plan(ground, "on c_attn  on h[1].attn.c_attn with rank = 5  refine c_attn with alpha = 3")
     values = {each.site.name: dict(each.bound.values) for each in found.sites}

@@ -22,7 +22,7 @@ def test_a_slot_is_made_once():
 
 def test_what_a_slot_holds(adapter):
     slots = Slots()
-    bind(slots.bindings(0, adapter, 0.5))
+    bind(slots.bindings([(adapter, 0.5)]))
     slot = slots.module("slots.p0__q")
     assert slot.A is dict(adapter.named_parameters())["q.A"]
     assert slot.B is dict(adapter.named_parameters())["q.B"]
@@ -33,18 +33,18 @@ def test_what_a_slot_holds(adapter):
 
 def test_bindings_change_nothing_before_they_are_bound(adapter):
     slots = Slots()
-    slots.bindings(0, adapter, 1.0)
+    slots.bindings([(adapter, 1.0)])
     assert not dict(slots.module("slots.p0__q").named_parameters())
     assert not hasattr(slots.module("slots.p0__q"), "s")
 
 
 def test_binding_again_replaces(adapter, plan):
     slots = Slots()
-    bind(slots.bindings(0, adapter, 1.0))
+    bind(slots.bindings([(adapter, 1.0)]))
     model = nn.ModuleDict({"q": nn.Linear(4, 3)})
     made = plan(model, ["q"], rank=3, alpha=3, adapter="other")
     other = AdapterParameters(made, initial(made, model.state_dict(keep_vars=True).get), trained_keys(made))
-    bind(slots.bindings(0, other, 1.0))
+    bind(slots.bindings([(other, 1.0)]))
     slot = slots.module("slots.p0__q")
     assert slot.A.shape == (3, 4)
     assert (float(slot.s), slot.float__s) == (1.0, 1.0)
@@ -55,7 +55,7 @@ def test_a_buffer_takes_a_parameters_place(adapter):
     slots = Slots()
     slot = slots.module("copies.p0__norm")
     slot.register_buffer("weight", torch.zeros(3))
-    bind(slots.bindings(0, adapter, 1.0))
+    bind(slots.bindings([(adapter, 1.0)]))
     assert "weight" not in slot._buffers
     assert isinstance(slot.weight, nn.Parameter)
 
@@ -68,5 +68,5 @@ def test_scalars(adapter):
 def test_scalars_are_of_the_adapters_type(adapter):
     adapter.double()
     slots = Slots()
-    bind(slots.bindings(0, adapter, 1.0))
+    bind(slots.bindings([(adapter, 1.0)]))
     assert slots.module("slots.p0__q").s.dtype == torch.float64

@@ -6,7 +6,7 @@ from torch import fx, nn
 from torch.testing import assert_close
 
 from peftc import compiler
-from peftc.runtime.execution.program import HoistedConstants
+from peftc.runtime.execution.program import HoistedConstants, hoisted
 
 SPEC = """
 adapter a = loha(rank = 2) { on all linear }
@@ -184,7 +184,7 @@ def prologue():
 def test_alone():
     module = nn.Linear(2, 2)
     module.weight.requires_grad_(False)
-    pieces = HoistedConstants(prologue(), lambda owner, leaf: ({"w": module}[owner]._parameters, leaf))
+    pieces = hoisted(prologue(), lambda owner, leaf: ({"w": module}[owner]._parameters, leaf))
     assert pieces.values == {}
     pieces.refresh()
     first = pieces.values["p0"]
@@ -199,7 +199,7 @@ def test_alone():
 def test_alone_with_a_gradient():
     """A piece made for a graph of gradients serves that call only."""
     module = nn.Linear(2, 2)
-    pieces = HoistedConstants(prologue(), lambda owner, leaf: ({"w": module}[owner]._parameters, leaf))
+    pieces = hoisted(prologue(), lambda owner, leaf: ({"w": module}[owner]._parameters, leaf))
     pieces.refresh()
     first = pieces.values["p0"]
     assert first.requires_grad

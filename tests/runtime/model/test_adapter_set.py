@@ -1,3 +1,6 @@
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -68,6 +71,21 @@ def test_removing_an_active_one_keeps_the_others(state):
     state.remove("a")
     assert state.active == (("b", 0.5),)
     assert state.names() == ("b", "c")
+
+
+def test_removing_one_that_rests_leaves_the_active_as_they_are(adapted, state):
+    """A server removes adapters all day: nothing is prepared again, and nothing lives on of what is gone."""
+    state.activate((("b", 1.0),))
+    adapted(X)
+    state.activate((("a", 1.0),))
+    wanted, prepared = adapted(X), state._prepared[state.active]
+    gone = [weakref.ref(each) for each in state.adapter("b").parameters()]
+    state.remove("b")
+    assert state._prepared[state.active] is prepared
+    assert (("b", 1.0),) not in state._prepared
+    assert torch.equal(adapted(X), wanted)
+    gc.collect()
+    assert not any(each() is not None for each in gone)
 
 
 def test_a_name_used_again_is_another_adapter(adapted, state):
