@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from peftc.runtime.artifact.artifact import Artifact
     from peftc.runtime.artifact.sampling import Sampling
     from peftc.runtime.model.rank_callback import RankAllocation
+    from peftc.runtime.model.state_dicts import get_peft_model_state_dict, set_peft_model_state_dict
     from peftc.runtime.regions.partition import Partition, RegionRow, SplitRow
 
 __all__ = [
@@ -66,10 +67,12 @@ __all__ = [
     "export",
     "export_adapters",
     "find_model",
+    "get_peft_model_state_dict",
     "inspect",
     "load",
     "read_spec",
     "run",
+    "set_peft_model_state_dict",
 ]
 
 _HOMES = {
@@ -98,6 +101,7 @@ _HOMES = {
     "peftc.runtime.artifact.artifact": ("Artifact",),
     "peftc.runtime.artifact.sampling": ("Sampling",),
     "peftc.runtime.model.rank_callback": ("RankAllocation",),
+    "peftc.runtime.model.state_dicts": ("get_peft_model_state_dict", "set_peft_model_state_dict"),
     "peftc.runtime.regions.partition": ("Partition", "RegionRow", "SplitRow"),
 }
 

@@ -38,7 +38,7 @@ from peftc.runtime.execution.segments import Recompute
 from peftc.runtime.init.calibration import Batches
 from peftc.runtime.init.dense import Source
 from peftc.runtime.model import model as runtime
-from peftc.runtime.model.adapted_module import adapted_class
+from peftc.runtime.model.adapted_class import adapted_class
 from peftc.runtime.model.adapter_set import AdapterSet
 from peftc.runtime.model.adding import add_fresh, plan_adapters
 from peftc.runtime.model.base_weights import ADAPTED, STATE, BaseProvenance, BaseWeights, base_view
@@ -62,7 +62,7 @@ class Compiler:
 
     def trace(self, call: Call) -> Traced:
         """The base graph for calls of this signature. Raises ModelError."""
-        with self._step(f"tracing {self._called(call)}"):
+        with self.step(f"tracing {self._called(call)}"):
             return Tracer(self._model._adapter_state.base.traceable().module).trace(call)
 
     def specialise(
@@ -81,7 +81,7 @@ class Compiler:
         stored = packed_modules(self._model if region is None else region)
         if region is not None:
             stored = {f"{HEAD}.{name}".rstrip("."): each for name, each in stored.items()}
-        with self._step(f"putting adapters into {plain_class(self._model if region is None else region).__name__}"):
+        with self.step(f"putting adapters into {plain_class(self._model if region is None else region).__name__}"):
             return specialise(
                 traced,
                 structure,
@@ -95,7 +95,7 @@ class Compiler:
 
     def trace_region(self, module: nn.Module, call: RegionCall) -> RegionTrace:
         """The graph of a module for calls like this one. Raises ModelError for what has none."""
-        with self._step(f"tracing {plain_class(module).__name__}"):
+        with self.step(f"tracing {plain_class(module).__name__}"):
             return trace_region(module, call)
 
     def trace_weights(self, module: nn.Module, names: Sequence[str]) -> Traced:
@@ -108,7 +108,7 @@ class Compiler:
 
     def lower(self, graph: fx.Graph, *, autocast: bool, choice: Choice) -> Lowered:
         """Copies of a specialised graph: for torch.compile to trace, and for Python to run as it is."""
-        with self._step("making graphs fast"):
+        with self.step("making graphs fast"):
             return lower(graph, autocast=autocast, choice=choice)
 
     def survey(self) -> ModelSurvey:
@@ -139,7 +139,8 @@ class Compiler:
     def _called(self, call: Call) -> str:
         return plain_class(self._model.get_submodule(call.signature.entry)).__name__
 
-    def _step(self, what: str) -> AbstractContextManager[None]:
+    def step(self, what: str) -> AbstractContextManager[None]:
+        """Around what a call waits for, which is said on the terminal if it takes long."""
         return step(what) if self._progress else nullcontext()
 
 

@@ -33,10 +33,11 @@ class Diagnostic:
         return "\n".join(lines)
 
 
-class AdapterError(Exception):
+class AdapterError(ValueError):
     """Raised for anything a user can mend; `diagnostics` holds at least one message.
 
-    `str(error)` is the rendered text, so an uncaught error already shows the caret.
+    It is a ValueError, which is what PEFT and transformers raise for the same mistakes. `str(error)` is the rendered
+    text, so an uncaught error already shows the caret.
     """
 
     def __init__(self, *diagnostics: Diagnostic):
@@ -58,6 +59,10 @@ class ModelError(AdapterError):
 
 class UsageError(AdapterError):
     """A call on an adapted model that its state does not allow (E5xx)."""
+
+
+class WrongTypeError(UsageError, TypeError):
+    """A call with a value of a type that it does not take, or with an argument that it does not have."""
 
 
 def fail(

@@ -106,6 +106,8 @@ def _read(path: Path) -> dict[str, Any]:
         fail(ModelError, "E451", f"not valid JSON: {error.msg}", where=f"{where}:{error.lineno}:{error.colno}")
     except UnicodeDecodeError as error:
         fail(ModelError, "E451", f"not valid JSON: not UTF-8 at byte {error.start}", where=where)
+    except ModelError:
+        raise
     except (RecursionError, ValueError):
         fail(ModelError, "E451", "not valid JSON: nested too deeply, or a number too long", where=where)
     if not isinstance(value, dict):

@@ -1,7 +1,12 @@
 """What PEFT calls things: fields of adapter_config.json beyond a method's own, and arguments that it adds to calls."""
 
+import importlib.util
 import re
 from collections.abc import Sequence
+from dataclasses import fields
+from functools import cache
+from importlib import import_module
+from typing import Any
 
 PEFT_VERSION = "0.21.2"  # the version whose format is written
 TASK_IDS = "task_ids"  # of rows, for prompts by task
@@ -85,3 +90,39 @@ TASKS = {
 def task_of(classes: Sequence[str]) -> str:
     """The task of a model of these classes, the most derived first."""
     return next((task for name in classes for end, task in TASKS.items() if name.endswith(end)), "FEATURE_EXTRACTION")
+
+
+# Kinds of what is adapted beside a method's own modules.
+TRAINED_MODULES = "modules_to_save"
+TRAINED_TOKENS = "trainable_tokens"
+
+
+@cache
+def is_installed() -> bool:
+    """Whether PEFT can be imported here. Nothing of ours needs it."""
+    return importlib.util.find_spec("peft") is not None
+
+
+def model_class() -> Any | None:
+    """PEFT's class of models; None where it is not installed."""
+    return import_module("peft").PeftModel if is_installed() else None
+
+
+def config_class(peft_type: str) -> Any | None:
+    """PEFT's class of configurations for a type; None where it is not installed, or has no such type."""
+    if not is_installed():
+        return None
+    return import_module("peft.mapping").PEFT_TYPE_TO_CONFIG_MAPPING.get(peft_type)
+
+
+def config_fields(kind: Any) -> frozenset[str]:
+    """What a class of configurations takes."""
+    return frozenset(each.name for each in fields(kind))
+
+
+def tuner_name(peft_types: Sequence[str]) -> str:
+    """What PEFT calls the class of models with adapters of these types."""
+    if len(set(peft_types)) != 1:
+        return "MixedModel"
+    found = import_module("peft.mapping").PEFT_TYPE_TO_TUNER_MAPPING.get(peft_types[0]) if is_installed() else None
+    return found.__name__ if found is not None else f"{peft_types[0].title()}Model"

@@ -1,7 +1,7 @@
 """Keeps the traces and programs of one model, and finds the one that serves a call."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Protocol
@@ -75,6 +75,10 @@ class CompilerProtocol(Protocol):
 
     def check_base(self, base: Base | None) -> None:
         """Raise SpecError unless the model is, is stored and is run as a spec demands."""
+        ...
+
+    def step(self, what: str) -> AbstractContextManager[None]:
+        """Around what a call waits for, which is said on the terminal if it takes long."""
         ...
 
     def for_model(self, model: nn.Module) -> "CompilerProtocol":

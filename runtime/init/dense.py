@@ -109,6 +109,8 @@ def _files(directory: Path) -> Mapping[str, Path]:
         if (directory / WEIGHTS).is_file():
             with safe_open(directory / WEIGHTS, framework="pt") as opened:
                 return dict.fromkeys(opened.keys(), directory / WEIGHTS)
+    except UsageError:
+        raise
     except (OSError, ValueError, KeyError, AttributeError, TypeError, SafetensorError) as error:
         fail(UsageError, "E577", f"the dense model cannot be read: {error}", help=_HELP, where=where)
     fail(UsageError, "E577", f"no file '{WEIGHTS}' here", help=_HELP, where=where)

@@ -9,10 +9,8 @@ from typing import Any, Self, TypeVar
 import torch
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from transformers.cache_utils import Cache
 
 from peftc.grammar.diagnostics import UsageError, did_you_mean, fail
-from peftc.passes.foreign.transformers import USE_CACHE, forward_of
 from peftc.passes.quantized.schemes.known import packed
 from peftc.runtime.base.overlay import BANK, is_adapters
 from peftc.runtime.base.share import placement
@@ -21,11 +19,8 @@ from peftc.runtime.execution.segments import OPTIONS, Recompute, layer_names
 from peftc.runtime.execution.storage import check_trainable, without_packed
 from peftc.runtime.execution.virtual import EXTRA_INPUTS
 from peftc.runtime.model.adapter_set import AdapterSet
-from peftc.runtime.model.base_weights import COMPILED_CALLS, STATE, base_view
-from peftc.runtime.model.uncached import is_recomputing, without_cache
+from peftc.runtime.model.base_weights import COMPILED_CALLS, STATE
 from peftc.runtime.regions.modules import layers_become_regions
-
-CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 Root = TypeVar("Root", bound="AdaptedModule")
 
@@ -232,10 +227,6 @@ class AdaptedModule(nn.Module):
         self._adapter_state.refresh()
         return self
 
-    def __reduce_ex__(self, _: Any) -> Any:
-        state = {name: value for name, value in self.__dict__.items() if name not in COMPILED_CALLS}
-        return _remade, (self._base_class, self._root_class), state
-
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._adapter_state.refresh()
@@ -284,82 +275,6 @@ class EntryPoint:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._module, name)
-
-
-def _remade(base: type[nn.Module], root: type[Root]) -> Root:
-    """An object of an adapted class with nothing in it, for pickle to fill."""
-    return object.__new__(adapted_class(base, root))
-
-
-_CLASSES: dict[tuple[type[nn.Module], type[nn.Module]], Any] = {}
-
-
-def adapted_class(base: type[nn.Module], root: type[Root]) -> type[Root]:
-    """The class of adapted models of a class: named like it, with its forward signature, deriving from `root` too."""
-    if (base, root) not in _CLASSES:
-        _CLASSES[base, root] = _adapted_class(base, root)
-    found: type[Root] = _CLASSES[base, root]
-    return found
-
-
-def _adapted_class(base: type[nn.Module], root: type[Root]) -> type[Root]:
-    """The class of adapted models of a class: named like it, with its forward signature, deriving from `root` too."""
-    signature = inspect.signature(base.forward)
-    parameters = list(signature.parameters.values())[1:]
-    positional = tuple(
-        each.name for each in parameters if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)
-    )
-    known = frozenset(positional) | {each.name for each in parameters if each.kind is each.KEYWORD_ONLY}
-    takes_more = any(each.kind is each.VAR_KEYWORD for each in parameters)
-    takes_cache = forward_of(base.forward).cache is not None
-    makes_cache = takes_cache and (USE_CACHE in known or takes_more)
-
-    def named(self: AdaptedModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        if len(args) > len(positional):
-            message = f"{base.__name__}.forward takes {len(positional)} positional arguments, {len(args)} were given"
-            raise TypeError(message)
-        arguments = dict(zip(positional, args, strict=False))
-        for name, value in kwargs.items():
-            if name in arguments:
-                raise TypeError(f"{base.__name__}.forward got two values for {name!r}")
-            earlier_name = takes_cache and isinstance(value, Cache)
-            if name not in known and not takes_more and name not in EXTRA_INPUTS and not earlier_name:
-                raise TypeError(f"{base.__name__}.forward has no argument {name!r}")
-            arguments[name] = value
-        return arguments
-
-    def forward(self: AdaptedModule, *args: Any, **kwargs: Any) -> Any:
-        state = self._adapter_state
-        if makes_cache and self.training and self.is_gradient_checkpointing and is_recomputing():
-            args, kwargs = (), without_cache(self._named(args, kwargs))
-        if state.whole or any(name in kwargs for name in EXTRA_INPUTS) or (state.host.stored and _is_exporting()):
-            return state.run_whole("", self._named(args, kwargs))
-        if not torch.compiler.is_compiling():
-            state.settle()
-        # A container goes through everything that it holds, and is not to meet the adapters there.
-        plain = base_view(self) if isinstance(self, CONTAINERS) else self
-        with state.host.pinned() as tenant:
-            output = base.forward(plain, *args, **kwargs)
-        if self.training:
-            state.engine.penalise(output, tenant)
-        return output
-
-    forward.__signature__ = signature  # type: ignore[attr-defined]
-    forward.__doc__ = base.forward.__doc__
-    namespace = {
-        "forward": forward,
-        "_named": named,
-        "_base_class": base,
-        "_root_class": root,
-        "__module__": base.__module__,
-        "__doc__": base.__doc__,
-    }
-    return type(base.__name__, (root, base), namespace)
-
-
-def _is_exporting() -> bool:
-    """Whether torch.export goes through the forward, for which it has put something else in the place of weights."""
-    return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
 
 
 def _unshare(model: nn.Module, state_dict: Mapping[str, Any] | None) -> None:

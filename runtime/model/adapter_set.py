@@ -50,6 +50,7 @@ class AdapterSet:
     enabled: bool = True
     regions: Regions = DEFAULT
     host: Host = field(init=False)
+    configs: dict[str, tuple[AdapterPlan, Any]] = field(default_factory=dict)  # PEFT's, as they were asked for
     _holds: Holds | None = None  # whether the model is as graphs of the whole were made for
     _prepared: dict[Active, tuple[ActiveAdapters, Bindings]] = field(default_factory=dict)
     _placed: set[tuple[Specialisation, Regions]] = field(default_factory=set)  # whose modules are regions
@@ -177,6 +178,12 @@ class AdapterSet:
         self.adapter(name)
         self._forget([name])
         self.activate(tuple(each for each in self.active if each[0] != name))
+
+    def train(self, names: Sequence[str], trainable: bool) -> None:
+        """Whether gradients reach these, active or not. Raises UsageError, and changes nothing, for an unknown name."""
+        for adapter in [self.adapter(name) for name in names]:
+            adapter.train_only(trainable)
+        self.activate(self.active)
 
     def activate(self, active: Active, *, trainable: bool | None = None) -> None:
         """Make exactly these adapters active. `trainable` sets whether gradients reach them; None leaves that.

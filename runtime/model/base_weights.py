@@ -163,6 +163,11 @@ class BaseWeights:
         """Whether adapters are in the weights, or would be if they were not disabled."""
         return bool(self.displaced) or self.resting is not None
 
+    @property
+    def merged_adapters(self) -> Active:
+        """The adapters in the weights, or that would be if they were not disabled, with their weights."""
+        return self.merged if self.resting is None else self.resting.merged
+
     def apply(self, fn: Callable[[torch.Tensor], torch.Tensor], changed: Collection[str]) -> None:
         """Do to what is out of the model for now what was done to the model's tensors: it was moved, say.
 

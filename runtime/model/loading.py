@@ -6,7 +6,7 @@ from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 
-from peftc.grammar.diagnostics import CheckpointError, SpecError
+from peftc.grammar.diagnostics import CheckpointError, SpecError, fail
 from peftc.grammar.spec.spec import AdapterSpec
 from peftc.grammar.syntax import layout
 from peftc.passes.plan.plan import AdapterPlan
@@ -15,8 +15,10 @@ from peftc.passes.plan.sites import tied_names
 from peftc.passes.plan.vocabulary import enlarged, vocabulary
 from peftc.runtime.init.tokens import check_ties, needed_vocabulary
 from peftc.runtime.model.adapted_module import AdaptedModule
+from peftc.runtime.model.adapter_values import IncompatibleKeys, put_values
 from peftc.runtime.model.adding import PlannedAdapters, Values, add_adapters
-from peftc.runtime.peft_format.adapter_files import locate, read_adapter
+from peftc.runtime.model.saving import TRAINING
+from peftc.runtime.peft_format.adapter_files import locate, read_adapter, read_tensors
 from peftc.runtime.peft_format.checkpoint import fit, unpruned
 from peftc.runtime.peft_format.load_options import LoadOptions
 from peftc.runtime.peft_format.manifest import compare, read_manifest
@@ -33,13 +35,15 @@ def load_adapter(
     options: LoadOptions,
     *,
     follows_regions: bool = False,
-) -> None:
-    """Load an adapter beside the others: see `AdaptedModel.load_adapter`.
+) -> IncompatibleKeys:
+    """Load an adapter beside the others, or into the one of this name: see `AdaptedModel.load_adapter`.
 
     With `follows_regions` the model's regions begin where the checkpoint's spec said.
     """
     state = model._adapter_state
-    state.check_name(name, help="choose another adapter_name")
+    known = state.adapter(name) if name in state.names() else None
+    if known is None:
+        state.check_name(name, help="choose another adapter_name")
     directory = locate(
         source if isinstance(source, str) else Path(source),
         revision=options.revision,
@@ -62,6 +66,16 @@ def load_adapter(
     tensors, masks = unpruned(plan, tensors, facts.masks, where=where)
     plan = settled(plan, set(tensors))
     fitted = fit(plan, tensors, where=where, base_shapes=shapes, base_tensors=base.get)
+    if known is not None:
+        _check_same(plan, known.plan, where)
+        put_values(model, known, fitted)
+        if known.allocator is not None:
+            known.allocator.restore(masks, known.tensor)
+            if (directory / TRAINING).is_file():
+                known.load_state_dict(read_tensors(directory / TRAINING))
+        if options.is_trainable:
+            state.train([name], True)
+        return IncompatibleKeys([], [])
     check_growth(plan, fitted, directory)
     _follow_manifest(model, directory, follows_regions=follows_regions)
 
@@ -77,6 +91,20 @@ def load_adapter(
         trainable=options.is_trainable,
     )
     state.base.facts.task_type = state.base.facts.task_type or facts.task_type
+    return IncompatibleKeys([], [])
+
+
+def _check_same(plan: AdapterPlan, known: AdapterPlan, where: str) -> None:
+    """Raise CheckpointError unless an adapter that is there computes what the file's would with the same tensors."""
+
+    def facts(of: AdapterPlan) -> object:
+        sites = [(at.site.name, at.bound.weight, at.bound.bias, at.bound.prompt, at.bound.scalars) for at in of.sites]
+        return sites, [each.module for each in of.copies], [(each.module, each.ids) for each in of.rows]
+
+    if facts(plan) != facts(known):
+        message = f"there already is an adapter {known.name!r}, and this is not one like it"
+        help = "choose another adapter_name, or delete it first"
+        fail(CheckpointError, "E594", message, help=help, where=where)
 
 
 def _planned(model: AdaptedModule, spec: AdapterSpec, directory: Path) -> tuple[AdapterPlan, int | None]:

@@ -47,6 +47,12 @@ Changes = Mapping[str, torch.Tensor | nn.Module]
 
 def merge(state: AdapterSet, names: Sequence[str] | None, *, safe: bool, quantized: Quantized | None) -> None:
     """Put the active adapters (or those named) into the weights: see `AdaptedModel.merge_adapter`."""
+    merged = state.base.merged_adapters
+    if merged:
+        more = _more(state, names, merged)
+        if more:
+            _merge_more(state, (*merged, *more), safe=safe, quantized=quantized)
+        return
     active = mergeable(state, names)
     tensors = merged_tensors(state.base.model, _weighted(state, active), safe_merge=safe, quantized=quantized)
     _exchange(state, tensors, None, active)
@@ -54,18 +60,59 @@ def merge(state: AdapterSet, names: Sequence[str] | None, *, safe: bool, quantiz
         rest(state)
 
 
+def _merge_more(state: AdapterSet, active: Active, *, safe: bool, quantized: Quantized | None) -> None:
+    """Put these into the weights in the place of what is merged: all of it, or on an error what was."""
+    _check_unchanged(state)
+    enabled = state.enabled
+    if not enabled:
+        wake(state)
+    try:
+        merged = state.base.merged
+        kept = _exchange(state, state.displaced, {}, ())
+        try:
+            tensors = merged_tensors(state.base.model, _weighted(state, active), safe_merge=safe, quantized=quantized)
+            _exchange(state, tensors, None, active)
+        except BaseException:
+            _exchange(state, kept, None, merged)
+            raise
+    finally:
+        if not enabled:
+            rest(state)
+
+
+def _more(state: AdapterSet, names: Sequence[str] | None, merged: Active) -> Active:
+    """The active adapters, or those named, that are not merged yet. Says what becomes of the others, as PEFT does."""
+    there = ", ".join(name for name, _ in merged)
+    more = _not_in(merged, state.active if names is None else _subset(state, names))
+    _check_mergeable(state, more)
+    if more:
+        message = f"{', '.join(name for name, _ in more)} will be merged beside what is merged: {there}"
+    else:
+        message = f"all of these adapters are merged already: {there}"
+    warnings.warn(message, stacklevel=4)
+    return more
+
+
+def _not_in(merged: Active, wanted: Active) -> Active:
+    names = [name for name, _ in merged]
+    return tuple(each for each in wanted if each[0] not in names)
+
+
 def unmerge(state: AdapterSet) -> None:
     """Give the base its own tensors back, bit for bit: see `AdaptedModel.unmerge_adapter`."""
-    base = state.base
-    changed = base.changed_since()
+    _check_unchanged(state)
+    if state.displaced:
+        _exchange(state, state.displaced, {}, ())
+    state.base.resting, state.base.placed = None, {}
+
+
+def _check_unchanged(state: AdapterSet) -> None:
+    changed = state.base.changed_since()
     if changed:
         more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
         message = f"{changed[0]}{more} was replaced or written to while adapters are merged into it"
         help = "unmerging would lose that: merge_and_unload gives a model with it, unload one without it"
         fail(UsageError, "E586", message, help=help)
-    if state.displaced:
-        _exchange(state, state.displaced, {}, ())
-    base.resting, base.placed = None, {}
 
 
 def rest(state: AdapterSet) -> None:
@@ -118,7 +165,13 @@ def merged_model(
     """A plain model with the adapters in its weights: see `AdaptedModel.merge_and_unload`."""
     state = model._adapter_state
     tensors: Changes
-    if state.displaced:
+    there = state.base.merged if state.displaced else ()
+    more = () if not there else _not_in(there, state.active if names is None else _subset(state, names))
+    if more:
+        _check_mergeable(state, more)
+        with taken_out(state):
+            tensors = merged_tensors(model, _weighted(state, (*there, *more)), safe_merge=safe, quantized=quantized)
+    elif there:
         merged = [now for _, now in state.base.merged_names()]
         tensors = _owned({name: _there(model, name) for name in reversed(merged)})
     else:
@@ -132,8 +185,8 @@ def merged_model(
     new = [name for name, before in replaced if bias_came_or_went(before, tensors[name])]
     if new:
         first = new[0].removesuffix(".bias")
-        more = f" (and {len(new) - 1} more)" if len(new) > 1 else ""
-        message = f"merging gave {first} a bias{more}"
+        rest_of = f" (and {len(new) - 1} more)" if len(new) > 1 else ""
+        message = f"merging gave {first} a bias{rest_of}"
         warnings.warn(f"{message}: a checkpoint of this model does not fit the class as it is", stacklevel=3)
     restore_requires_grad(plain, state.base.requires_grad)
     forget_quantization(plain)

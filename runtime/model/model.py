@@ -1,38 +1,43 @@
 """The adapted model: the user's model class with its forward replaced by graphs, and adapters in them."""
 
+import inspect
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import CommitInfo
 from torch import nn
 
-from peftc.grammar.diagnostics import UsageError, fail
+from peftc.grammar.diagnostics import UsageError, WrongTypeError, did_you_mean, fail
 from peftc.grammar.method.rule import Value
 from peftc.grammar.spec.spec import AdapterSpec
-from peftc.passes.plan.plan import AdapterPlan
-from peftc.passes.quantized.schemes.known import parameter_count
+from peftc.passes.foreign import transformers as contract
 from peftc.runtime.init.calibration import Batches
 from peftc.runtime.init.dense import Source
 from peftc.runtime.merge.drift import MergeDrift
 from peftc.runtime.merge.repack import Quantized
-from peftc.runtime.model.adapted_module import AdaptedModule
+from peftc.runtime.model.adapter_values import IncompatibleKeys
 from peftc.runtime.model.adding import add_fresh, plan_adapters
 from peftc.runtime.model.allocating import regularization_loss, update_and_allocate
 from peftc.runtime.model.base_weights import Active
+from peftc.runtime.model.card import write_card
+from peftc.runtime.model.inspected_model import InspectedModel
 from peftc.runtime.model.kv_prefix import start_from_cache, start_from_text
 from peftc.runtime.model.loading import load_adapter
 from peftc.runtime.model.merging import disabled, measured_drift, merge, merged_model, rest, unmerge, wake
 from peftc.runtime.model.one_adapter import one_adapter
+from peftc.runtime.model.pushing import PushOptions, push
+from peftc.runtime.model.removing import remove
 from peftc.runtime.model.saving import adapter_tensors, save_adapters
 from peftc.runtime.peft_format.checkpoint import kept_masks
 from peftc.runtime.peft_format.load_options import LoadOptions
-from peftc.runtime.regions.partition import Partition
 
 
-class AdaptedModel(AdaptedModule):
+class AdaptedModel(InspectedModel):
     """A model with adapters in its graph. Made by `peftc.compiler.apply` and `load`, never directly.
 
     It is an instance of the user's model class too, with the same forward signature and output class, and shares the
@@ -85,8 +90,12 @@ class AdaptedModel(AdaptedModule):
         autocast_adapter_dtype: bool = True,
         use: str | PathLike[str] | None = None,
         values: Mapping[str, Value] | None = None,
-    ) -> None:
+    ) -> IncompatibleKeys:
         """Load an adapter from a directory or the Hub beside the others; it becomes active if none is.
+
+        Where there is an adapter of this name, the file's values are put into its tensors, in place, as a Trainer that
+        resumes has it; the file has to be of an adapter like it. Returns missing and unexpected keys, as torch's
+        `load_state_dict` does: none, since an adapter that lacks something is refused.
 
         Everything is checked before anything changes: the config, every key and shape, the base. Raises
         CheckpointError or UsageError. A manifest of another base only warns: the shapes fit, the user may know better.
@@ -106,18 +115,20 @@ class AdaptedModel(AdaptedModule):
             use=use,
             values=values,
         )
-        load_adapter(self, peft_model_id, adapter_name, options)
+        return load_adapter(self, peft_model_id, adapter_name, options)
 
-    def delete_adapter(self, adapter_names: str | Sequence[str]) -> None:
-        """Remove adapters. Refused while merged, as in PEFT. Unknown names are refused before anything is removed."""
-        if self._adapter_state.base.is_merged:
-            help = "call unmerge_adapter first"
-            fail(UsageError, "E515", "adapters cannot be deleted while they are merged", help=help)
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        for name in names:
-            self._adapter_state.adapter(name)
-        for name in dict.fromkeys(names):
-            self._adapter_state.remove(name)
+    def delete_adapter(
+        self, adapter_name: str | Sequence[str] | None = None, *, adapter_names: str | Sequence[str] | None = None
+    ) -> None:
+        """Remove one adapter, or several; `adapter_names` is what transformers calls them.
+
+        Where no active one is left, the first of the others by name is activated, with a warning, as in PEFT; one that
+        is frozen stays so. Raises UsageError, and removes none, for an unknown name and for an adapter that is merged.
+        """
+        given = [each for each in (adapter_name, adapter_names) if each is not None]
+        if len(given) != 1:
+            fail(WrongTypeError, "E589", "delete_adapter takes the names of adapters, once", help="name them")
+        remove(self._adapter_state, [given[0]] if isinstance(given[0], str) else list(given[0]))
 
     # --- activating ---
 
@@ -134,9 +145,10 @@ class AdaptedModel(AdaptedModule):
         self._unmerge_for_others(stacklevel=3)
         self._adapter_state.activate(active, trainable=not inference_mode)
 
-    def active_adapters(self) -> list[str]:
-        """The names of the active adapters, in order."""
-        return [name for name, _ in self._adapter_state.active]
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Whether gradients reach these adapters, active or not. Raises UsageError for an unknown name."""
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        self._adapter_state.train(names, requires_grad)
 
     def disable_adapters(self) -> None:
         """Run as the base model until `enable_adapters`; trained copies of modules, and what is merged, rest too."""
@@ -145,6 +157,14 @@ class AdaptedModel(AdaptedModule):
     def enable_adapters(self) -> None:
         """Undo `disable_adapters`."""
         wake(self._adapter_state)
+
+    def disable_adapter_layers(self) -> None:
+        """`disable_adapters`, by PEFT's name."""
+        self.disable_adapters()
+
+    def enable_adapter_layers(self) -> None:
+        """`enable_adapters`, by PEFT's name."""
+        self.enable_adapters()
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -163,10 +183,11 @@ class AdaptedModel(AdaptedModule):
     ) -> None:
         """Put the active adapters (or those named) into the weights, until `unmerge_adapter`.
 
+        Those that are merged already stay so, and a warning says it; others are merged beside them, as in PEFT.
         The user's own weights are not written to: merged tensors take their place in this model only. Of a quantized
         base `quantized` says what becomes of the weights: "requantize" rounds the merged ones as the base's were,
-        "dequantize" makes every packed weight of the model dense. Raises UsageError if already merged, if `quantized`
-        is not said and needed, or, with `safe_merge`, if a merged value is not finite.
+        "dequantize" makes every packed weight of the model dense. Raises UsageError, and leaves everything as it was,
+        if `quantized` is not said and needed, or, with `safe_merge`, if a merged value is not finite.
         """
         merge(self._adapter_state, adapter_names, safe=safe_merge, quantized=quantized)
 
@@ -198,6 +219,7 @@ class AdaptedModel(AdaptedModule):
 
     def merge_and_unload(
         self,
+        progressbar: bool = False,
         safe_merge: bool = False,
         adapter_names: Sequence[str] | None = None,
         *,
@@ -207,46 +229,94 @@ class AdaptedModel(AdaptedModule):
 
         It shares every other tensor with this model, which stays as it is. Where a tied weight was merged for one of
         its uses only, the tie is broken, and the config says so. `quantized` is as in `merge_adapter`: after
-        "dequantize" the model is a dense one, for its config too.
+        "dequantize" the model is a dense one, for its config too. With `progressbar` a line on the terminal says what
+        is waited for, where it takes longer than a second.
         """
-        return merged_model(self, adapter_names, safe=safe_merge, quantized=quantized)
-
-    def unload(self) -> nn.Module:
-        """A plain model of the user's class without adapters, sharing this model's weights."""
-        return self._adapter_state.base.unloaded()
-
-    def get_base_model(self) -> nn.Module:
-        """As `unload`: this model keeps its adapters."""
-        return self.unload()
+        with self._adapter_state.engine.backend.step("merging adapters") if progressbar else nullcontext():
+            return merged_model(self, adapter_names, safe=safe_merge, quantized=quantized)
 
     # --- saving ---
 
     def save_pretrained(
         self,
         save_directory: str | PathLike[str],
-        *,
-        selected_adapters: Sequence[str] | None = None,
         safe_serialization: bool = True,
+        selected_adapters: Sequence[str] | None = None,
+        *,
         state_dict: Mapping[str, torch.Tensor] | None = None,
         is_main_process: bool = True,
         **kwargs: Any,
     ) -> None:
-        """Write adapters, not the base, in the format `peft` and transformers load.
+        """Write adapters, not the base, in the format `peft` and transformers load, and a model card.
 
         As PEFT does, the adapter called `default`, or a lone one, goes into the directory itself and every other into
         a subdirectory of its name. A manifest with the spec and the base's fingerprint lies beside each. Values come
         from `state_dict` (of this model) if one is given. In a Trainer's checkpoint (a directory called
-        `checkpoint-<step>`) the adapters' part of the state dict is saved too, from which the Trainer resumes.
+        `checkpoint-<step>`) the adapters' part of the state dict is saved too where PEFT is not installed, from which
+        the Trainer then resumes. What transformers and accelerate give beside these (`save_function`,
+        `max_shard_size`, `token`) changes nothing: an adapter is one small file, written by this process.
 
-        Raises UsageError for unknown adapters, `safe_serialization=False` and `push_to_hub`, CheckpointError if a file
-        cannot be written; files appear whole or not at all.
+        With `safe_serialization=False` the tensors are pickled, into `adapter_model.bin`. README.md is made where there
+        is none; of one that is there only the metadata changes.
+
+        Raises UsageError for unknown adapters and `push_to_hub`, WrongTypeError for an unknown argument, and
+        CheckpointError if a file cannot be written; files appear whole or not at all.
         """
-        if not safe_serialization:
-            fail(UsageError, "E540", "adapters are saved as safetensors only", help="leave safe_serialization out")
-        if kwargs.get("push_to_hub"):
+        if kwargs.pop("push_to_hub", False):
             fail(UsageError, "E542", "save_pretrained does not upload", help="call push_to_hub")
+        for name in kwargs.keys() - contract.SAVING:
+            known = inspect.signature(self.save_pretrained).parameters
+            help = did_you_mean(name, known) or f"known are {', '.join(each for each in known if each != 'kwargs')}"
+            fail(WrongTypeError, "E589", f"save_pretrained has no argument {name!r}", help=help)
         if is_main_process:
-            save_adapters(self, save_directory, selected_adapters, state_dict)
+            names = self._adapter_state.names() if selected_adapters is None else selected_adapters
+            save_adapters(self, save_directory, names, state_dict, safe=safe_serialization)
+            write_card(self, Path(save_directory), names)
+
+    def create_or_update_model_card(
+        self,
+        output_dir: str | PathLike[str],
+        *,
+        metrics: Mapping[str, object] | None = None,
+        tags: Sequence[str] = (),
+    ) -> None:
+        """Write README.md: the base, the methods, what they adapt, and metadata that the Hub reads.
+
+        Of a card that is there the text stays, and the library, the base, the tags (`tags` beside the usual) and the
+        pipeline, if none is said, are brought up to date; one whose metadata cannot be read is left alone, with a
+        warning. `metrics` are results to be listed in a new card. Raises CheckpointError if it cannot be written.
+        """
+        write_card(self, Path(output_dir), self._adapter_state.names(), metrics=metrics, tags=tags)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        tags: Sequence[str] = (),
+        safe_serialization: bool = True,
+        selected_adapters: Sequence[str] | None = None,
+    ) -> CommitInfo:
+        """Upload what `save_pretrained` writes to a repository on the Hub, which is made if there is none.
+
+        Returns the commit, whose text is its address. Raises as `save_pretrained`, and what huggingface_hub raises.
+        """
+        options = PushOptions(
+            repo_id=repo_id,
+            commit_message=commit_message,
+            commit_description=commit_description,
+            private=private,
+            token=token,
+            revision=revision,
+            create_pr=create_pr,
+            tags=tuple(tags),
+        )
+        return push(self, options, safe_serialization=safe_serialization, selected_adapters=selected_adapters)
 
     def get_adapter_state_dict(
         self, adapter_name: str | None = None, state_dict: Mapping[str, torch.Tensor] | None = None
@@ -262,36 +332,6 @@ class AdaptedModel(AdaptedModule):
     ) -> dict[str, torch.Tensor]:
         """An adapter's tensors under the keys PEFT saves them by."""
         return adapter_tensors(self, adapter_name, state_dict)
-
-    def base_fingerprint(self) -> str:
-        """A digest of the base's names, shapes and sampled contents, without what is merged or room for new tokens."""
-        return self._adapter_state.base.fingerprint()
-
-    # --- looking ---
-
-    def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """How many numbers are trained, and how many there are in all, as PEFT counts: packed or not."""
-        trainable = sum(each.numel() for each in self.parameters() if each.requires_grad)
-        return trainable, parameter_count(self)
-
-    def print_trainable_parameters(self) -> None:
-        """Print the counts in PEFT's format."""
-        trainable, total = self.get_nb_trainable_parameters()
-        share = 100 * trainable / total
-        print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")
-
-    def adapter_plan(self, adapter_name: str) -> AdapterPlan:
-        """Which rule with which values an adapter puts where. Raises UsageError for an unknown name."""
-        return self._adapter_state.adapter(adapter_name).plan
-
-    def region_partition(self) -> Partition:
-        """Which modules run graphs as the model stands, why they begin there, and what is split and why.
-
-        It may be printed. Nothing is traced: what is attached to modules is seen at once, what cannot be traced when a
-        call has tried. Without active adapters (none, at rest, merged) there are no regions but of weights that are
-        stored packed.
-        """
-        return self._adapter_state.partition()
 
     # --- budgets, and prefixes that start from a text ---
 

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from os import PathLike
 from pathlib import Path
@@ -23,27 +24,39 @@ from peftc.runtime.peft_format.peft_rule import mask_field
 from peftc.runtime.peft_format.saved_value import settled_value
 from peftc.runtime.peft_format.spec_config import spec_text
 
-# A Trainer resumes a model that is not peft's only from this file, and saves nowhere else under such names.
+# Where PEFT is not installed, a Trainer resumes only from this file, and saves nowhere else under such names.
 TRAINER_STATE = "model.safetensors"
+TRAINING = "peftc_training.safetensors"
+"""In a Trainer's checkpoint, all of an adapter that keeps a budget: what was dropped, and what it measured."""
+
 _TRAINER_CHECKPOINT = re.compile(r"checkpoint-\d+")
 
 StateDict = Mapping[str, torch.Tensor]
 
 
 def save_adapters(
-    model: AdaptedModule, directory: str | PathLike[str], names: Sequence[str] | None, state_dict: StateDict | None
+    model: AdaptedModule,
+    directory: str | PathLike[str],
+    names: Sequence[str],
+    state_dict: StateDict | None,
+    *,
+    safe: bool = True,
 ) -> None:
     """Write adapters into a directory, or subdirectories of it: see `AdaptedModel.save_pretrained`."""
     state = model._adapter_state
-    adapters = [state.adapter(name) for name in (state.names() if names is None else names)]
+    adapters = [state.adapter(name) for name in names]
     root = Path(directory)
     if root.is_file():
         fail(UsageError, "E541", f"{root} is a file", help="give a directory")
     fingerprint = state.base.fingerprint()
+    resumable = bool(_TRAINER_CHECKPOINT.fullmatch(root.name))
     for adapter in adapters:
         name = "default" if len(state.names()) == 1 else adapter.plan.name
-        _save(model, adapter, adapter_directory(root, name), state_dict, fingerprint)
-    if _TRAINER_CHECKPOINT.fullmatch(root.name):
+        _save(model, adapter, adapter_directory(root, name), state_dict, fingerprint, safe)
+        if resumable and adapter.allocator is not None:
+            whole = {key: value.detach().cpu().contiguous() for key, value in adapter.state_dict().items()}
+            write_files(adapter_directory(root, name), {TRAINING: partial(save_file, whole)})
+    if resumable and not fields.is_installed():
         given = model.state_dict() if state_dict is None else state_dict
         own = {key: value.detach().cpu().contiguous() for key, value in given.items() if is_adapters(key)}
         write_files(root, {TRAINER_STATE: lambda path: save_file(own, path, metadata={"format": "pt"})})
@@ -88,18 +101,9 @@ def _save(
     directory: Path,
     state_dict: StateDict | None,
     base_fingerprint: str,
+    safe: bool,
 ) -> None:
-    plan, base = adapter.plan, model._adapter_state.base
-    config = write_config(
-        plan,
-        module_names=[name for name, _ in model.named_modules() if name and not is_adapters(name)],
-        base_model_name_or_path=base.facts.base_name,
-        task_type=base.facts.task_type or _task(model, plan),
-        revision=base.facts.base_revision,
-    )
-    field, allocator = mask_field(plan.spec.rule), adapter.allocator
-    if field and allocator is not None and allocator.masks:
-        config[field] = kept_masks(plan, allocator.masks)
+    plan, base, config = adapter.plan, model._adapter_state.base, adapter_config(model, adapter)
     spec = spec_text(plan.spec)
     manifest = Manifest(
         base_id=base.facts.base_name,
@@ -113,8 +117,24 @@ def _save(
         regions=base.facts.regions,
         adapters={plan.name: AdapterFacts(plan.spec.rule.name, plan.parameter_count)},
     )
-    write_adapter(directory, config, adapter_tensors(model, plan.name, state_dict))
+    write_adapter(directory, config, adapter_tensors(model, plan.name, state_dict), safe=safe)
     write_manifest(directory, manifest)
+
+
+def adapter_config(model: AdaptedModule, adapter: AdapterParameters) -> dict[str, object]:
+    """The fields of the adapter_config.json of an adapter. Raises CheckpointError where PEFT has no words for it."""
+    plan, base = adapter.plan, model._adapter_state.base
+    config = write_config(
+        plan,
+        module_names=[name for name, _ in model.named_modules() if name and not is_adapters(name)],
+        base_model_name_or_path=base.facts.base_name,
+        task_type=base.facts.task_type or _task(model, plan),
+        revision=base.facts.base_revision,
+    )
+    field, allocator = mask_field(plan.spec.rule), adapter.allocator
+    if field and allocator is not None and allocator.masks:
+        config[field] = kept_masks(plan, allocator.masks)
+    return config
 
 
 def _task(model: AdaptedModule, plan: AdapterPlan) -> str | None:

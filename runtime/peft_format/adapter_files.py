@@ -111,6 +111,8 @@ def read_json(path: Path) -> dict[str, object]:
         fail(CheckpointError, "E303", f"not valid JSON: {error.msg}", where=place)
     except UnicodeDecodeError as error:
         fail(CheckpointError, "E303", f"not valid JSON: not UTF-8 at byte {error.start}", where=where)
+    except CheckpointError:
+        raise
     except (RecursionError, ValueError):
         fail(CheckpointError, "E303", "not valid JSON: nested too deeply, or a number too long", where=where)
     if not isinstance(value, dict):
@@ -118,8 +120,12 @@ def read_json(path: Path) -> dict[str, object]:
     return value
 
 
-def write_adapter(directory: Path, config: Mapping[str, object], tensors: Mapping[str, Tensor]) -> None:
+def write_adapter(
+    directory: Path, config: Mapping[str, object], tensors: Mapping[str, Tensor], *, safe: bool = True
+) -> None:
     """Write a checkpoint; each file appears whole or not at all, and what was there stays until then.
+
+    Tensors are pickled unless `safe`. What is there of the other kind would be read first, or in its place: it goes.
 
     Raises:
         CheckpointError: the directory or a file cannot be written.
@@ -129,10 +135,18 @@ def write_adapter(directory: Path, config: Mapping[str, object], tensors: Mappin
     write_files(
         directory,
         {
-            WEIGHTS: lambda path: save_file(plain, path, metadata={"format": "pt"}),
+            WEIGHTS if safe else PICKLE: lambda path: _write_tensors(path, plain, safe),
             CONFIG: lambda path: path.write_text(text, encoding="utf-8"),
         },
     )
+    _discard(directory / (PICKLE if safe else WEIGHTS))
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor], safe: bool) -> None:
+    if safe:
+        save_file(tensors, path, metadata={"format": "pt"})
+    else:
+        torch.save(tensors, path)
 
 
 def write_files(directory: Path, writers: Mapping[str, Callable[[Path], object]]) -> None:
@@ -173,19 +187,18 @@ def _plain(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format).contiguous()
 
 
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file. Raises CheckpointError if it is damaged."""
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        fail(CheckpointError, "E307", f"damaged or truncated: {error}", help="fetch the file again", where=str(path))
+
+
 def _read_tensors(directory: Path, allow_pickle: bool) -> dict[str, Tensor]:
     weights, unsafe = directory / WEIGHTS, directory / PICKLE
     if weights.is_file():
-        try:
-            return load_file(weights)
-        except (SafetensorError, OSError) as error:
-            fail(
-                CheckpointError,
-                "E307",
-                f"damaged or truncated: {error}",
-                help="fetch the file again",
-                where=str(weights),
-            )
+        return read_tensors(weights)
     if not unsafe.is_file():
         help = did_you_mean(WEIGHTS, (each.name for each in directory.iterdir()))
         fail(CheckpointError, "E302", f"no file '{WEIGHTS}'", help=help, where=str(directory))

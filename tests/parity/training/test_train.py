@@ -199,8 +199,7 @@ def test_resume_with_several_adapters(started: Any, zoo: Any, tmp_path: Path) ->
     _trainer(ours, Examples(zoo, "llama"), tmp_path, **options).train()
     wanted = _bank(ours)
     assert {"start", "rest"} < {each.name for each in (tmp_path / "checkpoint-2").iterdir()}
-    saved = load_file(tmp_path / "checkpoint-2" / "model.safetensors")
-    assert saved.keys() == wanted.keys()
+    assert not (tmp_path / "checkpoint-2" / "model.safetensors").exists(), "PEFT would take nothing else"
     with torch.no_grad():
         for each in ours.parameters():
             if each.requires_grad:

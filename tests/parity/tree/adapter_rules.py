@@ -61,11 +61,11 @@ class AdapterRules(Watched):
         self.theirs.merged = None
         self.theirs.activate(tuple(weights.items()), trained)
 
-    @precondition(lambda self: self.theirs.adapters and self.theirs.merged is None)
+    @precondition(lambda self: set(self.theirs.adapters) - set(self.theirs.merged or ()))
     @rule(data=st.data())
     def delete(self, data: st.DataObject) -> None:
         STEPS["delete"] += 1
-        name = data.draw(st.sampled_from(sorted(self.theirs.adapters)))
+        name = data.draw(st.sampled_from(sorted(set(self.theirs.adapters) - set(self.theirs.merged or ()))))
         self.ours.delete_adapter(name)
         self.theirs.remove(name)
 
@@ -176,16 +176,14 @@ class AdapterRules(Watched):
         yield "E561", lambda: ours.gradient_checkpointing_enable(every_n_layers=0)
         yield "E201", lambda: ours.add_adapter("adapter wrong = lora { on nothing_called_so }")
         for name in sorted(theirs.adapters)[:1]:
-            yield "E511", partial(ours.load_adapter, files(self.subject) / "a", name)
             yield "E512", partial(ours.set_adapter, [name, name])
             yield "E510", partial(ours.set_adapter, {name: 1.0, "nobody": 1.0})
-            merged = theirs.merged is not None
-            yield "E515" if merged else "E510", partial(ours.delete_adapter, [name, "nobody"])
+            yield "E510", partial(ours.delete_adapter, [name, "nobody"])
         for name, adapter in theirs.adapters.items():
             if adapter.copies:
                 yield "E513", partial(ours.set_adapter, {name: 0.5})
         if theirs.merged is not None:
-            yield "E516", ours.merge_adapter
+            yield "E515", partial(ours.delete_adapter, list(theirs.merged)[:1])
         elif not theirs.adapters:
             yield "E525", ours.merge_adapter
         elif not theirs.active:

@@ -182,10 +182,13 @@ class Reference:
         self.refresh()
 
     def remove(self, name: str) -> None:
-        """Take an adapter away."""
+        """Take an adapter away; where none is active any more that was, the first of the others by name is."""
         del self.adapters[name]
         self.trained.discard(name)
-        self.active = tuple(each for each in self.active if each[0] != name)
+        left = tuple(each for each in self.active if each[0] != name)
+        if self.active and not left and self.adapters:
+            left = ((min(self.adapters), 1.0),)
+        self.active = left
         self.refresh()
 
     def to(self, dtype: torch.dtype) -> None:

@@ -95,9 +95,16 @@ def test_refused(case, adapted):
 
 
 MERGED = {
-    "merge again": (lambda m: m.merge_adapter(), "E516", "the model is merged already", "unmerge_adapter"),
-    "delete": (lambda m: m.delete_adapter("b"), "E515", "while they are merged", "unmerge_adapter"),
-    "delete unknown": (lambda m: m.delete_adapter("zz"), "E515", "while they are merged", "unmerge_adapter"),
+    "measure": (lambda m: m.merge_drift(), "E516", "the model is merged already", "unmerge_adapter"),
+    "delete": (lambda m: m.delete_adapter("a"), "E515", "'a' cannot be deleted while it is merged", "unmerge_adapter"),
+    "delete several": (lambda m: m.delete_adapter(["b", "a"]), "E515", "'a' cannot be deleted", "unmerge_adapter"),
+    "delete unknown": (lambda m: m.delete_adapter(["b", "zz"]), "E510", "no adapter 'zz'", "the adapters are"),
+    "other values": (
+        lambda m: compiler.set_peft_model_state_dict(m, {}, "a"),
+        "E593",
+        "'a' is merged",
+        "unmerge_adapter",
+    ),
 }
 
 
@@ -182,7 +189,7 @@ def test_saving_refused(adapted, tmp_path):
     file = tmp_path / "file"
     file.write_text("mine")
     cases = {
-        "E540": lambda m: m.save_pretrained(tmp_path / "out", safe_serialization=False),
+        "E589": lambda m: m.save_pretrained(tmp_path / "out", selected_adapter=["a"]),
         "E541": lambda m: m.save_pretrained(file),
         "E542": lambda m: m.save_pretrained(tmp_path / "out", push_to_hub=True),
     }
