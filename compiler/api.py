@@ -18,8 +18,7 @@ from peftc.compiler.trace.weights import trace_weights
 from peftc.compiler.versions import warn_if_untested
 from peftc.grammar.diagnostics import ModelError, SpecError, UsageError, fail
 from peftc.grammar.method.rule import Value
-from peftc.grammar.spec.elaborate import read_spec
-from peftc.grammar.spec.spec import Base, Regions, Spec
+from peftc.grammar.spec.spec import Base, Regions
 from peftc.passes.cost.cost import Choice
 from peftc.passes.foreign import transformers as contract
 from peftc.passes.insert.insert_delta import SlotValue
@@ -40,8 +39,9 @@ from peftc.runtime.init.dense import Source
 from peftc.runtime.model import model as runtime
 from peftc.runtime.model.adapted_class import adapted_class
 from peftc.runtime.model.adapter_set import AdapterSet
-from peftc.runtime.model.adding import add_fresh, plan_adapters
+from peftc.runtime.model.adding import FreshOptions, add_fresh, plan_adapters
 from peftc.runtime.model.base_weights import ADAPTED, STATE, BaseProvenance, BaseWeights, base_view
+from peftc.runtime.model.described import described
 from peftc.runtime.model.loading import load_adapter
 from peftc.runtime.peft_format.load_options import LoadOptions
 from peftc.runtime.regions.modules import layers_become_regions
@@ -164,12 +164,14 @@ class AdaptedModel(Exportable):
 
 def apply(
     model: nn.Module,
-    spec: Spec | str | PathLike[str],
+    spec: Any,
     *,
     example_inputs: Sequence[Any] | Mapping[str, Any] | None = None,
     calibration: Batches | None = None,
     tokenizer: Any | None = None,
     dense: Source | None = None,
+    autocast_adapter_dtype: bool = True,
+    low_cpu_mem_usage: bool = False,
     prepare_for_kbit_training: bool = True,
     regions: Regions | None = None,
     progress: bool = True,
@@ -179,7 +181,11 @@ def apply(
     Args:
         model: Any transformers model, or any `nn.Module` that torch.export can trace. It is not changed, and the
             result shares its weights, but for those that the spec has quantized.
-        spec: A path to an `.adapter` file, the text itself, or a Spec.
+        spec: A path to an `.adapter` file, the text itself, a Spec or an AdapterSpec; or a config of PEFT's, an object
+            or its fields as a dict, whose adapter is called "default"; or a dict of such by the names of the adapters,
+            of which the first is active. What PEFT's config classes mean by a field is meant here, or the field is
+            refused by its name; with a `task_type` the heads of the task are trained, and with `inference_mode`
+            nothing is.
         example_inputs: Positional (a sequence) or named (a mapping) arguments to trace the first graph with at once.
             Without them every graph is traced when a call first needs it.
         calibration: For a method that starts from data: batches, each the named (a mapping) or positional (a sequence
@@ -190,6 +196,10 @@ def apply(
             result, not the model, has its embeddings resized, as transformers does it.
         dense: For a method that starts from what quantization rounded away: the model that this one was quantized from,
             or its directory of safetensors. Not needed where the spec has `model` quantized.
+        autocast_adapter_dtype: Hold the adapters of a float16 or bfloat16 base in float32, as PEFT does; otherwise
+            they are of the base's type.
+        low_cpu_mem_usage: As PEFT has it for what a file is to fill afterwards. Accepted, and without effect: what is
+            fresh is made where it stays, with its first values, and never on the meta device.
         prepare_for_kbit_training: On a quantized base, hold what is not quantized (norms, embeddings, the head) in
             float32, as PEFT's `prepare_model_for_kbit_training` does. The user's model keeps its own, and so does what
             is unloaded. Without effect elsewhere.
@@ -206,11 +216,13 @@ def apply(
 
     Raises:
         SpecError: the spec is wrong, in itself or for this model.
+        CheckpointError: a config says what is not supported, all of that at once.
         ModelError: the model cannot be copied or traced.
         UsageError: a method needs a calibration, and it is missing or reaches not every site; or a tokenizer, or the
-            dense model.
+            dense model; or, a TypeError too, `spec` is of a type that describes no adapter.
     """
-    meant = spec if isinstance(spec, Spec) else read_spec(spec)
+    found = described(spec)
+    meant = found.spec
     wanted = checked(regions) if regions is not None else meant.regions or DEFAULT
     adapted = adapt(_checked(model), regions=wanted, progress=progress)
     state = adapted._adapter_state
@@ -222,7 +234,9 @@ def apply(
     planned = plan_adapters(meant.adapters, state.engine.backend.survey(), tokenizer)
     if prepare_for_kbit_training:
         state.base.widen()
-    add_fresh(adapted, planned, meant.active, calibration=calibration, tokenizer=tokenizer, dense=dense)
+    options = FreshOptions(calibration, tokenizer, dense, upcast=autocast_adapter_dtype)
+    add_fresh(adapted, planned, meant.active, options, trainable=found.trains())
+    state.base.facts.told(found.facts)
     if example_inputs is not None:
         prepare(adapted, example_inputs)
     return adapted
@@ -241,6 +255,7 @@ def load(
     local_files_only: bool = False,
     allow_pickle: bool = False,
     autocast_adapter_dtype: bool = True,
+    low_cpu_mem_usage: bool = False,
     use: str | PathLike[str] | None = None,
     values: Mapping[str, Value] | None = None,
     prepare_for_kbit_training: bool = True,
@@ -260,7 +275,9 @@ def load(
         cache_dir: Where downloads are kept.
         local_files_only: Never ask the Hub.
         allow_pickle: Read an adapter_model.bin, which may come from anywhere, with torch's weights-only unpickler.
-        autocast_adapter_dtype: Hold float16 and bfloat16 adapters in float32, as PEFT does.
+        autocast_adapter_dtype: Hold float16 and bfloat16 adapters in float32, as PEFT does; otherwise an adapter is of
+            the base's type, whatever type its file has.
+        low_cpu_mem_usage: Accepted as PEFT's, and without effect: tensors come from the file, and none is made first.
         use: An `.adapter` file with methods of your own. What peftc saved needs none: the definition is in it.
         values: Hyperparameters that are to be other than the file says. `{"peft_compatible": True}` has virtual tokens
             counted and returned as PEFT does.
@@ -284,6 +301,7 @@ def load(
         local_files_only=local_files_only,
         allow_pickle=allow_pickle,
         autocast_adapter_dtype=autocast_adapter_dtype,
+        low_cpu_mem_usage=low_cpu_mem_usage,
         use=use,
         values=values,
     )

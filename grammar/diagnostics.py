@@ -61,8 +61,8 @@ class UsageError(AdapterError):
     """A call on an adapted model that its state does not allow (E5xx)."""
 
 
-class WrongTypeError(UsageError, TypeError):
-    """A call with a value of a type that it does not take, or with an argument that it does not have."""
+class ArgumentTypeError(UsageError, TypeError):
+    """An argument is of a type that means nothing there, or is missing, or given twice."""
 
 
 def fail(

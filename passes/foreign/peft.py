@@ -14,6 +14,9 @@ TOKEN_TYPES = "input_type_mask"  # of tokens, for context-aware prompts
 
 OWN_TYPE = "PEFTC"  # the type of a method that PEFT has not: the file holds the spec's text
 
+TYPE = "peft_type"  # the field that makes a config of a mapping, and of an object that has it
+NOT_IN_FILES = ("_custom_modules",)  # what a config object says that its fields, as a file has them, leave out
+
 # Read by peft_config itself, for every method.
 HANDLED = frozenset(
     {
@@ -49,6 +52,7 @@ HARMLESS = frozenset(
 # Features of PEFT that methods share and that change what an adapter computes.
 UNSUPPORTED = frozenset(
     {
+        *NOT_IN_FILES,
         *("layer_replication", "trainable_token_indices", "megatron_config", "use_qalora"),
         *("alora_invocation_tokens", "velora_config", "monteclora_config", "use_bdlora", "arrow_config", "kasa_config"),
     }

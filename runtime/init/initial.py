@@ -14,7 +14,7 @@ from peftc.grammar.method.rule import BoundParam, Derived, Init
 from peftc.passes.expression.materialise import Evaluator, restack, to_logical, unstack
 from peftc.passes.expression.scene import Eager
 from peftc.passes.plan.plan import IDS, ORDER, ROWS, AdapterPlan, ParamKey, PlannedRows, PlannedSite
-from peftc.passes.plan.site import Site
+from peftc.passes.plan.site import WHOLE, Site
 from peftc.runtime.init.calibration import Moments
 from peftc.runtime.init.dense import Dense, quantization_error
 from peftc.runtime.init.tokens import text_ids
@@ -42,12 +42,12 @@ def initial(
     """A tensor for every key of the plan: the given one, or a fresh one.
 
     Fresh tensors come from torch's random state, from the seed their method names (on the CPU, so that every machine
-    makes the same), or from the base weight, in float32 where the base is float16 or bfloat16. Given ones of these
-    types become float32 too if `upcast`, as in PEFT. `calibration` says what is known of the inputs of modules;
-    `tokenizer` is for what starts as a text, where not the one that the method names; `dense` are the weights that the
-    base was quantized from.
+    makes the same), or from the base weight. As in PEFT an adapter is of the base's type, whatever type given tensors
+    have, and in float32 where that is float16 or bfloat16, unless not `upcast`. `calibration` says what is known of the
+    inputs of modules; `tokenizer` is for what starts as a text, where not the one that the method names; `dense` are
+    the weights that the base was quantized from.
     """
-    making = _Making(plan, base, dict(given or {}), upcast, calibration or {}, tokenizer, dense)
+    making = _Making(plan, base, dict(given or {}), calibration or {}, tokenizer, dense)
     making.grouped()
     for at in plan.sites:
         making.at(at)
@@ -61,9 +61,11 @@ def initial(
             kept = source.detach().clone() if found is None else found.to(source.device, source.dtype, copy=True)
             making.made[key] = kept
     for rows in plan.rows:
-        making.rows(rows)
+        making.rows(rows, upcast=upcast)
     for at in plan.sites:
         making.forget(at, shared=True)
+        if not upcast:
+            making.narrow(at)
     return making.made
 
 
@@ -72,7 +74,6 @@ class _Making:
     plan: AdapterPlan
     base: BaseTensor
     given: Tensors
-    upcast: bool
     calibration: Mapping[str, Moments]
     tokenizer: Any | None = None
     dense: Dense | None = None
@@ -159,10 +160,18 @@ class _Making:
                 self.made.pop(at.key(self.plan.name, draft), None)
 
     def _given(self, tensor: torch.Tensor, site: Site) -> torch.Tensor:
-        low = self.upcast and tensor.dtype in LOW_PRECISION and site.kind != "attention"
-        return tensor.to(device=site.device, dtype=torch.float32 if low else tensor.dtype, copy=True)
+        return tensor.to(site.device, _dtype(site) if tensor.is_floating_point() else tensor.dtype, copy=True)
 
-    def rows(self, rows: PlannedRows) -> None:
+    def narrow(self, at: PlannedSite) -> None:
+        """Give a site's tensors the type that its weight is stored in."""
+        if at.site.kind in WHOLE or at.site.packing is not None:
+            return  # PEFT holds these in float32 all the same
+        for param in at.bound.params:
+            key = at.key(self.plan.name, param)
+            if self.made[key].is_floating_point():
+                self.made[key] = self.made[key].to(at.site.dtype)
+
+    def rows(self, rows: PlannedRows, *, upcast: bool) -> None:
         """Make trained rows, which start as the base's own, and what says which they are."""
         weight = self.base(f"{rows.module}.weight".lstrip("."))
         assert weight is not None
@@ -171,8 +180,7 @@ class _Making:
         ids = torch.tensor(rows.ids, device=weight.device)
         given = self.given.get(ParamKey(name, rows.module, ROWS))
         value = weight.detach()[ids] if given is None else given
-        low = value.dtype in LOW_PRECISION and (self.upcast or given is None)
-        kind = torch.float32 if low else value.dtype
+        kind = torch.float32 if upcast and weight.dtype in LOW_PRECISION else weight.dtype
         self.made[ParamKey(name, rows.module, ROWS)] = value.to(weight.device, kind, copy=True)
         self.made[ParamKey(name, rows.module, IDS)] = ids[order]
         self.made[ParamKey(name, rows.module, ORDER)] = order

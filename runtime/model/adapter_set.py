@@ -244,6 +244,7 @@ class AdapterSet:
     def _forget(self, names: Sequence[str]) -> None:
         for name in names:
             self.bank._modules.pop(name, None)
+            self.base.facts.tasks.pop(name, None)
         gone = set(names)
         for active in [each for each in self._prepared if not gone.isdisjoint(name for name, _ in each)]:
             del self._prepared[active]

@@ -74,28 +74,40 @@ def make_adapter(plan: AdapterPlan, base: BaseTensor, values: Values) -> Adapter
     return adapter
 
 
+@dataclass(frozen=True)
+class FreshOptions:
+    """What fresh adapters start from beside the base, and whether they are wider than a base of low precision.
+
+    They are arguments of `apply`, which says what they mean; `upcast` is its `autocast_adapter_dtype`.
+    """
+
+    calibration: Batches | None = None
+    tokenizer: Any | None = None
+    dense: Source | None = None
+    upcast: bool = True
+
+
 def add_fresh(
     model: AdaptedModule,
     planned: PlannedAdapters,
     active: Active,
+    options: FreshOptions,
     *,
-    calibration: Batches | None = None,
-    tokenizer: Any | None = None,
-    dense: Source | None = None,
+    trainable: bool = True,
 ) -> None:
-    """Add adapters that start as their methods say, and make these active and trained.
+    """Add adapters that start as their methods say, and make these active, and trained unless not `trainable`.
 
     Raises UsageError, and leaves the model as it was: a method lacks what it starts from, or see `AdapterSet.activate`.
     """
     base = model._adapter_state.base
 
     def values() -> Iterator[Values]:
-        weights = None if dense is None else Dense(dense)
-        moments = measured(base.unloaded, planned.plans, calibration)
+        weights = None if options.dense is None else Dense(options.dense)
+        moments = measured(base.unloaded, planned.plans, options.calibration)
         for _ in planned.plans:
-            yield Values(moments=moments, tokenizer=tokenizer, dense=weights)
+            yield Values(upcast=options.upcast, moments=moments, tokenizer=options.tokenizer, dense=weights)
 
-    add_adapters(model, planned, values, lambda: base.unmerged().value, active, trainable=True)
+    add_adapters(model, planned, values, lambda: base.unmerged().value, active, trainable=trainable)
 
 
 def add_adapters(

@@ -18,6 +18,7 @@ from peftc.runtime.base.placed import Placed
 from peftc.runtime.base.replaced import Replaced, put
 from peftc.runtime.execution.engine import Engine
 from peftc.runtime.peft_format.manifest import fingerprint
+from peftc.runtime.peft_format.peft_config import ConfigFacts
 
 STATE = "_adapter_state"
 ADAPTED = contract.HAS_ADAPTERS
@@ -36,6 +37,14 @@ class BaseProvenance:
     task_type: str | None = None
     fingerprint: str | None = None  # of the base before its vocabulary was enlarged for an adapter
     regions: Regions | None = None  # which modules the spec has run graphs, if it says so
+    tasks: dict[str, str] = field(default_factory=dict)  # of the adapters whose config names one
+
+    def told(self, facts: Mapping[str, ConfigFacts]) -> None:
+        """Keep what configs say of their adapters and of the base."""
+        for name, each in facts.items():
+            if each.task_type is not None:
+                self.tasks[name] = each.task_type
+            self.base_revision = self.base_revision or each.revision
 
 
 @dataclass(frozen=True)

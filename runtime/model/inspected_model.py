@@ -62,14 +62,14 @@ class InspectedModel(AdaptedModule):
     def get_layer_status(self) -> list[TunerLayerStatus]:
         """The state of every adapted module: which adapters it has, which are active, merged and trained, and where.
 
-        Raises WrongTypeError for prompts and prefixes, which adapt no module.
+        Raises ArgumentTypeError for prompts and prefixes, which adapt no module.
         """
         return layer_status(self._adapter_state)
 
     def get_model_status(self) -> TunerModelStatus:
         """The state of the model: its adapters, what they train, which are active and merged.
 
-        Raises WrongTypeError for prompts and prefixes, which adapt no module.
+        Raises ArgumentTypeError for prompts and prefixes, which adapt no module.
         """
         return model_status(self._adapter_state, self.get_nb_trainable_parameters())
 

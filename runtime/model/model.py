@@ -12,24 +12,23 @@ import torch
 from huggingface_hub import CommitInfo
 from torch import nn
 
-from peftc.grammar.diagnostics import UsageError, WrongTypeError, did_you_mean, fail
+from peftc.grammar.diagnostics import ArgumentTypeError, UsageError, did_you_mean, fail
 from peftc.grammar.method.rule import Value
-from peftc.grammar.spec.spec import AdapterSpec
 from peftc.passes.foreign import transformers as contract
 from peftc.runtime.init.calibration import Batches
 from peftc.runtime.init.dense import Source
 from peftc.runtime.merge.drift import MergeDrift
 from peftc.runtime.merge.repack import Quantized
 from peftc.runtime.model.adapter_values import IncompatibleKeys
-from peftc.runtime.model.adding import add_fresh, plan_adapters
+from peftc.runtime.model.adding import FreshOptions, add_fresh, plan_adapters
 from peftc.runtime.model.allocating import regularization_loss, update_and_allocate
 from peftc.runtime.model.base_weights import Active
 from peftc.runtime.model.card import write_card
+from peftc.runtime.model.described import config_and_name, one_adapter
 from peftc.runtime.model.inspected_model import InspectedModel
 from peftc.runtime.model.kv_prefix import start_from_cache, start_from_text
 from peftc.runtime.model.loading import load_adapter
 from peftc.runtime.model.merging import disabled, measured_drift, merge, merged_model, rest, unmerge, wake
-from peftc.runtime.model.one_adapter import one_adapter
 from peftc.runtime.model.pushing import PushOptions, push
 from peftc.runtime.model.removing import remove
 from peftc.runtime.model.saving import adapter_tensors, save_adapters
@@ -48,31 +47,37 @@ class AdaptedModel(InspectedModel):
 
     def add_adapter(
         self,
-        adapter_config: Any,
-        adapter_name: str | None = None,
+        adapter_config: Any = None,
+        adapter_name: Any = None,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
         *,
+        peft_config: Any = None,
         calibration: Batches | None = None,
         tokenizer: Any | None = None,
         dense: Source | None = None,
     ) -> None:
         """Add a fresh adapter and activate it, as transformers' `add_adapter`.
 
-        `adapter_config` is a spec (a path, the text itself, a `Spec` or `AdapterSpec` with one adapter) or a PEFT
-        config (an object with `to_dict`, or a dict). PEFT's order, the name first, is understood too. `calibration` are
-        the batches that a method needs which starts from data, as in `apply`; the base runs on them. `tokenizer` is
-        for tokens that a spec names by their text, for new ones, and for a method that starts from a text. `dense` is
-        what a quantized base was made from, as in `apply`. What the spec says of its `base` has to be so already: an
-        adapter that joins others neither quantizes a model nor says where its regions begin. Raises SpecError or
-        UsageError and leaves the model as it was.
+        `adapter_config`, or `peft_config`, is a spec (a path, the text itself, a `Spec` or `AdapterSpec` with one
+        adapter) or a PEFT config (an object, or its fields as a dict). PEFT's order, the name first, is understood too.
+        `calibration` are the batches that a method needs which starts from data, as in `apply`; the base runs on them.
+        `tokenizer` is for tokens that a spec names by their text, for new ones, and for a method that starts from a
+        text. `dense` is what a quantized base was made from, as in `apply`, where `autocast_adapter_dtype` and
+        `low_cpu_mem_usage` are said too. What the spec says of its `base` has to be so already: an adapter that joins
+        others neither quantizes a model nor says where its regions begin. Raises SpecError, CheckpointError (a config
+        is not supported) or UsageError (which is a TypeError too for arguments that are missing, given twice or of a
+        wrong type) and leaves the model as it was.
         """
-        if isinstance(adapter_name, Mapping | AdapterSpec) or hasattr(adapter_name, "to_dict"):
-            adapter_config, adapter_name = adapter_name, adapter_config
-        one, state = one_adapter(adapter_config, adapter_name), self._adapter_state
-        state.check_name(one.spec.name, help="choose another name")
-        state.engine.backend.check_base(one.base)
-        planned = plan_adapters([one.spec], state.engine.backend.survey(), tokenizer)
-        active = ((one.spec.name, one.weight),)
-        add_fresh(self, planned, active, calibration=calibration, tokenizer=tokenizer, dense=dense)
+        config, name = config_and_name(adapter_config, adapter_name, peft_config)
+        one, state = one_adapter(config, name), self._adapter_state
+        (spec,), active = one.spec.adapters, one.spec.active
+        state.check_name(spec.name, help="choose another name")
+        state.engine.backend.check_base(one.spec.base)
+        planned = plan_adapters([spec], state.engine.backend.survey(), tokenizer)
+        options = FreshOptions(calibration, tokenizer, dense, upcast=autocast_adapter_dtype)
+        add_fresh(self, planned, active, options, trainable=one.trains())
+        state.base.facts.told(one.facts)
         self._unmerge_for_others(stacklevel=3)
 
     def load_adapter(
@@ -88,6 +93,7 @@ class AdaptedModel(InspectedModel):
         local_files_only: bool = False,
         allow_pickle: bool = False,
         autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
         use: str | PathLike[str] | None = None,
         values: Mapping[str, Value] | None = None,
     ) -> IncompatibleKeys:
@@ -99,7 +105,8 @@ class AdaptedModel(InspectedModel):
 
         Everything is checked before anything changes: the config, every key and shape, the base. Raises
         CheckpointError or UsageError. A manifest of another base only warns: the shapes fit, the user may know better.
-        float16 and bfloat16 adapters become float32 unless `autocast_adapter_dtype` is False, as in PEFT. `use` is an
+        float16 and bfloat16 adapters become float32 unless `autocast_adapter_dtype` is False, which gives them the
+        base's type, as in PEFT; its `low_cpu_mem_usage` is accepted and changes nothing, as in `load`. `use` is an
         `.adapter` file with methods of your own; what peftc saved needs none, the definition is in the checkpoint.
         `values` are hyperparameters to be other than the file says, such as `{"peft_compatible": True}`.
         """
@@ -112,6 +119,7 @@ class AdaptedModel(InspectedModel):
             local_files_only=local_files_only,
             allow_pickle=allow_pickle,
             autocast_adapter_dtype=autocast_adapter_dtype,
+            low_cpu_mem_usage=low_cpu_mem_usage,
             use=use,
             values=values,
         )
@@ -127,7 +135,7 @@ class AdaptedModel(InspectedModel):
         """
         given = [each for each in (adapter_name, adapter_names) if each is not None]
         if len(given) != 1:
-            fail(WrongTypeError, "E589", "delete_adapter takes the names of adapters, once", help="name them")
+            fail(ArgumentTypeError, "E589", "delete_adapter takes the names of adapters, once", help="name them")
         remove(self._adapter_state, [given[0]] if isinstance(given[0], str) else list(given[0]))
 
     # --- activating ---
@@ -259,7 +267,7 @@ class AdaptedModel(InspectedModel):
         With `safe_serialization=False` the tensors are pickled, into `adapter_model.bin`. README.md is made where there
         is none; of one that is there only the metadata changes.
 
-        Raises UsageError for unknown adapters and `push_to_hub`, WrongTypeError for an unknown argument, and
+        Raises UsageError for unknown adapters and `push_to_hub`, ArgumentTypeError for an unknown argument, and
         CheckpointError if a file cannot be written; files appear whole or not at all.
         """
         if kwargs.pop("push_to_hub", False):
@@ -267,7 +275,7 @@ class AdaptedModel(InspectedModel):
         for name in kwargs.keys() - contract.SAVING:
             known = inspect.signature(self.save_pretrained).parameters
             help = did_you_mean(name, known) or f"known are {', '.join(each for each in known if each != 'kwargs')}"
-            fail(WrongTypeError, "E589", f"save_pretrained has no argument {name!r}", help=help)
+            fail(ArgumentTypeError, "E589", f"save_pretrained has no argument {name!r}", help=help)
         if is_main_process:
             names = self._adapter_state.names() if selected_adapters is None else selected_adapters
             save_adapters(self, save_directory, names, state_dict, safe=safe_serialization)

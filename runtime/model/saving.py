@@ -128,7 +128,7 @@ def adapter_config(model: AdaptedModule, adapter: AdapterParameters) -> dict[str
         plan,
         module_names=[name for name, _ in model.named_modules() if name and not is_adapters(name)],
         base_model_name_or_path=base.facts.base_name,
-        task_type=base.facts.task_type or _task(model, plan),
+        task_type=base.facts.tasks.get(plan.name) or base.facts.task_type or _task(model, plan),
         revision=base.facts.base_revision,
     )
     field, allocator = mask_field(plan.spec.rule), adapter.allocator

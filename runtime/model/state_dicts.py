@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from peftc.grammar.diagnostics import WrongTypeError, fail
+from peftc.grammar.diagnostics import ArgumentTypeError, fail
 from peftc.runtime.model.adapted_module import AdaptedModule
 from peftc.runtime.model.adapter_values import IncompatibleKeys, set_adapter_state
 from peftc.runtime.model.saving import adapter_tensors
@@ -17,7 +17,7 @@ def get_peft_model_state_dict(
     """An adapter's tensors under the keys that PEFT saves them by, as PEFT's function of this name.
 
     They are the live ones, or those of a `state_dict` of the model. Raises UsageError for an unknown adapter,
-    WrongTypeError for a model that peftc has not adapted.
+    ArgumentTypeError for a model that peftc has not adapted.
     """
     return adapter_tensors(_adapted(model), adapter_name, state_dict)
 
@@ -43,5 +43,5 @@ def set_peft_model_state_dict(
 def _adapted(model: Any) -> AdaptedModule:
     if not isinstance(model, AdaptedModule):
         message = f"a {type(model).__name__} is not a model that peftc has adapted"
-        fail(WrongTypeError, "E595", message, help="adapt it with apply or load, or use peft's own function")
+        fail(ArgumentTypeError, "E595", message, help="adapt it with apply or load, or use peft's own function")
     return model

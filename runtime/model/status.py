@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from peftc.grammar.diagnostics import WrongTypeError, fail
+from peftc.grammar.diagnostics import ArgumentTypeError, fail
 from peftc.passes.foreign import peft as contract
 from peftc.passes.plan.plain import plain_class
 from peftc.passes.plan.plan import ROWS, AdapterPlan, ParamKey
@@ -75,7 +75,7 @@ class TunerModelStatus:
 
 
 def layer_status(state: AdapterSet) -> list[TunerLayerStatus]:
-    """Every adapted module, in the model's order. Raises WrongTypeError where an adapter adapts no module."""
+    """Every adapted module, in the model's order. Raises ArgumentTypeError where an adapter adapts no module."""
     found: dict[str, dict[str, list[torch.Tensor]]] = {}
     kinds: dict[str, str] = {}
     for name, plan in state.plans().items():
@@ -104,7 +104,7 @@ def layer_status(state: AdapterSet) -> list[TunerLayerStatus]:
 
 
 def model_status(state: AdapterSet, counts: tuple[int, int]) -> TunerModelStatus:
-    """The model as a whole, its trained and all parameters counted. Raises WrongTypeError as `layer_status`."""
+    """The model as a whole, its trained and all parameters counted. Raises ArgumentTypeError as `layer_status`."""
     layers, plans = layer_status(state), state.plans()
     kinds = {name: plan.spec.rule.peft_type or contract.OWN_TYPE for name, plan in plans.items()}
     backends = {each.quantization_backend for each in layers}
@@ -135,7 +135,7 @@ def _modules(adapter: AdapterParameters, plan: AdapterPlan) -> Iterator[Adapted]
     name, method = plan.name, plan.spec.rule.name
     if any(at.site.kind in WHOLE for at in plan.sites):
         message = f"adapter {name!r} ({method}) adapts no module, so there is no status of one"
-        fail(WrongTypeError, "E587", message, help="ask for the trained numbers: get_nb_trainable_parameters()")
+        fail(ArgumentTypeError, "E587", message, help="ask for the trained numbers: get_nb_trainable_parameters()")
     held = dict(adapter.items())
 
     def trained(keys: Iterable[ParamKey]) -> list[torch.Tensor]:

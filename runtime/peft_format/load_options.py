@@ -23,6 +23,7 @@ class LoadOptions:
     local_files_only: bool = False
     allow_pickle: bool = False
     autocast_adapter_dtype: bool = True
+    low_cpu_mem_usage: bool = False  # PEFT's, for what is always so here
     use: str | PathLike[str] | None = None
     values: Mapping[str, Value] | None = None
 

@@ -63,9 +63,17 @@ class ConfigFacts:
 
 
 def read_config(
-    config: Mapping[str, object], *, methods: Mapping[str, MethodRule], adapter_name: str, where: str
+    config: Mapping[str, object],
+    *,
+    methods: Mapping[str, MethodRule],
+    adapter_name: str,
+    where: str,
+    fresh: bool = False,
 ) -> ConfigFacts:
     """The spec of a PEFT configuration. `where` names the file in messages.
+
+    Of a `fresh` adapter, which no file fills, every field counts that says how it starts and is trained; and it trains
+    the heads of its task, which a file names among its trained modules.
 
     Raises:
         CheckpointError: all that is wrong at once; an unknown method, a field of the wrong type, or a feature whose
@@ -78,7 +86,8 @@ def read_config(
     _refuse_unsupported(reader, rule)
     _check_version(reader)
     values = _values(reader, rule)
-    train = tuple(ending_selector(each) for each in dict.fromkeys(reader.texts("modules_to_save")))
+    heads = _heads(reader, rule) if fresh else ()
+    train = tuple(ending_selector(each) for each in dict.fromkeys((*reader.texts("modules_to_save"), *heads)))
     spec = AdapterSpec(
         name=adapter_name,
         rule=rule,
@@ -93,6 +102,12 @@ def read_config(
         strict=False,
     )
     return _facts(reader, spec)
+
+
+def _heads(reader: FieldReader, rule: MethodRule) -> tuple[str, ...]:
+    """The heads that PEFT trains unasked for a task, beside methods that have a field for trained modules."""
+    trains_none = rule.rows or "attention" in rule.kinds
+    return () if trains_none else fields.TASK_HEADS.get(reader.text("task_type") or "", ())
 
 
 def _facts(reader: FieldReader, spec: AdapterSpec) -> ConfigFacts:

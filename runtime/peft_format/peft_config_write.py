@@ -70,7 +70,8 @@ def write_config(
     if rule.prompt is not None:
         # Without a task PEFT leaves prompts out, and with one it trains a head.
         task = "FEATURE_EXTRACTION" if _trains_more(task_type, module_names, copied) else task_type
-        return _front_config(plan, base_model_name_or_path, task, revision, inference_mode, endings, where)
+        trained = _with_heads(endings, task)
+        return _front_config(plan, base_model_name_or_path, task, revision, inference_mode, trained, where)
     if _trains_more(task_type, module_names, copied):
         task_type = None
     config: dict[str, object] = {
@@ -82,7 +83,7 @@ def write_config(
         "inference_mode": inference_mode,
         "target_modules": _module_targets(plan, module_names),
         "target_parameters": _parameter_targets(plan, module_names) or None,
-        "modules_to_save": list(endings) or None,
+        "modules_to_save": list(_with_heads(endings, task_type)) or None,
         "bias": fields.only_adapter_bias(rule.peft_type) if plan.spec.bias == "adapter" else plan.spec.bias,
         "fan_in_fan_out": "conv1d" in kinds and "linear" not in kinds,
     }
@@ -299,6 +300,12 @@ def _plain(value: Value) -> Value:
 def _listed_value(value: Value) -> object:
     """A list as JSON has it."""
     return list(value) if isinstance(value, tuple) else value
+
+
+def _with_heads(trained: Sequence[str], task_type: str | None) -> tuple[str, ...]:
+    """Trained modules beside all the names by which PEFT knows a task's heads, as it writes them itself."""
+    heads = fields.TASK_HEADS.get(task_type or "", ()) if trained else ()
+    return (*trained, *(each for each in heads if each not in trained))
 
 
 def _trains_more(task_type: str | None, module_names: Sequence[str], copied: Sequence[str]) -> bool:

@@ -8,7 +8,7 @@ import torch
 import transformers as hf
 
 from peftc import compiler
-from peftc.grammar.diagnostics import UsageError, WrongTypeError
+from peftc.grammar.diagnostics import ArgumentTypeError, UsageError
 
 IDS = torch.tensor([[1, 5, 9, 17, 23]])
 SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -107,7 +107,7 @@ def test_status_of_layers_and_model(configs, tmp_path):
 def test_a_prompt_has_no_layers():
     adapted = compiler.apply(base(), "adapter a = prompt(length = 2)")
     for ask in (adapted.get_layer_status, adapted.get_model_status):
-        with pytest.raises(WrongTypeError, match="E587") as caught:
+        with pytest.raises(ArgumentTypeError, match="E587") as caught:
             ask()
         assert isinstance(caught.value, TypeError)
 

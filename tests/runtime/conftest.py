@@ -41,7 +41,7 @@ def _site(model: nn.Module, name: str) -> Site:
         rows, columns = module.weight.shape
         if isinstance(module, Conv1D):
             return Site(name, "weight", "conv1d", columns, rows, transposed=True)
-        return Site(name, "weight", "linear", rows, columns)
+        return Site(name, "weight", "linear", rows, columns, dtype=module.weight.dtype)
     module, _, leaf = name.rpartition(".")
     *count, rows, columns = model.get_parameter(name).shape
     return Site(module, leaf, "parameter", rows, columns, count=count[0] if count else 1)

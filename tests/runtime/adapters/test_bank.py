@@ -106,13 +106,13 @@ def test_train_only(plan):
     assert all(each.requires_grad for each in found.parameters())
 
 
-@pytest.mark.parametrize("upcast", [True, False])
-def test_loaded_tensors(upcast, plan):
-    model = linear()
+@pytest.mark.parametrize(("upcast", "kind"), [(True, torch.bfloat16), (False, torch.bfloat16), (False, torch.float32)])
+def test_loaded_tensors(upcast, kind, plan):
+    model = linear().to(kind)
     made = plan(model, ["block.q"], train=["norm"])
     loaded = {key: each.to(torch.bfloat16) for key, each in fresh(made, model).items()}
     ready = fresh(made, model, loaded, upcast=upcast)
-    assert ready[ParamKey("default", "block.q", "A")].dtype == (torch.float32 if upcast else torch.bfloat16)
+    assert ready[ParamKey("default", "block.q", "A")].dtype == (torch.float32 if upcast else kind)
     # A trained copy stands for a tensor of the base, and has its type, as where PEFT copies it into the module.
-    assert ready[ParamKey("default", "norm", "weight")].dtype == torch.float32
+    assert ready[ParamKey("default", "norm", "weight")].dtype == kind
     assert all(ready[key].data_ptr() != each.data_ptr() for key, each in loaded.items())

@@ -203,9 +203,12 @@ def test_given_tensors_are_kept_and_the_others_follow_them(model):
     assert found["a", "Q"].dtype == torch.float32
     assert torch.equal(found["a", "Q"], given.float())
     assert torch.equal(found["a", "B"], 2 * given.float())
-    kept = made(model, items, on="a", given={("a", "Q"): given}, upcast=False)["a", "Q"]
-    assert kept.dtype == torch.bfloat16
-    assert kept.data_ptr() != given.data_ptr()
+    assert made(model, items, on="a", given={("a", "Q"): given}, upcast=False)["a", "Q"].dtype == torch.float32
+    kept = made(model.bfloat16(), items, on="a", given={("a", "Q"): given}, upcast=False)
+    assert {each.dtype for each in kept.values()} == {torch.bfloat16}
+    assert torch.equal(kept["a", "Q"], given)
+    assert torch.equal(kept["a", "B"], 2 * given)
+    assert kept["a", "Q"].data_ptr() != given.data_ptr()
 
 
 def test_a_given_tensor_leaves_the_others_of_its_seed_as_they_were(model):

@@ -9,7 +9,15 @@ from peftc.grammar.diagnostics import SpecError, UsageError
 from peftc.grammar.spec.elaborate import read_spec
 from peftc.runtime.adapters.bank import AdapterParameters
 from peftc.runtime.model import adding
-from peftc.runtime.model.adding import PlannedAdapters, Values, add_adapters, make_adapter, plan_adapters, room_for
+from peftc.runtime.model.adding import (
+    FreshOptions,
+    PlannedAdapters,
+    Values,
+    add_adapters,
+    make_adapter,
+    plan_adapters,
+    room_for,
+)
 
 IDS = torch.tensor([[1, 5, 9]])
 SPEC = "adapter a = lora(rank = 2) { on all linear }"
@@ -119,7 +127,7 @@ def test_a_name_that_is_taken_costs_nothing(adapted, monkeypatch):
     monkeypatch.setattr(adding, "initial", lambda *_, **__: pytest.fail("made all the same"))
     planned = plan_adapters(read_spec(SPEC).adapters, adapted._adapter_state.engine.backend.survey())
     with pytest.raises(UsageError, match=r"E511.*there already is an adapter 'a'"):
-        adding.add_fresh(adapted, planned, (("a", 1.0),))
+        adding.add_fresh(adapted, planned, (("a", 1.0),), FreshOptions())
 
 
 def test_room_that_is_kept_and_room_that_is_given_back(adapted):
@@ -158,8 +166,9 @@ def test_tensors_that_are_given_are_those_it_has(adapted):
     fresh = dict(make_adapter(plan, base, Values()).items())
     given = {key: torch.full_like(tensor, 0.5, dtype=torch.float16) for key, tensor in fresh.items()}
     assert all((tensor == 0.5).all() for _, tensor in make_adapter(plan, base, Values(given)).items())
-    kinds = {tensor.dtype for _, tensor in make_adapter(plan, base, Values(given, upcast=False)).items()}
-    assert kinds == {torch.float16}
+    for upcast in (True, False):  # the type is the base's, whatever the file's
+        kinds = {tensor.dtype for _, tensor in make_adapter(plan, base, Values(given, upcast=upcast)).items()}
+        assert kinds == {torch.float32}
 
 
 @pytest.mark.parametrize("trainable", [True, False])
