@@ -258,6 +258,7 @@ def load(
     low_cpu_mem_usage: bool = False,
     use: str | PathLike[str] | None = None,
     values: Mapping[str, Value] | None = None,
+    key_mapping: Mapping[str, str] | None = None,
     prepare_for_kbit_training: bool = True,
     regions: Regions | None = None,
     progress: bool = True,
@@ -281,6 +282,8 @@ def load(
         use: An `.adapter` file with methods of your own. What peftc saved needs none: the definition is in it.
         values: Hyperparameters that are to be other than the file says. `{"peft_compatible": True}` has virtual tokens
             counted and returned as PEFT does.
+        key_mapping: Regular expressions, and what takes the place of the first that is found in a key of the file, from
+            which PEFT's prefix is left out: for a base whose modules are called otherwise by now.
         prepare_for_kbit_training: As in `apply`, if the adapter `is_trainable`.
         regions: As in `apply`; where it is not said, what the spec said that the checkpoint was made with.
         progress: As in `apply`.
@@ -304,6 +307,7 @@ def load(
         low_cpu_mem_usage=low_cpu_mem_usage,
         use=use,
         values=values,
+        key_mapping=key_mapping,
     )
     load_adapter(adapted, peft_model_id, adapter_name, options, follows_regions=regions is None)
     return adapted

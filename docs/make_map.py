@@ -15,7 +15,8 @@ import networkx as nx
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "CONTRIBUTING.md"
-FOLDERS = ("compiler", "runtime", "passes", "grammar")  # each may import itself and those after it
+FOLDERS = ("drop_in", "compiler", "runtime", "passes", "grammar")  # each may import itself and those after it
+NAMES = {"drop_in": "peft"}  # what a folder is imported as, where it is not called so
 BEGIN = "<!-- The map: made by docs/make_map.py -->"
 END = "<!-- The map ends. -->"
 NEVER = "Never here: "
@@ -60,7 +61,8 @@ class House:
 
     def module(self, file: Path) -> str:
         """`passes/ir/emit.py` is `peftc.passes.ir.emit`; a package is named like its folder."""
-        parts = ("peftc", *file.relative_to(self.root).with_suffix("").parts)
+        top, *rest = file.relative_to(self.root).with_suffix("").parts
+        parts = ("peftc", NAMES.get(top, top), *rest)
         return ".".join(parts[:-1] if parts[-1] == FACADE else parts)
 
     def room(self, file: Path) -> str:

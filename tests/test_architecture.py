@@ -16,7 +16,8 @@ from peftc.grammar.syntax.format import format_source
 from peftc.grammar.syntax.parse import parse
 
 ROOT = Path(__file__).parents[1]
-ORDER = ("grammar", "passes", "runtime", "compiler")  # each may import itself and those before it
+ORDER = ("grammar", "passes", "runtime", "compiler", "drop_in")  # each may import itself and those before it
+NAMES = {"drop_in": "peft"}  # what a folder is imported as, where it is not called so
 LONGEST = 400
 MOST_FILES = 20
 
@@ -36,7 +37,8 @@ class Import:
 
 
 def name_of(file: Path) -> str:
-    parts = ("peftc", *file.relative_to(ROOT).with_suffix("").parts)
+    top, *rest = file.relative_to(ROOT).with_suffix("").parts
+    parts = ("peftc", NAMES.get(top, top), *rest)
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
@@ -63,7 +65,8 @@ def _imports(node: ast.AST, in_function: bool) -> Iterator[Import]:
 
 def folder_of(module: str) -> str | None:
     parts = module.split(".")
-    return parts[1] if parts[0] == "peftc" and len(parts) > 1 else None
+    folders = {name: folder for folder, name in NAMES.items()}
+    return folders.get(parts[1], parts[1]) if parts[0] == "peftc" and len(parts) > 1 else None
 
 
 def parsed(file: Path) -> ast.Module:

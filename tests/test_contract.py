@@ -7,7 +7,7 @@ from pathlib import Path
 from peftc.passes.foreign import transformers as contract
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ("grammar", "passes", "runtime", "compiler")
+FOLDERS = ("grammar", "passes", "runtime", "compiler", "drop_in")
 ROOM = ROOT / "passes" / "foreign"
 
 # Words that this project has for something of its own: a kind of place, what a definition says of a prompt.

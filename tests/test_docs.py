@@ -27,6 +27,7 @@ PAGES = (
     "docs/tutorial.md",
     "docs/quantized.md",
     "docs/export.md",
+    "docs/from-peft.md",
     "docs/own-method.md",
     "docs/own-scheme.md",
     "docs/how-it-works.md",

@@ -55,6 +55,8 @@ ORDER = (
     "compiler/jobs/doctor",
     "compiler/__init__",
     "compiler/commands",
+    "drop_in",
+    "drop_in/__init__",
 )
 
 # Libraries that a room must do without; `runtime/artifact` is shown without them in tests/torch_only.py too.
@@ -154,7 +156,7 @@ def test_what_is_drawn_means_what_is_imported():
 @pytest.fixture
 def small_house(tmp_path):
     """Four folders, a room in each of two, and one import from the upper to the lower."""
-    for folder in ("grammar", "passes", "runtime", "compiler"):
+    for folder in ("grammar", "passes", "runtime", "compiler", "drop_in"):
         room = tmp_path / folder / "room"
         room.mkdir(parents=True)
         (tmp_path / folder / "__init__.py").write_text(f'"""{folder}.\n\nNever here: x.\n"""\n', encoding="utf-8")

@@ -69,6 +69,8 @@ OUTPUTS = frozenset((*_CACHE_NAMES, ENCODED, LAST_HIDDEN_STATE, LOGITS))
 # --- attributes of models and modules ---
 
 HAS_ADAPTERS = "_hf_peft_config_loaded"  # by which it knows that a quantized model has something to train
+REENTRANT = "use_reentrant"
+
 SAVING = frozenset({"save_function", "max_shard_size", "token", "variant", "save_peft_format"})
 """What transformers and accelerate give `save_pretrained` that is nothing to an adapter."""
 

@@ -15,9 +15,9 @@ from peftc.passes.plan.sites import tied_names
 from peftc.passes.plan.vocabulary import enlarged, vocabulary
 from peftc.runtime.init.tokens import check_ties, needed_vocabulary
 from peftc.runtime.model.adapted_module import AdaptedModule
-from peftc.runtime.model.adapter_values import IncompatibleKeys, put_values
 from peftc.runtime.model.adding import PlannedAdapters, Values, add_adapters
 from peftc.runtime.model.saving import TRAINING
+from peftc.runtime.model.state_dicts import IncompatibleKeys, put_values
 from peftc.runtime.peft_format.adapter_files import locate, read_adapter, read_tensors
 from peftc.runtime.peft_format.checkpoint import fit, unpruned
 from peftc.runtime.peft_format.load_options import LoadOptions
@@ -54,6 +54,7 @@ def load_adapter(
     )
     where = str(directory)
     config, tensors = read_adapter(directory, allow_pickle=options.allow_pickle)
+    tensors = {options.renamed(key): tensor for key, tensor in tensors.items()}
     methods = known_methods(config, directory, options.use)
     facts = read_config(config, methods=methods, adapter_name=name, where=where)
     for message in facts.warnings:

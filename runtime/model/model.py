@@ -19,19 +19,18 @@ from peftc.runtime.init.calibration import Batches
 from peftc.runtime.init.dense import Source
 from peftc.runtime.merge.drift import MergeDrift
 from peftc.runtime.merge.repack import Quantized
-from peftc.runtime.model.adapter_values import IncompatibleKeys
 from peftc.runtime.model.adding import FreshOptions, add_fresh, plan_adapters
 from peftc.runtime.model.allocating import regularization_loss, update_and_allocate
 from peftc.runtime.model.base_weights import Active
-from peftc.runtime.model.card import write_card
 from peftc.runtime.model.described import config_and_name, one_adapter
 from peftc.runtime.model.inspected_model import InspectedModel
 from peftc.runtime.model.kv_prefix import start_from_cache, start_from_text
 from peftc.runtime.model.loading import load_adapter
 from peftc.runtime.model.merging import disabled, measured_drift, merge, merged_model, rest, unmerge, wake
-from peftc.runtime.model.pushing import PushOptions, push
+from peftc.runtime.model.publishing import PushOptions, push, write_card
 from peftc.runtime.model.removing import remove
 from peftc.runtime.model.saving import adapter_tensors, save_adapters
+from peftc.runtime.model.state_dicts import IncompatibleKeys
 from peftc.runtime.peft_format.checkpoint import kept_masks
 from peftc.runtime.peft_format.load_options import LoadOptions
 
@@ -84,8 +83,9 @@ class AdaptedModel(InspectedModel):
         self,
         peft_model_id: str | PathLike[str],
         adapter_name: str = "default",
-        *,
         is_trainable: bool = False,
+        torch_device: str | None = None,
+        *,
         revision: str | None = None,
         subfolder: str | None = None,
         token: str | bool | None = None,
@@ -96,6 +96,7 @@ class AdaptedModel(InspectedModel):
         low_cpu_mem_usage: bool = False,
         use: str | PathLike[str] | None = None,
         values: Mapping[str, Value] | None = None,
+        key_mapping: Mapping[str, str] | None = None,
     ) -> IncompatibleKeys:
         """Load an adapter from a directory or the Hub beside the others; it becomes active if none is.
 
@@ -108,7 +109,8 @@ class AdaptedModel(InspectedModel):
         float16 and bfloat16 adapters become float32 unless `autocast_adapter_dtype` is False, which gives them the
         base's type, as in PEFT; its `low_cpu_mem_usage` is accepted and changes nothing, as in `load`. `use` is an
         `.adapter` file with methods of your own; what peftc saved needs none, the definition is in the checkpoint.
-        `values` are hyperparameters to be other than the file says, such as `{"peft_compatible": True}`.
+        `values` are hyperparameters to be other than the file says, such as `{"peft_compatible": True}`. `key_mapping`
+        is as in `load`. `torch_device` is taken and changes nothing: an adapter is where what it adapts is.
         """
         options = LoadOptions(
             is_trainable=is_trainable,
@@ -122,6 +124,7 @@ class AdaptedModel(InspectedModel):
             low_cpu_mem_usage=low_cpu_mem_usage,
             use=use,
             values=values,
+            key_mapping=key_mapping,
         )
         return load_adapter(self, peft_model_id, adapter_name, options)
 

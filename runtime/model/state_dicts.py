@@ -1,14 +1,67 @@
-"""PEFT's functions that take an adapter's tensors out of a model, and put others in."""
+"""An adapter's tensors taken out of a model, and others put into the very parameters that optimizers hold."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from peftc.grammar.diagnostics import ArgumentTypeError, fail
+from peftc.grammar.diagnostics import ArgumentTypeError, CheckpointError, UsageError, fail
+from peftc.passes.plan.plan import ParamKey
+from peftc.runtime.adapters.bank import AdapterParameters
 from peftc.runtime.model.adapted_module import AdaptedModule
-from peftc.runtime.model.adapter_values import IncompatibleKeys, set_adapter_state
 from peftc.runtime.model.saving import adapter_tensors
+from peftc.runtime.peft_format.checkpoint import PREFIX, entries
+
+
+class IncompatibleKeys(NamedTuple):
+    """What torch's `load_state_dict` returns: keys of the adapter that the tensors have not, and those too many."""
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+
+
+def set_adapter_state(
+    model: AdaptedModule,
+    adapter_name: str,
+    tensors: Mapping[str, torch.Tensor],
+    *,
+    ignore_mismatched_sizes: bool = False,
+) -> IncompatibleKeys:
+    """Give an adapter the values that a file of PEFT's would have under its keys, with or without PEFT's prefix.
+
+    What is not among the tensors stays as it is. Returns the keys that are missing, and those that are not the
+    adapter's. Raises CheckpointError, and changes nothing, for a tensor of another shape, unless those are to be left
+    out and counted as missing; UsageError if the adapter is merged.
+    """
+    adapter = model._adapter_state.adapter(adapter_name)
+    expected = entries(adapter.plan)
+    named = {key if key in expected else PREFIX + key.removeprefix(PREFIX): key for key in tensors}
+    found, wrong = dict[ParamKey, torch.Tensor](), list[str]()
+    for key, entry in expected.items():
+        if key not in named or entry.computed:
+            continue
+        tensor = tensors[named[key]]
+        if tuple(tensor.shape) == entry.shape:
+            found[entry.key] = tensor.reshape(entry.used)
+        else:
+            wrong.append(f"'{key}' has shape {list(tensor.shape)}, expected {list(entry.shape)}")
+    if wrong and not ignore_mismatched_sizes:
+        help = "make the adapter with the rank of these, or pass ignore_mismatched_sizes=True"
+        fail(CheckpointError, "E342", "\n".join(wrong[:8]), help=help, where=f"adapter {adapter_name!r}")
+    put_values(model, adapter, found)
+    missing = [key for key, entry in expected.items() if not entry.optional and entry.key not in found]
+    return IncompatibleKeys(missing, [key for name, key in named.items() if name not in expected])
+
+
+@torch.no_grad()
+def put_values(model: AdaptedModule, adapter: AdapterParameters, values: Mapping[ParamKey, torch.Tensor]) -> None:
+    """Write these into an adapter's tensors, in their types. Raises UsageError if the adapter is merged."""
+    name = adapter.plan.name
+    if any(name == merged for merged, _ in model._adapter_state.base.merged_adapters):
+        message = f"adapter {name!r} is merged: other values would not reach the weights"
+        fail(UsageError, "E593", message, help="call unmerge_adapter first")
+    for key, value in values.items():
+        adapter.tensor(key).copy_(value)
 
 
 def get_peft_model_state_dict(

@@ -1,11 +1,14 @@
 """How a checkpoint is loaded, as one value: what `load` and `load_adapter` take as arguments. Needs no torch."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 
 from peftc.grammar.method.rule import Value
+
+PREFIXES = ("base_model.model.", "base_model.")  # with which PEFT's keys begin
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,17 @@ class LoadOptions:
     low_cpu_mem_usage: bool = False  # PEFT's, for what is always so here
     use: str | PathLike[str] | None = None
     values: Mapping[str, Value] | None = None
+    key_mapping: Mapping[str, str] | None = None
+
+    def renamed(self, key: str) -> str:
+        """A key of the file as `key_mapping` has it: by the first of its patterns that is found, without a prefix."""
+        prefix = next((each for each in PREFIXES if key.startswith(each)), "")
+        name = key.removeprefix(prefix)
+        for pattern, replacement in (self.key_mapping or {}).items():
+            made, count = re.subn(pattern, replacement, name)
+            if count:
+                return prefix + made
+        return key
 
     @property
     def cache(self) -> Path | None:

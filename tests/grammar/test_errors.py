@@ -16,6 +16,7 @@ from peftc.grammar.spec.elaborate import read_spec
 from tests.compiler.commands.cli_help import peftc
 
 ROOT = Path(__file__).parents[2]
+FOLDERS = ("grammar", "passes", "runtime", "compiler", "drop_in")
 CODE = re.compile(r"E\d{3}")
 
 
@@ -26,7 +27,7 @@ def codes_in(text):
 
 
 def used():
-    files = (file for folder in ("grammar", "passes", "runtime", "compiler") for file in (ROOT / folder).rglob("*.py"))
+    files = (file for folder in FOLDERS for file in (ROOT / folder).rglob("*.py"))
     return set().union(*(codes_in(file.read_text(encoding="utf-8")) for file in files))
 
 

@@ -1,8 +1,13 @@
-"""The model card of saved adapters: what an adapted model says in it."""
+"""What goes beside saved adapters, and up to the Hub with them: a model card."""
 
+import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitInfo, HfApi
 
 from peftc.grammar.spec.values import complete
 from peftc.passes.foreign import peft as contract
@@ -60,3 +65,37 @@ def _adapter(plan: AdapterPlan) -> CardAdapter:
     adapted += [each.module for each in plan.copies] + [each.module for each in plan.rows]
     places = dict.fromkeys(name.rpartition(".")[2] for name in adapted if name and not is_adapters(name))
     return CardAdapter(plan.name, spec.rule.name, said, list(places), plan.parameter_count)
+
+
+@dataclass(frozen=True)
+class PushOptions:
+    """Where to, and how it is told: the arguments of `push_to_hub` in transformers."""
+
+    repo_id: str
+    commit_message: str | None = None
+    commit_description: str | None = None
+    private: bool | None = None
+    token: bool | str | None = None
+    revision: str | None = None
+    create_pr: bool = False
+    tags: Sequence[str] = ()
+
+
+def push(model: Any, options: PushOptions, **saved: Any) -> CommitInfo:
+    """Save into a directory of its own, and upload that. `saved` are arguments of `save_pretrained`."""
+    api = HfApi(token=options.token)
+    found = api.create_repo(options.repo_id, private=options.private, exist_ok=True)
+    if options.revision is not None and not options.revision.startswith("refs/pr"):
+        api.create_branch(found.repo_id, branch=options.revision, exist_ok=True)
+    with tempfile.TemporaryDirectory() as directory:
+        model.save_pretrained(directory, **saved)
+        if options.tags:
+            model.create_or_update_model_card(directory, tags=options.tags)
+        return api.upload_folder(
+            repo_id=found.repo_id,
+            folder_path=Path(directory),
+            commit_message=options.commit_message or "Upload adapter",
+            commit_description=options.commit_description,
+            revision=options.revision,
+            create_pr=options.create_pr,
+        )

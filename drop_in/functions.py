@@ -1,0 +1,152 @@
+"""PEFT's functions, over adapted models."""
+
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from peftc.compiler.api import AdaptedModel, apply
+from peftc.grammar.diagnostics import ArgumentTypeError, CheckpointError, fail
+from peftc.passes.foreign import transformers as contract
+from peftc.peft.models import PeftModel, as_peft
+from peftc.runtime.base.share import share
+from peftc.runtime.model.state_dicts import set_peft_model_state_dict
+from peftc.runtime.model.status import TunerLayerStatus, TunerModelStatus
+from peftc.runtime.peft_format.adapter_files import locate, read_adapter
+from peftc.runtime.peft_format.config_object import config_object
+
+
+def get_peft_model(
+    model: nn.Module,
+    peft_config: Any,
+    adapter_name: str = "default",
+    mixed: bool = False,
+    autocast_adapter_dtype: bool = True,
+    revision: str | None = None,
+    low_cpu_mem_usage: bool = False,
+    **options: Any,
+) -> PeftModel:
+    """The model with a fresh adapter, as PEFT's function of this name. `model` itself is not changed.
+
+    `mixed` changes nothing: adapters of several methods are always welcome. `options` are those of `compiler.apply`,
+    such as `regions` and `calibration`. Raises as `compiler.apply`.
+    """
+    adapted = apply(
+        model,
+        {adapter_name: peft_config},
+        autocast_adapter_dtype=autocast_adapter_dtype,
+        low_cpu_mem_usage=low_cpu_mem_usage,
+        **options,
+    )
+    facts = adapted._adapter_state.base.facts
+    facts.base_revision = facts.base_revision if revision is None else revision
+    return as_peft(adapted)
+
+
+def inject_adapter_in_model(
+    peft_config: Any,
+    model: nn.Module,
+    adapter_name: str = "default",
+    low_cpu_mem_usage: bool = False,
+    state_dict: Mapping[str, torch.Tensor] | None = None,
+) -> AdaptedModel:
+    """The model with a fresh adapter, of the model's own class. Unlike PEFT's function, `model` itself is not changed.
+
+    With a `state_dict` the adapter has its tensors. Raises as `compiler.apply`, and CheckpointError where the tensors
+    are not the adapter's.
+    """
+    adapted = apply(model, {adapter_name: peft_config}, low_cpu_mem_usage=low_cpu_mem_usage)
+    if state_dict is not None:
+        told = set_peft_model_state_dict(adapted, state_dict, adapter_name)
+        if told.missing_keys or told.unexpected_keys:
+            wrong = [
+                *(f"missing {key}" for key in told.missing_keys),
+                *(f"unexpected {key}" for key in told.unexpected_keys),
+            ]
+            fail(CheckpointError, "E341", "\n".join(wrong[:8]), where="the state_dict")
+    return adapted
+
+
+def prepare_model_for_kbit_training(
+    model: nn.Module,
+    use_gradient_checkpointing: bool = True,
+    gradient_checkpointing_kwargs: Mapping[str, Any] | None = None,
+) -> nn.Module:
+    """A model over the same weights, frozen, and with gradient checkpointing, to be adapted next.
+
+    Unlike PEFT's function it returns another object, and leaves `model` as it is. What is not quantized is held in
+    float32 by `get_peft_model`, unless it is told not to.
+    """
+    prepared: Any = share(model, requires_grad=False)
+    if use_gradient_checkpointing and hasattr(prepared, "gradient_checkpointing_enable"):
+        prepared.gradient_checkpointing_enable(dict(gradient_checkpointing_kwargs or {contract.REENTRANT: False}))
+    return prepared
+
+
+def hotswap_adapter(
+    model: AdaptedModel,
+    model_name_or_path: str | PathLike[str],
+    adapter_name: str,
+    torch_device: str | None = None,
+    **options: Any,
+) -> None:
+    """Put a saved adapter in the place of one that is there, under its name, and active as it is.
+
+    Ranks may differ. Graphs of an adapter alike are used again, compiled ones too. Raises as `load_adapter`, and leaves
+    everything as it was.
+    """
+    state = model._adapter_state
+    active, trained = state.active, state.adapter(adapter_name).is_trainable
+    trial = next(
+        f"hotswap_{number}" for number in range(len(state.names()) + 1) if f"hotswap_{number}" not in state.names()
+    )
+    model.load_adapter(model_name_or_path, trial, **options)  # refused here, if it is
+    state.remove(trial)
+    state.activate(tuple(each for each in active if each[0] != adapter_name))
+    state.remove(adapter_name)
+    model.load_adapter(model_name_or_path, adapter_name, is_trainable=trained, **options)
+    state.activate(active)
+
+
+def get_layer_status(model: Any) -> list[TunerLayerStatus]:
+    """The state of every adapted module: see `AdaptedModel.get_layer_status`."""
+    return _adapted(model).get_layer_status()
+
+
+def get_model_status(model: Any) -> TunerModelStatus:
+    """The state of the model: see `AdaptedModel.get_model_status`."""
+    return _adapted(model).get_model_status()
+
+
+def get_peft_config(config_dict: Mapping[str, Any]) -> Any:
+    """The configuration of these fields, among them `peft_type`."""
+    return config_object(config_dict)
+
+
+def load_peft_weights(
+    model_id: str | PathLike[str], device: str | None = None, *, allow_pickle: bool = False, **options: Any
+) -> dict[str, torch.Tensor]:
+    """The tensors of a saved adapter, by PEFT's keys. Raises CheckpointError."""
+    directory = locate(model_id if isinstance(model_id, str) else Path(model_id), **options)
+    tensors = read_adapter(directory, allow_pickle=allow_pickle)[1]
+    return {key: value if device is None else value.to(device) for key, value in tensors.items()}
+
+
+def initialize_kv_prefix_from_text(model: Any, tokenizer: Any, **options: Any) -> torch.Tensor:
+    """Start a prefix as the keys and values of a text: see `AdaptedModel.initialize_kv_prefix_from_text`."""
+    return _adapted(model).initialize_kv_prefix_from_text(tokenizer, **options)
+
+
+def initialize_kv_prefix_from_past_key_values(model: Any, **options: Any) -> torch.Tensor:
+    """Start a prefix as keys and values: see `AdaptedModel.initialize_kv_prefix_from_past_key_values`."""
+    return _adapted(model).initialize_kv_prefix_from_past_key_values(**options)
+
+
+def _adapted(model: Any) -> AdaptedModel:
+    if not isinstance(model, AdaptedModel):
+        message = f"a {type(model).__name__} is not a model that peftc has adapted"
+        fail(ArgumentTypeError, "E595", message, help="adapt it with get_peft_model or PeftModel.from_pretrained")
+    return model

@@ -1,0 +1,133 @@
+"""PEFT's classes of models: an adapted model, with the few habits of PEFT's that `compiler.apply` does not have."""
+
+from collections.abc import Mapping
+from os import PathLike
+from typing import Any
+
+from torch import nn
+
+from peftc.compiler.api import AdaptedModel, apply, load
+from peftc.grammar.diagnostics import UsageError, fail
+from peftc.runtime.model.adapted_class import adapted_class
+
+
+class PeftModel(AdaptedModel):
+    """An adapted model as PEFT's users have it. What is added to it rests until `set_adapter`."""
+
+    def __new__(cls, model: nn.Module, peft_config: Any, adapter_name: str = "default", **options: Any) -> "PeftModel":
+        """The model with an adapter of this configuration: see `get_peft_model`."""
+        return as_peft(apply(model, {adapter_name: peft_config}, **_known(options)), cls)
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        """Nothing is left to do: `__new__` has made it, and the user's class is not to make another model."""
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        model: nn.Module,
+        model_id: str | PathLike[str],
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        config: Any | None = None,
+        autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
+        key_mapping: Mapping[str, str] | None = None,
+        **options: Any,
+    ) -> "PeftModel":
+        """The model with a saved adapter, as PEFT's method of this name; `options` are those of `compiler.load`.
+
+        Raises UsageError for a `config` (the file's is the one that was trained with) and for `ephemeral_gpu_offload`,
+        and as `compiler.load`.
+        """
+        if config is not None:
+            help = "leave config out; values={...} of compiler.load says other hyperparameters"
+            fail(UsageError, "E598", "an adapter is loaded with its own config", help=help)
+        loaded = load(
+            model,
+            model_id,
+            adapter_name=adapter_name,
+            is_trainable=is_trainable,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+            low_cpu_mem_usage=low_cpu_mem_usage,
+            key_mapping=key_mapping,
+            **_known(options | {"ephemeral_gpu_offload": ephemeral_gpu_offload}),
+        )
+        return as_peft(loaded, cls)
+
+    def add_adapter(  # type: ignore[override]
+        self, adapter_name: Any = None, peft_config: Any = None, *more: Any, **options: Any
+    ) -> None:
+        """Add a fresh adapter, which rests, as PEFT's method of this name. Raises as `AdaptedModel.add_adapter`."""
+        state = self._adapter_state
+        before = state.active
+        trained = [name for name in state.names() if state.adapter(name).is_trainable]
+        known = set(state.names())
+        super().add_adapter(adapter_name, peft_config, *more, **options)
+        if before:
+            state.activate(before)
+            state.train([name for name in state.names() if name not in known], False)
+            state.train(trained, True)
+
+    @property
+    def base_model(self) -> Any:
+        """The model without its head, as transformers has it; PEFT has a wrapper there, and its `model` is `self`."""
+        return self._inherited("base_model") if hasattr(self._base_class, "base_model") else self
+
+
+class PeftModelForCausalLM(PeftModel):
+    """A model that writes text on."""
+
+
+class PeftModelForSeq2SeqLM(PeftModel):
+    """An encoder and a decoder."""
+
+
+class PeftModelForSequenceClassification(PeftModel):
+    """A model that sorts texts."""
+
+
+class PeftModelForTokenClassification(PeftModel):
+    """A model that sorts tokens."""
+
+
+class PeftModelForQuestionAnswering(PeftModel):
+    """A model that finds answers in a text."""
+
+
+class PeftModelForFeatureExtraction(PeftModel):
+    """A model that gives hidden states."""
+
+
+PeftMixedModel = PeftModel
+"""Every adapted model may have adapters of several methods at once."""
+
+BY_TASK: dict[str, type[PeftModel]] = {
+    "CAUSAL_LM": PeftModelForCausalLM,
+    "SEQ_2_SEQ_LM": PeftModelForSeq2SeqLM,
+    "SEQ_CLS": PeftModelForSequenceClassification,
+    "TOKEN_CLS": PeftModelForTokenClassification,
+    "QUESTION_ANS": PeftModelForQuestionAnswering,
+    "FEATURE_EXTRACTION": PeftModelForFeatureExtraction,
+}
+
+
+def as_peft(adapted: AdaptedModel, kind: type[PeftModel] = PeftModel) -> PeftModel:
+    """An adapted model as one of PEFT's classes: that of its task, where none in particular is asked for."""
+    if kind is PeftModel:
+        facts, names = adapted._adapter_state.base.facts, adapted._adapter_state.names()
+        task = facts.task_type or next((facts.tasks[name] for name in names if facts.tasks.get(name)), None)
+        kind = BY_TASK.get(task or "", PeftModel)
+    adapted.__class__ = adapted_class(adapted.base_class, kind)
+    assert isinstance(adapted, PeftModel)
+    return adapted
+
+
+def _known(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of PEFT's as ours. Raises UsageError for one that would change something here."""
+    left = dict(options)
+    if left.pop("ephemeral_gpu_offload", False):
+        fail(UsageError, "E598", "ephemeral_gpu_offload is not supported", help="leave it out")
+    if left.get("revision") is None:
+        left.pop("revision", None)
+    return left
