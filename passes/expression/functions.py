@@ -13,13 +13,12 @@ import torch
 
 from peftc.grammar.algebra.algebra import Option
 from peftc.passes.expression.activations import activation
+from peftc.passes.expression.precision import Lowering, clamp, in_float32
 from peftc.passes.expression.scene import LoweringContext
 from peftc.passes.expression.wavelets import low_pass
 
 aten = torch.ops.aten
 T = TypeVar("T")
-
-Lowering = Callable[[LoweringContext[Any], Sequence[Any], Sequence[Option]], Any]
 
 
 def _plain(op: Callable[..., Any]) -> Lowering:
@@ -327,11 +326,11 @@ LOWERINGS: Mapping[str, Lowering] = {
     "activation": activation,
     "block_diag": _block_diag,
     "blocks": _blocks,
-    "cayley": _cayley,
+    "cayley": in_float32(_cayley),
     "choose": _choose,
     "circulant": _circulant,
-    "clamp": _plain(aten.clamp.default),
-    "common_basis": _common_basis,
+    "clamp": clamp,
+    "common_basis": in_float32(_common_basis),
     "concat": _concat,
     "cos": _plain(aten.cos.default),
     "count": _count,
@@ -339,27 +338,27 @@ LOWERINGS: Mapping[str, Lowering] = {
     "diag": _diag,
     "equal": _equal,
     "exp": _plain(aten.exp.default),
-    "expm": _plain(aten.linalg_matrix_exp.default),
+    "expm": in_float32(_plain(aten.linalg_matrix_exp.default)),
     "eye": _eye,
     "gather": _gather,
     "gelu": _plain(aten.gelu.default),
-    "ifft2": _ifft2,
-    "inverse": _plain(aten.linalg_inv.default),
+    "ifft2": in_float32(_ifft2),
+    "inverse": in_float32(_plain(aten.linalg_inv.default)),
     "inverse_wavelet": _inverse_wavelet,
     "kron": _kron,
     "largest": _largest,
-    "left_singular": _singular(0),
+    "left_singular": in_float32(_singular(0)),
     "mean": _along(aten.mean.dim),
     "neumann": _neumann,
     "norm": _along(aten.linalg_vector_norm.default, 2),
     "permute": _permute,
-    "qr": _qr,
-    "range_basis": _range_basis,
+    "qr": in_float32(_qr),
+    "range_basis": in_float32(_range_basis),
     "reciprocal": _plain(aten.reciprocal.default),
     "relu": _plain(aten.relu.default),
     "remainder": _plain(aten.remainder.Scalar),
     "reshape": _reshape,
-    "right_singular": _singular(2),
+    "right_singular": in_float32(_singular(2)),
     "roll": _roll,
     "rounded": _rounded,
     "scatter": _scatter,
@@ -368,7 +367,7 @@ LOWERINGS: Mapping[str, Lowering] = {
     "sign": _plain(aten.sign.default),
     "silu": _plain(aten.silu.default),
     "sin": _plain(aten.sin.default),
-    "singular_values": _singular(1),
+    "singular_values": in_float32(_singular(1)),
     "skew": _skew,
     "slice": _slice,
     "solve": _solve,

@@ -12,6 +12,7 @@ import torch
 
 from peftc.grammar.algebra import algebra
 from peftc.passes.expression.functions import LOWERINGS
+from peftc.passes.expression.precision import together
 from peftc.passes.expression.scene import LoweringContext, Ops
 from peftc.passes.plan.site import Site
 
@@ -65,7 +66,7 @@ class Evaluator(Generic[T]):
             case algebra.Function("divide", (left, right)):
                 return ops.call(aten.div.Tensor, *self._aligned(left, right))
             case algebra.Product(left, right):
-                return ops.call(aten.matmul.default, *self._aligned(left, right))
+                return ops.call(aten.matmul.default, *together(ops, *self._aligned(left, right)))
             case algebra.Transposed(operand):
                 return ops.call(aten.transpose.int, self.of(operand), -1, -2)
             case algebra.Dropped(operand, _):

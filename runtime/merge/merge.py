@@ -9,6 +9,7 @@ from peftc.grammar.algebra import algebra
 from peftc.grammar.diagnostics import UsageError, fail
 from peftc.passes.expression.apply import Primes, compose, renamed
 from peftc.passes.expression.materialise import Evaluator, to_logical, to_stored, unstack
+from peftc.passes.expression.precision import at_least_float32
 from peftc.passes.expression.scene import Eager
 from peftc.passes.plan.plain import make_plain
 from peftc.passes.plan.plan import ROWS, ParamKey, PlannedRows, PlannedSite
@@ -129,7 +130,8 @@ def merged_site(
 ) -> Merged:
     """The tensors of a site once these adapters are merged.
 
-    They are computed in the widest of the types involved and rounded to the base's; or in `exact`, and not rounded.
+    They are computed in the widest of the types involved, float32 at least, and rounded to the base's; or in `exact`,
+    and not rounded.
     A weight that is stored packed is unpacked, and neither rounded nor packed again. `changed` are tensors of the model
     that others have taken the place of.
     """
@@ -142,7 +144,8 @@ def merged_site(
         prefix = f"{position}:"
         for param in at.bound.params:
             tensor = adapter.tensor(at.key(adapter.plan.name, param)).detach()
-            tensor = tensor if exact is None or not tensor.is_floating_point() else tensor.to(exact)
+            if tensor.is_floating_point():
+                tensor = tensor.to(exact or at_least_float32(tensor.dtype))
             params[prefix + param.role] = unstack(ops, tensor, param.stacked_axis, param.shared, site)
         scalar_values |= {prefix + name: value for name, value in scalars(adapter, site.name, weight).items()}
         own_bias = at.bound.bias
@@ -151,7 +154,7 @@ def merged_site(
     held = packed(model.get_submodule(site.module)) if site.packing is not None else None
     base = _weight(model, site, changed or {}) if held is None else held.unpack()
     bias = (changed or {}).get(site.bias, bias_of(model, site))
-    dtype = exact or base.dtype
+    dtype = exact or at_least_float32(base.dtype)
     for each in params.values():
         dtype = torch.promote_types(dtype, each.dtype) if each.is_floating_point() else dtype
     values = Evaluator(

@@ -57,6 +57,17 @@ def test_a_low_precision_base_is_rounded_once(dtype):
     assert not torch.equal(adapted[0].weight, base + delta.to(dtype))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_adapter_of_a_half_is_merged_in_float32(dtype):
+    adapted = adapt(sequence(dtype)).to(dtype)
+    bank = adapted.adapter_bank.a.get_submodule("0")
+    assert bank.A.dtype == dtype
+    base, delta = adapted[0].weight.detach().clone(), (bank.B.float() @ bank.A.float()).detach() * 2.0
+    adapted.merge_adapter()
+    assert torch.equal(adapted[0].weight, (base.float() + delta).to(dtype))
+    assert not torch.equal(adapted[0].weight, base + (bank.B @ bank.A).detach() * 2.0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_unmerging_gives_the_same_objects_back(dtype):
     model = sequence(dtype)
