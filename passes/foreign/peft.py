@@ -61,6 +61,9 @@ UNSUPPORTED = frozenset(
 # Whether parameters were set to zero at the start matters to no loaded adapter.
 INIT_FIELD = re.compile(r"init_(\w+_)?weights")
 
+# The fields of low-rank methods that settle by how much a product of factors is multiplied.
+RANK, ALPHA, ROOT_SCALED = "r", "lora_alpha", "use_rslora"
+
 # The types with a field that says that what is tied stays so.
 TYING = frozenset({"LORA", "ADALORA"})
 

@@ -19,6 +19,7 @@ from peftc.runtime.init.calibration import Batches
 from peftc.runtime.init.dense import Source
 from peftc.runtime.merge.drift import MergeDrift
 from peftc.runtime.merge.repack import Quantized
+from peftc.runtime.model import weighted
 from peftc.runtime.model.adding import FreshOptions, add_fresh, plan_adapters
 from peftc.runtime.model.allocating import regularization_loss, update_and_allocate
 from peftc.runtime.model.base_weights import Active
@@ -127,6 +128,8 @@ class AdaptedModel(InspectedModel):
             key_mapping=key_mapping,
         )
         return load_adapter(self, peft_model_id, adapter_name, options)
+
+    add_weighted_adapter = weighted.add_weighted_adapter
 
     def delete_adapter(
         self, adapter_name: str | Sequence[str] | None = None, *, adapter_names: str | Sequence[str] | None = None

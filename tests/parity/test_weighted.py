@@ -1,0 +1,256 @@
+"""Adapters that are made of others, against peft's of the same ones."""
+
+import copy
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+from transformers.pytorch_utils import Conv1D
+
+from peftc import compiler
+from peftc.runtime.merge.combine import KINDS
+from tests import zoo
+
+IDS = torch.arange(5, 17).reshape(2, 6)
+TARGETS = ["q_proj", "down_proj"]
+PRUNED = [each for each in KINDS if each.startswith(("ties", "magnitude"))]
+DRAWN = [each for each in KINDS if each.startswith("dare")]
+
+
+class Shapes(nn.Module):
+    """A module of every kind that peft's LoRA adapts by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(20, 12)
+        self.linear = nn.Linear(12, 16)
+        self.turned = Conv1D(16, 16)
+        self.narrow = nn.Conv1d(1, 4, 3, padding=1)
+        self.wide = nn.Conv2d(4, 6, (3, 2), padding=1)
+        self.point = nn.Conv2d(6, 5, 1)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = torch.tanh(self.turned(torch.tanh(self.linear(self.words(ids)))))
+        x = torch.tanh(self.narrow(x.flatten(0, 1).unsqueeze(1)))
+        return self.point(torch.tanh(self.wide(x.reshape(len(x), 4, 4, 4)))).flatten(1)
+
+
+def shapes() -> nn.Module:
+    torch.manual_seed(0)
+    return Shapes().eval()
+
+
+def lora(**settings: Any) -> peft.PeftConfig:
+    return peft.LoraConfig(**{"r": 4, "lora_alpha": 6, "target_modules": TARGETS, **settings})
+
+
+def both(
+    model: nn.Module, configs: Mapping[str, peft.PeftConfig], directory: Path
+) -> tuple[compiler.AdaptedModel, nn.Module]:
+    """The same adapters here and in peft, with values that do something."""
+    names = list(configs)
+    theirs = peft.get_peft_model(copy.deepcopy(model), configs[names[0]], names[0])
+    for name in names[1:]:
+        theirs.add_adapter(name, configs[name])
+    torch.manual_seed(4)
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "lora_" in name or "ia3_" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+    theirs.save_pretrained(directory)
+    ours = compiler.load(model, directory / names[0], adapter_name=names[0])
+    for name in names[1:]:
+        ours.load_adapter(directory / name, adapter_name=name)
+    return ours.eval(), theirs.eval()
+
+
+def outputs(model: nn.Module, ids: torch.Tensor = IDS) -> torch.Tensor:
+    with torch.no_grad():
+        found = model(ids)
+    return found if isinstance(found, torch.Tensor) else found.logits
+
+
+def compare(
+    ours: compiler.AdaptedModel,
+    theirs: nn.Module,
+    directory: Path,
+    names: list[str],
+    weights: list[float],
+    *options: Any,
+    again: Callable[[], nn.Module],
+    **settings: Any,
+) -> None:
+    """The new adapter does as peft's, before and after it is merged, and saved and loaded by either."""
+    resting = outputs(ours)
+    for model in (ours, theirs):
+        model.add_weighted_adapter(names, weights, "new", *options, **settings)
+    assert torch.equal(outputs(ours), resting), "what was active still is"
+    assert not any(each.requires_grad for each in ours.adapter_bank.new.parameters())
+    for model in (ours, theirs):
+        model.set_adapter("new")
+    wanted = outputs(theirs)
+    size = float(wanted.abs().max())
+    assert (wanted - resting).abs().max() > 1e-3 * size
+    assert_close(outputs(ours), wanted, rtol=0, atol=1e-5 * size)
+    ours.merge_adapter()
+    assert_close(outputs(ours), wanted, rtol=0, atol=1e-5 * size)
+    ours.unmerge_adapter()
+    ours.save_pretrained(directory / "saved", selected_adapters=["new"])
+    assert_close(outputs(compiler.load(again(), directory / "saved" / "new")), wanted, rtol=0, atol=1e-5 * size)
+    back = peft.PeftModel.from_pretrained(again(), directory / "saved" / "new").eval()
+    assert_close(outputs(back), wanted, rtol=0, atol=1e-5 * size)
+
+
+@pytest.fixture
+def no_chance(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is drawn depends on the sizes alone: a fresh adapter, which peft makes first, draws too."""
+
+    def drawn(share: torch.Tensor) -> torch.Tensor:
+        made = torch.rand(share.shape, generator=torch.Generator().manual_seed(share.numel()))
+        return (made < share).to(share.dtype)
+
+    monkeypatch.setattr(torch, "bernoulli", drawn)
+
+
+def llama() -> nn.Module:
+    return zoo.make("llama", num_hidden_layers=2)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("no_chance")
+@pytest.mark.parametrize("weights", [[0.7, 0.4], [1.0, -0.5]], ids=["positive", "negative"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_way(kind: str, weights: list[float], tmp_path: Path) -> None:
+    model = llama()
+    ours, theirs = both(model, {"a": lora(), "b": lora(lora_alpha=3, target_modules=["q_proj", "v_proj"])}, tmp_path)
+    density = {"density": 0.5} if kind in (*PRUNED, *DRAWN) else {}
+    compare(ours, theirs, tmp_path, ["a", "b"], weights, combination_type=kind, again=llama, **density)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("no_chance")
+@pytest.mark.parametrize("kind", ["linear", "cat", "svd", "ties", "ties_svd", "dare_linear_svd"])
+def test_every_kind_of_module(kind: str, tmp_path: Path) -> None:
+    """Updates are dropped from and taken apart as modules store them. Peft makes nonsense of a Conv1d's."""
+    named = ["words", "linear", "turned", "wide", "point", *(["narrow"] if not kind.endswith("svd") else [])]
+    every = lora(target_modules=named, r=3)
+    ours, theirs = both(shapes(), {"a": every, "b": every}, tmp_path)
+    ids = IDS % 20
+    for model in (ours, theirs):
+        density = {"density": 0.6} if kind in (*PRUNED, *DRAWN) else {}
+        model.add_weighted_adapter(["a", "b"], [0.7, -0.4], "new", kind, **density)
+        model.set_adapter("new")
+    wanted = outputs(theirs, ids)
+    assert_close(outputs(ours, ids), wanted, rtol=0, atol=1e-5 * float(wanted.abs().max()))
+    with ours.disable_adapter():
+        assert (outputs(ours, ids) - wanted).abs().max() > 1e-2
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_convolution_of_one_axis_is_taken_apart(tmp_path: Path) -> None:
+    ours, _ = both(shapes(), dict.fromkeys("ab", lora(target_modules=["narrow"], r=2)), tmp_path)
+    ids = IDS % 20
+    ours.add_weighted_adapter(["a", "b"], [0.7, -0.4], "new", "svd", svd_rank=4)
+    ours.set_adapter({"a": 0.7, "b": -0.4})
+    wanted = outputs(ours, ids)
+    ours.set_adapter("new")
+    assert_close(outputs(ours, ids), wanted, rtol=0, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("svd", {"svd_rank": 2}),
+        ("svd", {"svd_rank": 7}),
+        ("svd", {"svd_clamp": 0.9}),
+        ("svd", {"svd_clamp": 0.8, "svd_full_matrices": False}),
+        ("ties_svd", {"svd_rank": 3, "density": 0.7, "majority_sign_method": "frequency"}),
+        ("ties", {"density": 0.2, "majority_sign_method": "frequency"}),
+        ("magnitude_prune", {"density": 0.0}),
+        ("magnitude_prune", {"density": 1.0}),
+    ],
+)
+def test_settings(kind: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    ours, theirs = both(llama(), {"a": lora(), "b": lora(lora_alpha=2), "c": lora(lora_alpha=9)}, tmp_path)
+    names, weights = ["a", "b", "c"], [0.6, -0.3, 0.5]
+    if settings.get("density") == 0.0:
+        for model in (ours, theirs):
+            model.add_weighted_adapter(names, weights, "new", kind, **settings)
+            model.set_adapter("new")
+        assert_close(outputs(ours), outputs(theirs))
+        with ours.disable_adapter():
+            assert_close(outputs(ours), outputs(theirs))
+        return
+    compare(ours, theirs, tmp_path, names, weights, combination_type=kind, again=llama, **settings)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["cat", "svd"])
+def test_other_ranks_and_patterns(kind: str, tmp_path: Path) -> None:
+    second = lora(r=2, rank_pattern={"q_proj": 3}, alpha_pattern={"down_proj": 5}, target_modules="all-linear")
+    ours, theirs = both(llama(), {"a": lora(layers_to_transform=[0]), "b": second}, tmp_path)
+    resting = outputs(ours)
+    for model in (ours, theirs):
+        # peft does not reach all of an expression and a list.
+        model.add_weighted_adapter(["b"], [0.7], "one")
+        model.set_adapter("one")
+    assert_close(outputs(ours), outputs(theirs), rtol=0, atol=1e-5)
+    ours.add_weighted_adapter(["a", "b"], [0.7, 0.4], "new", kind, svd_rank=9 if kind == "svd" else None)
+    ours.set_adapter({"a": 0.7, "b": 0.4})
+    wanted = outputs(ours)
+    assert (wanted - resting).abs().max() > 1e-3
+    ours.set_adapter("new")
+    assert_close(outputs(ours), wanted, rtol=0, atol=1e-5)
+    ours.save_pretrained(tmp_path / "saved", selected_adapters=["new"])
+    back = peft.PeftModel.from_pretrained(llama(), tmp_path / "saved" / "new").eval()
+    assert_close(outputs(back), wanted, rtol=0, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_one_adapter_is_exact(tmp_path: Path) -> None:
+    ours, theirs = both(llama(), {"a": lora()}, tmp_path)
+    ours = compiler.load(llama(), tmp_path / "a", adapter_name="a").eval()
+    compare(ours, theirs, tmp_path, ["a"], [-1.5], again=llama)
+    ours.set_adapter({"a": -1.5})
+    weighted = outputs(ours)
+    ours.set_adapter("new")
+    assert_close(outputs(ours), weighted, rtol=0, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["cat", "svd", "linear"])
+def test_rank_stabilised_scales(kind: str, tmp_path: Path) -> None:
+    """Peft's new adapter divides by the root of its rank, and nothing was multiplied by it."""
+    ours, theirs = both(llama(), {"a": lora(use_rslora=True), "b": lora()}, tmp_path)
+    for model in (ours, theirs):
+        model.add_weighted_adapter(["a", "b"], [0.5, 0.5], "new", kind)
+        model.set_adapter("new")
+    assert (outputs(ours) - outputs(theirs)).abs().max() > 1e-3
+    if kind == "cat":
+        found = outputs(ours)
+        ours.set_adapter({"a": 0.5, "b": 0.5})
+        assert_close(found, outputs(ours), rtol=0, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("options", [(), ("linear",)])
+def test_vectors(options: tuple[str, ...], tmp_path: Path) -> None:
+    def config(*targets: str) -> peft.PeftConfig:
+        return peft.IA3Config(target_modules=["k_proj", *targets], feedforward_modules=[*targets])
+
+    ours, theirs = both(llama(), {"a": config("down_proj"), "b": config("down_proj", "up_proj")}, tmp_path)
+    theirs.add_weighted_adapter(["a", "b"], [0.7, -0.4], "new")
+    ours.add_weighted_adapter(["a", "b"], [0.7, -0.4], "new", *options)
+    for model in (ours, theirs):
+        model.set_adapter("new")
+    wanted = outputs(theirs)
+    assert_close(outputs(ours), wanted, rtol=0, atol=1e-5)
+    ours.save_pretrained(tmp_path / "saved", selected_adapters=["new"])
+    back = peft.PeftModel.from_pretrained(llama(), tmp_path / "saved" / "new").eval()
+    assert_close(outputs(back), wanted, rtol=0, atol=1e-5)
