@@ -16,7 +16,7 @@ from peftc.grammar.method.rule import MethodRule, Value
 from peftc.grammar.syntax import tree
 from peftc.passes.plan.site import WHOLE
 from peftc.runtime.peft_format.adapter_files import CONFIG, DEFAULT, locate, read_adapter, read_json
-from peftc.runtime.peft_format.checkpoint import PREFIX
+from peftc.runtime.peft_format.key_spelling import PREFIX
 from peftc.runtime.peft_format.manifest import Manifest, read_manifest
 from peftc.runtime.peft_format.peft_config import ConfigFacts, read_config
 from peftc.runtime.peft_format.spec_config import known_methods, spec_text

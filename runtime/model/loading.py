@@ -13,13 +13,16 @@ from peftc.passes.plan.plan import AdapterPlan
 from peftc.passes.plan.resolve import resolve
 from peftc.passes.plan.sites import tied_names
 from peftc.passes.plan.vocabulary import enlarged, vocabulary
+from peftc.runtime.base.idle import idle_names
 from peftc.runtime.init.tokens import check_ties, needed_vocabulary
 from peftc.runtime.model.adapted_module import AdaptedModule
 from peftc.runtime.model.adding import PlannedAdapters, Values, add_adapters
+from peftc.runtime.model.base_weights import base_view
 from peftc.runtime.model.saving import TRAINING
 from peftc.runtime.model.state_dicts import IncompatibleKeys, put_values
 from peftc.runtime.peft_format.adapter_files import locate, read_adapter, read_tensors
 from peftc.runtime.peft_format.checkpoint import fit, unpruned
+from peftc.runtime.peft_format.found_tensors import spelled, without_idle
 from peftc.runtime.peft_format.load_options import LoadOptions
 from peftc.runtime.peft_format.manifest import compare, read_manifest
 from peftc.runtime.peft_format.peft_config import read_config
@@ -64,9 +67,11 @@ def load_adapter(
         check_ties(plan, tied_names(model), where)
     base = dict(state.base.own().tensors())
     shapes = {name: tuple(tensor.shape) for name, tensor in base.items()}
+    tensors, spelling = spelled(plan, tensors, state.engine.backend.survey().universe.modules)
+    tensors, idle = without_idle(plan, tensors, shapes, idle_names(base_view(model)))
     tensors, masks = unpruned(plan, tensors, facts.masks, where=where)
     plan = settled(plan, set(tensors))
-    fitted = fit(plan, tensors, where=where, base_shapes=shapes, base_tensors=base.get)
+    fitted = fit(plan, tensors, where=where, as_spelled=spelling, base_shapes=shapes, base_tensors=base.get)
     if known is not None:
         _check_same(plan, known.plan, where)
         put_values(model, known, fitted)
@@ -78,6 +83,9 @@ def load_adapter(
             state.train([name], True)
         return IncompatibleKeys([], [])
     check_growth(plan, fitted, directory)
+    if idle:
+        named = ", ".join(sorted(map(spelling.told, idle)))
+        warnings.warn(f"{where}: left unread, since no output depends on it: {named}", stacklevel=3)
     _follow_manifest(model, directory, follows_regions=follows_regions)
 
     def values() -> Iterator[Values]:

@@ -12,10 +12,9 @@ from peftc.grammar.syntax import tree
 from peftc.passes.plan.plan import ROWS, AdapterPlan, ParamKey, PlannedSite
 from peftc.passes.plan.site import WHOLE
 from peftc.runtime.adapters.allocation import budgeted, expanded
+from peftc.runtime.peft_format.key_spelling import AS_IT_IS, PREFIX, SHARED, Spelling
 from peftc.runtime.peft_format.saved_value import value_key
 
-PREFIX = "base_model.model."
-SHARED = "base_model."  # in front of what the sites of an adapter share
 TOKENS = "token_adapter.trainable_tokens_delta"  # trained rows beside what a method of another kind adapts
 _BASE = ".base_layer"
 _SHOWN = 20  # problems of one kind that are listed one by one
@@ -23,7 +22,10 @@ _SHOWN = 20  # problems of one kind that are listed one by one
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a checkpoint: whose it is, its shape there and in use, and the site unless it is a module's own."""
+    """One tensor of a checkpoint: whose it is, its shape there and in use, and the site unless it is a module's own.
+
+    `tail` is the part of its key that the method has for it.
+    """
 
     key: ParamKey
     shape: tuple[int, ...]
@@ -32,6 +34,7 @@ class Entry:
     optional: bool = False  # a file may lack it
     written: bool = True
     computed: bool = False  # the value of what others come to: no tensor of its own
+    tail: str = ""
 
 
 def entries(plan: AdapterPlan) -> dict[str, Entry]:
@@ -56,19 +59,22 @@ def entries(plan: AdapterPlan) -> dict[str, Entry]:
                 place = SHARED if param.shared else f"{PREFIX}{name}."
                 key = planned.key(plan.name, param)
                 shape = planned.saved_shape(param)
-                found[place + param.saved] = Entry(key, shape, param.shape, planned, param.optional, param.written)
+                found[place + param.saved] = Entry(
+                    key, shape, param.shape, planned, param.optional, param.written, tail=param.saved
+                )
     for copy in plan.copies:
         name = _wrapped_name(copy.module, wrappers, itself=True)
         # Around what stands in front, PEFT has no model of its own that wraps modules.
         before = SHARED if virtual else PREFIX
         for tensor, shape, _ in copy.tensors:
-            entry = Entry(ParamKey(plan.name, copy.module, tensor), shape, shape)
+            tail = f"{copy.saved}.{tensor}" if copy.saved else ""
+            entry = Entry(ParamKey(plan.name, copy.module, tensor), shape, shape, tail=tail)
             for tied in copy.names(tensor)[1:]:
                 found[before + tied] = replace(entry, optional=True)
             found[before + ".".join(each for each in (name, copy.saved, tensor) if each)] = entry
     for rows in plan.rows:
         shape = (len(rows.ids), rows.width)
-        entry = Entry(ParamKey(plan.name, rows.module, ROWS), shape, shape)
+        entry = Entry(ParamKey(plan.name, rows.module, ROWS), shape, shape, tail=rows.saved or TOKENS)
         # On their own, PEFT saves rows again for every module that is tied. The first is the one that counts.
         for tied in rows.tied if rows.saved else ():
             found[f"{PREFIX}{tied}.{rows.saved}"] = replace(entry, optional=True)
@@ -85,7 +91,8 @@ def _whole_entries(plan: AdapterPlan, at: PlannedSite) -> dict[str, Entry]:
     for param in at.bound.params:
         if param.saved:
             own = at.key(plan.name, param)
-            found[param.saved] = Entry(own, param.shape, param.shape, at, param.optional, param.written)
+            shape = param.shape
+            found[param.saved] = Entry(own, shape, shape, at, param.optional, param.written, tail=param.saved)
     return found
 
 
@@ -99,6 +106,7 @@ def fit(
     tensors: Mapping[str, Tensor],
     *,
     where: str,
+    as_spelled: Spelling = AS_IT_IS,
     base_shapes: Mapping[str, tuple[int, ...]] | None = None,
     base_tensors: Callable[[str], Tensor | None] | None = None,
 ) -> dict[ParamKey, Tensor]:
@@ -111,6 +119,7 @@ def fit(
         plan: What the tensors must fit.
         tensors: The file's tensors by key.
         where: What messages call the file.
+        as_spelled: How the file spells the keys of `tensors`.
         base_shapes: Shapes of the model's own tensors by name.
         base_tensors: The model's own tensor of a name, to compare with those the file repeats.
 
@@ -119,17 +128,23 @@ def fit(
     """
     expected = entries(plan)
     aliases = _aliases(plan, tensors)
+
+    def plain(key: str) -> str:
+        return key if key in expected else aliases.get(key, prefixed(as_spelled.names.get(key, key)))
+
     found: dict[str, Tensor] = {}
     report = _Report(where)
     unexpected: list[str] = []
     for key, tensor in tensors.items():
-        name = key if key in expected else aliases.get(key, _prefixed(key))
+        name = plain(key)
         if name in found:
-            report.add("E341", f"'{key}' is in the file twice, with and without '{PREFIX}'")
+            first = next(each for each in tensors if each != key and plain(each) == name)
+            told = as_spelled.told(first)
+            report.add("E341", f"'{name}' is in the file twice, as '{first if told == key else told}' and as '{key}'")
         elif name in expected:
             found[name] = tensor
         elif not any(test(key, plan) for test in (_is_duplicate, _repeats_shared, _is_unread)):
-            base = _base_name(key)
+            base = base_name(key)
             shape = (base_shapes or {}).get(base)
             if shape is None:
                 unexpected.append(key)
@@ -139,7 +154,7 @@ def fit(
     for key in missing:
         report.add("E340", f"missing key '{key}'", partial(_moved, key, unexpected))
     for key in unexpected:
-        report.add("E341", f"unexpected key '{key}'", partial(did_you_mean, _prefixed(key), missing))
+        report.add("E341", f"unexpected key '{as_spelled.told(key)}'", partial(did_you_mean, prefixed(key), missing))
     for key, tensor in found.items():
         entry = expected[key]
         if tuple(tensor.shape) != entry.shape:
@@ -172,7 +187,7 @@ def unpruned(
     groups = {each.vector: each for each in budgeted(plan)}
     names = {key: name for name, key in checkpoint_keys(plan).items()}
     vectors = {names[key].removeprefix(PREFIX): key for key in groups}
-    spelled = {_prefixed(key): key for key in tensors}
+    spelled = {prefixed(key): key for key in tensors}
     full, found = dict(tensors), dict[ParamKey, Sequence[bool]]()
     report = _Report(where)
     for name, kept in masks.items():
@@ -219,7 +234,8 @@ def _wrapped_name(module: str, wrappers: Mapping[str, Sequence[str]], *, itself:
     return name
 
 
-def _prefixed(key: str) -> str:
+def prefixed(key: str) -> str:
+    """The key with PEFT's prefix, once."""
     return PREFIX + key.removeprefix(PREFIX)
 
 
@@ -227,7 +243,7 @@ def _aliases(plan: AdapterPlan, tensors: Mapping[str, Tensor]) -> dict[str, str]
     """Other spellings in the file: older PEFTs save the bias of an adapted module without `.base_layer`."""
     aliases: dict[str, str] = {}
     wrappers = _wrappers(plan)
-    spelled = {_prefixed(key): key for key in tensors}
+    spelled = {prefixed(key): key for key in tensors}
     for copy in (each for each in plan.copies if not each.saved):
         wrapped = _wrapped_name(copy.module, wrappers, itself=True)
         for tensor, _, _ in copy.tensors:
@@ -250,7 +266,7 @@ def _is_duplicate(key: str, plan: AdapterPlan) -> bool:
 
 def _repeats_shared(key: str, plan: AdapterPlan) -> bool:
     """Whether the key is of a site and repeats what all sites share: some of PEFT's layers hold the shared tensors."""
-    return any(_prefixed(key).endswith(f".{each.saved}") for each in plan.shared if each.saved)
+    return any(prefixed(key).endswith(f".{each.saved}") for each in plan.shared if each.saved)
 
 
 def _is_unread(key: str, plan: AdapterPlan) -> bool:
@@ -258,7 +274,8 @@ def _is_unread(key: str, plan: AdapterPlan) -> bool:
     return any(f".{each}." in f"{key}." for each in plan.spec.rule.unread)
 
 
-def _base_name(key: str) -> str:
+def base_name(key: str) -> str:
+    """What the model calls the tensor of its own that a file has under this key."""
     return key.removeprefix(PREFIX).replace(f"{_BASE}.", ".")
 
 
