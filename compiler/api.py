@@ -259,6 +259,7 @@ def load(
     use: str | PathLike[str] | None = None,
     values: Mapping[str, Value] | None = None,
     key_mapping: Mapping[str, str] | None = None,
+    strict: bool = False,
     prepare_for_kbit_training: bool = True,
     regions: Regions | None = None,
     progress: bool = True,
@@ -284,6 +285,8 @@ def load(
             counted and returned as PEFT does.
         key_mapping: Regular expressions, and what takes the place of the first that is found in a key of the file, from
             which PEFT's prefix is left out: for a base whose modules are called otherwise by now.
+        strict: Refuse fields of the config that are not known here, and tensors that no output depends on. Otherwise
+            they are left unread, and a warning names them. What is known and not supported is always refused.
         prepare_for_kbit_training: As in `apply`, if the adapter `is_trainable`.
         regions: As in `apply`; where it is not said, what the spec said that the checkpoint was made with.
         progress: As in `apply`.
@@ -308,6 +311,7 @@ def load(
         use=use,
         values=values,
         key_mapping=key_mapping,
+        strict=strict,
     )
     load_adapter(adapted, peft_model_id, adapter_name, options, follows_regions=regions is None)
     return adapted

@@ -1,6 +1,7 @@
 """What is in a PEFT checkpoint, and the spec it amounts to. No model is needed."""
 
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict
 from os import PathLike
@@ -98,6 +99,8 @@ def decompile(
     config = read_json(directory / CONFIG)
     manifest = read_manifest(directory)
     facts = _facts(config, directory, name or _saved_name(manifest), use)
+    for message in facts.warnings:
+        warnings.warn(message, stacklevel=2)
     return spec_text(facts.spec, manifest.regions if manifest else None)
 
 
@@ -113,7 +116,7 @@ def _locate(path_or_id: str | PathLike[str], revision: str | None, local_files_o
 
 def _facts(config: Mapping[str, object], directory: Path, name: str, use: str | PathLike[str] | None) -> ConfigFacts:
     methods = known_methods(config, directory, use)
-    return read_config(config, methods=methods, adapter_name=name, where=str(directory / CONFIG))
+    return read_config(config, methods=methods, adapter_name=name, where=str(directory / CONFIG), strict=False)
 
 
 def _saved_name(manifest: Manifest | None) -> str:

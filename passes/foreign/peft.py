@@ -67,6 +67,24 @@ RANK, ALPHA, ROOT_SCALED = "r", "lora_alpha", "use_rslora"
 # The types with a field that says that what is tied stays so.
 TYING = frozenset({"LORA", "ADALORA"})
 
+# The types whose configs have a field that is written for others too; elsewhere what it means by default is not said.
+HAVING = {
+    "bias": frozenset(
+        {
+            *("ADALORA", "BOFT", "C3A", "DEFT", "DELORA", "FOURIERFT", "FROD", "GLORA", "GRALORA", "HRA", "LORA"),
+            *("MISS", "OFT", "PVERA", "RANDLORA", "TINYLORA", "UNILORA", "VBLORA", "VERA", "WAVEFT"),
+        }
+    ),
+    "fan_in_fan_out": frozenset(
+        {
+            *("ADALORA", "BOFT", "DEFT", "FOURIERFT", "FROD", "GRALORA", "HIRA", "IA3", "LORA", "OFT", "PSOFT"),
+            *("PVERA", "RANDLORA", "SHIRA", "TINYLORA", "UNILORA", "VBLORA", "VERA", "WAVEFT"),
+        }
+    ),
+    "target_parameters": frozenset({"ADALORA", "LORA"}),
+}
+NO_COPIES = frozenset({"ADAPTION_PROMPT", "TRAINABLE_TOKENS"})  # these have no field for trained modules
+
 ALL_LINEAR = "all-linear"
 NO_MODULES = "dummy-target-modules"  # how PEFT says that no module is adapted
 
@@ -76,6 +94,15 @@ TASK_HEADS = {
     "TOKEN_CLS": ("classifier", "score"),
     "QUESTION_ANS": ("qa_outputs",),
 }
+
+
+def is_written(peft_type: str, name: str, value: object) -> bool:
+    """Whether a field is written for a type: where its configs have it, or where it says what is not the default."""
+    if name == "modules_to_save" and peft_type in NO_COPIES:
+        return value is not None
+    if name not in HAVING or peft_type in HAVING[name]:
+        return True
+    return name not in HARMLESS and value not in (None, "none")
 
 
 def only_adapter_bias(peft_type: str) -> str:
@@ -94,9 +121,29 @@ TASKS = {
 }
 
 
-def task_of(classes: Sequence[str]) -> str:
-    """The task of a model of these classes, the most derived first."""
-    return next((task for name in classes for end, task in TASKS.items() if name.endswith(end)), "FEATURE_EXTRACTION")
+def task_of(classes: Sequence[str], *, encoder_decoder: bool = True) -> str:
+    """The task of a model of these classes, the most derived first.
+
+    What generates from pictures too, and has no encoder of text (`encoder_decoder` is False), is one of text to PEFT.
+    """
+    found = next((task for name in classes for end, task in TASKS.items() if name.endswith(end)), "FEATURE_EXTRACTION")
+    return "CAUSAL_LM" if found == "SEQ_2_SEQ_LM" and not encoder_decoder else found
+
+
+def auto_task_of(classes: Sequence[str], *, encoder_decoder: bool, bare: bool) -> str | None:
+    """The task by which PEFT's auto classes find the model's class; None where they find it by its name alone.
+
+    `bare` says that the model has no head.
+    """
+    task = task_of(classes)
+    if task == "SEQ_2_SEQ_LM":
+        return task if encoder_decoder else None
+    return task if task != "FEATURE_EXTRACTION" or bare else None
+
+
+def auto_mapping(base_class: type) -> dict[str, str]:
+    """How a config without a task names the class of its base."""
+    return {"base_model_class": base_class.__name__, "parent_library": base_class.__module__}
 
 
 # Kinds of what is adapted beside a method's own modules.

@@ -98,6 +98,7 @@ class AdaptedModel(InspectedModel):
         use: str | PathLike[str] | None = None,
         values: Mapping[str, Value] | None = None,
         key_mapping: Mapping[str, str] | None = None,
+        strict: bool = False,
     ) -> IncompatibleKeys:
         """Load an adapter from a directory or the Hub beside the others; it becomes active if none is.
 
@@ -112,6 +113,8 @@ class AdaptedModel(InspectedModel):
         `.adapter` file with methods of your own; what peftc saved needs none, the definition is in the checkpoint.
         `values` are hyperparameters to be other than the file says, such as `{"peft_compatible": True}`. `key_mapping`
         is as in `load`. `torch_device` is taken and changes nothing: an adapter is where what it adapts is.
+        Fields of the config that are not known here, and tensors that no output depends on, are left unread with a
+        warning; with `strict` they are refused.
         """
         options = LoadOptions(
             is_trainable=is_trainable,
@@ -126,6 +129,7 @@ class AdaptedModel(InspectedModel):
             use=use,
             values=values,
             key_mapping=key_mapping,
+            strict=strict,
         )
         return load_adapter(self, peft_model_id, adapter_name, options)
 

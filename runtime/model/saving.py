@@ -9,9 +9,11 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 from peftc.grammar.diagnostics import UsageError, fail
 from peftc.passes.foreign import peft as fields
+from peftc.passes.foreign import transformers as contract
 from peftc.passes.plan.plan import AdapterPlan, ParamKey
 from peftc.runtime.adapters.bank import AdapterParameters
 from peftc.runtime.base.overlay import BANK, is_adapters
@@ -129,6 +131,7 @@ def adapter_config(model: AdaptedModule, adapter: AdapterParameters) -> dict[str
         module_names=[name for name, _ in model.named_modules() if name and not is_adapters(name)],
         base_model_name_or_path=base.facts.base_name,
         task_type=base.facts.tasks.get(plan.name) or base.facts.task_type or _task(model, plan),
+        auto_mapping=fields.auto_mapping(_user_class(model)),
         revision=base.facts.base_revision,
     )
     field, allocator = mask_field(plan.spec.rule), adapter.allocator
@@ -138,9 +141,21 @@ def adapter_config(model: AdaptedModule, adapter: AdapterParameters) -> dict[str
 
 
 def _task(model: AdaptedModule, plan: AdapterPlan) -> str | None:
-    """The task that PEFT needs to be told where something stands in front."""
-    classes = [each.__name__ for each in type(model).__mro__]
-    return fields.task_of(classes) if any(at.bound.prompt is not None for at in plan.sites) else None
+    """The task that the model's class says, where PEFT can call it so; and one where something stands in front."""
+    classes = [each.__name__ for each in _user_class(model).__mro__]
+    both = contract.is_encoder_decoder(getattr(model, "config", None))
+    if any(at.bound.prompt is not None for at in plan.sites):
+        return fields.task_of(classes, encoder_decoder=both)
+    if not hasattr(model, "config") or not contract.forward_of(_user_class(model).forward).takes(contract.TOKENS):
+        return None
+    bare = classes[0].endswith("Model") and getattr(model, "base_model", None) is model
+    return fields.auto_task_of(classes, encoder_decoder=both, bare=bare and not classes[0].endswith("EncoderModel"))
+
+
+def _user_class(model: AdaptedModule) -> type[nn.Module]:
+    """The class of the model that was adapted."""
+    found: type[nn.Module] = type(model)._base_class
+    return found
 
 
 def _held(adapter: AdapterParameters, key: ParamKey, state_dict: StateDict | None) -> torch.Tensor:

@@ -2,23 +2,41 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
-from peftc.grammar.diagnostics import Diagnostic
+from peftc.grammar.diagnostics import Diagnostic, did_you_mean
 
 
 class FieldReader:
-    """Typed access to a configuration; `problems` and `warnings` collect, so that one run reports everything."""
+    """Typed access to a configuration; `problems` and `warnings` collect, so that one run reports everything.
 
-    def __init__(self, config: Mapping[str, object], where: str):
+    Fields that nobody knows are problems if `strict`, and a warning otherwise.
+    """
+
+    def __init__(self, config: Mapping[str, object], where: str, *, strict: bool = True):
         self.config = config
         self.where = where
+        self.strict = strict
         self.problems: list[Diagnostic] = []
         self.warnings: list[str] = []
 
     def problem(self, code: str, message: str, help: str = "") -> None:
         """Collect one problem."""
         self.problems.append(Diagnostic(code, message, help=help, where=self.where))
+
+    def unknown(self, names: Iterable[str], known: Iterable[str]) -> None:
+        """Collect that nobody knows these fields."""
+        near = {name: did_you_mean(name, known) for name in names}
+        if self.strict:
+            for name, help in near.items():
+                help = help or "remove the field if the adapter does not depend on it"
+                self.problem("E323", f"unknown field '{name}' = {shown(self.config[name])}", help)
+        elif near:
+            told = [f"'{name}' = {shown(self.config[name])}{help and f' ({help})'}" for name, help in near.items()]
+            self.warnings.append(
+                f"{self.where}: fields that are not known here were left unread: {', '.join(told)}; if the adapter "
+                "depends on one, its outputs are not those it was trained to have (strict=True refuses such fields)"
+            )
 
     def mistyped(self, name: str, expected: str) -> None:
         """Collect that a field's value is not what it should be."""

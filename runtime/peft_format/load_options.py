@@ -29,6 +29,7 @@ class LoadOptions:
     low_cpu_mem_usage: bool = False  # PEFT's, for what is always so here
     use: str | PathLike[str] | None = None
     values: Mapping[str, Value] | None = None
+    strict: bool = False
     key_mapping: Mapping[str, str] | None = None
 
     def renamed(self, key: str) -> str:

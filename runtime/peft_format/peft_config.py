@@ -68,18 +68,20 @@ def read_config(
     methods: Mapping[str, MethodRule],
     adapter_name: str,
     where: str,
+    strict: bool = True,
     fresh: bool = False,
 ) -> ConfigFacts:
     """The spec of a PEFT configuration. `where` names the file in messages.
 
-    Of a `fresh` adapter, which no file fills, every field counts that says how it starts and is trained; and it trains
-    the heads of its task, which a file names among its trained modules.
+    A field that nobody knows is refused if `strict`, and a warning otherwise. Of a `fresh` adapter, which no file
+    fills, every field counts that says how it starts and is trained; and it trains the heads of its task, which a file
+    names among its trained modules.
 
     Raises:
         CheckpointError: all that is wrong at once; an unknown method, a field of the wrong type, or a feature whose
             mathematics is not supported.
     """
-    reader = FieldReader(config, where)
+    reader = FieldReader(config, where, strict=strict)
     if config.get("peft_type") == fields.OWN_TYPE:
         return _facts(reader, read_spec_fields(reader, adapter_name))
     rule = _rule(config, methods, where)
@@ -163,6 +165,7 @@ def _refuse_unsupported(reader: FieldReader, rule: MethodRule) -> None:
             continue
         given = f"field '{name}' = {shown(reader.config[name])}"
         reader.problem("E322", f"{given} is not supported by method '{rule.name}': only {shown(wanted)}")
+    unknown = []
     for name, value in reader.config.items():
         empty = value is None or value is False or value == {} or value == []
         if name in own or name in fields.HANDLED or name in fields.HARMLESS or empty:
@@ -172,8 +175,8 @@ def _refuse_unsupported(reader: FieldReader, rule: MethodRule) -> None:
         elif name in fields.UNSUPPORTED:
             reader.problem("E322", f"field '{name}' = {shown(value)} is not supported yet")
         else:
-            help = did_you_mean(name, known) or "remove the field if the adapter does not depend on it"
-            reader.problem("E323", f"unknown field '{name}' = {shown(value)}", help)
+            unknown.append(name)
+    reader.unknown(unknown, known)
 
 
 def _check_version(reader: FieldReader) -> None:

@@ -29,6 +29,7 @@ def write_config(
     module_names: Sequence[str],
     base_model_name_or_path: str | None,
     task_type: str | None,
+    auto_mapping: Mapping[str, str] | None = None,
     revision: str | None = None,
     inference_mode: bool = True,
 ) -> dict[str, object]:
@@ -37,7 +38,7 @@ def write_config(
     A method without a PEFT type has one of our own format, with the spec's text in it.
 
     `module_names` are all modules of the model. The task is left out where naming it would make PEFT train a head
-    that the plan does not train.
+    that the plan does not train; then `auto_mapping`, if given, says of which class the base is.
 
     Raises:
         CheckpointError: the plan holds something PEFT's format has no words for.
@@ -71,10 +72,11 @@ def write_config(
         # Without a task PEFT leaves prompts out, and with one it trains a head.
         task = "FEATURE_EXTRACTION" if _trains_more(task_type, module_names, copied) else task_type
         trained = _with_heads(endings, task)
-        return _front_config(plan, base_model_name_or_path, task, revision, inference_mode, trained, where)
+        config = _front_config(plan, base_model_name_or_path, task, revision, inference_mode, trained, where)
+        return _as_known(config, auto_mapping)
     if _trains_more(task_type, module_names, copied):
         task_type = None
-    config: dict[str, object] = {
+    config = {
         "peft_type": rule.peft_type,
         "peft_version": fields.PEFT_VERSION,
         "task_type": task_type,
@@ -91,7 +93,14 @@ def write_config(
     config.update(_written_values(plan, where))
     config.update(_tokens(plan, module_names, where))
     config.update(_ties(plan, where))
-    return config
+    return _as_known(config, auto_mapping)
+
+
+def _as_known(config: Mapping[str, object], auto_mapping: Mapping[str, str] | None) -> dict[str, object]:
+    """What PEFT's config class of the type has, as far as it suffices."""
+    kind = str(config["peft_type"])
+    named = {"auto_mapping": dict(auto_mapping)} if auto_mapping and config["task_type"] is None else {}
+    return {**{name: each for name, each in config.items() if fields.is_written(kind, name, each)}, **named}
 
 
 def _ties(plan: AdapterPlan, where: str) -> dict[str, object]:
@@ -205,9 +214,12 @@ def _module_targets(plan: AdapterPlan, module_names: Sequence[str]) -> list[str]
 def _listed(plan: AdapterPlan, module_names: Sequence[str]) -> dict[str, object]:
     """The fields that name the modules at which a flag is true."""
     written: dict[str, object] = {}
+    names = _peft_names(plan)
+    sites = {names[each.site.name]: each for each in plan.sites}
+    known = list(dict.fromkeys((*module_names, *sites)))
     for name, flag in listed_fields(plan.spec.rule).items():
-        chosen = [module for module, each in _modules(plan).items() if dict(each.bound.values)[flag]]
-        found = minimal_suffixes(chosen, module_names) if chosen else ()
+        chosen = [site for site, each in sites.items() if dict(each.bound.values)[flag]]
+        found = minimal_suffixes(chosen, known) if chosen else ()
         written[name] = "|".join(re.escape(each) for each in chosen) if found is None else list(found)
     return written
 

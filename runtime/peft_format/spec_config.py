@@ -12,7 +12,7 @@ from pathlib import Path
 
 from peftc.grammar.algebra import algebra
 from peftc.grammar.algebra.measure import largest_part
-from peftc.grammar.diagnostics import CheckpointError, Diagnostic, SpecError, did_you_mean, fail
+from peftc.grammar.diagnostics import CheckpointError, Diagnostic, SpecError, fail
 from peftc.grammar.method.rule import BoundParam, Derived, MethodRule
 from peftc.grammar.source import Source
 from peftc.grammar.spec.elaborate import elaborate, read_methods
@@ -70,9 +70,7 @@ def read_spec_fields(reader: FieldReader, adapter_name: str) -> AdapterSpec:
         CheckpointError: unknown fields, a newer format, or a text that is not a spec of one adapter.
     """
     config, where = reader.config, reader.where
-    for name in sorted(set(config) - _FIELDS):
-        help = did_you_mean(name, _FIELDS) or "remove the field if the adapter does not depend on it"
-        reader.problem("E323", f"unknown field '{name}' = {shown(config[name])}", help)
+    reader.unknown(sorted(set(config) - _FIELDS), _FIELDS)
     version = config.get("format")
     if isinstance(version, bool) or not isinstance(version, int):
         reader.problem("E321", f"field 'format' = {shown(version)} is not a whole number")

@@ -93,7 +93,7 @@ def changed(directory, **fields):
 def refused(net, directory):
     before = {name: (id(each), each.clone()) for name, each in net.state_dict(keep_vars=True).items()}
     with pytest.raises(CheckpointError) as caught:
-        compiler.load(net, directory)
+        compiler.load(net, directory, strict=True)
     for name, each in net.state_dict(keep_vars=True).items():
         assert before[name][0] == id(each)
         assert torch.equal(before[name][1], each)
