@@ -1,6 +1,6 @@
 """Finds the sites of a model: by module, before any graph exists."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 import torch
@@ -41,7 +41,13 @@ def tied_names(model: nn.Module) -> dict[str, tuple[str, ...]]:
 
 def universe(model: nn.Module, sites: tuple[Site, ...]) -> Universe:
     """What selectors choose from."""
-    candidates = tuple(
+    modules = tuple(name for name, _ in model.named_modules(remove_duplicate=False) if name)
+    return Universe(candidates=candidates(sites), modules=modules)
+
+
+def candidates(sites: Iterable[Site]) -> tuple[Candidate, ...]:
+    """Sites as selectors see them."""
+    return tuple(
         Candidate(
             name=site.name,
             kind=site.kind,
@@ -52,8 +58,6 @@ def universe(model: nn.Module, sites: tuple[Site, ...]) -> Universe:
         )
         for site in sites
     )
-    modules = tuple(name for name, _ in model.named_modules(remove_duplicate=False) if name)
-    return Universe(candidates=candidates, modules=modules)
 
 
 def input_embedding(model: nn.Module) -> str:

@@ -9,10 +9,12 @@ from pathlib import Path
 from peftc.grammar.diagnostics import CheckpointError, SpecError, fail
 from peftc.grammar.spec.spec import AdapterSpec
 from peftc.grammar.syntax import layout
+from peftc.passes.plan.earlier import as_it_was
 from peftc.passes.plan.plan import AdapterPlan
-from peftc.passes.plan.resolve import resolve
+from peftc.passes.plan.resolve import ModelSurvey, resolve
 from peftc.passes.plan.sites import tied_names
 from peftc.passes.plan.vocabulary import enlarged, vocabulary
+from peftc.runtime.base.earlier import EarlierNames
 from peftc.runtime.base.idle import idle_names
 from peftc.runtime.init.tokens import check_ties, needed_vocabulary
 from peftc.runtime.model.adapted_module import AdaptedModule
@@ -21,8 +23,10 @@ from peftc.runtime.model.base_weights import base_view
 from peftc.runtime.model.saving import TRAINING
 from peftc.runtime.model.state_dicts import IncompatibleKeys, put_values
 from peftc.runtime.peft_format.adapter_files import locate, read_adapter, read_tensors
+from peftc.runtime.peft_format.carry import carried
 from peftc.runtime.peft_format.checkpoint import fit, unpruned
-from peftc.runtime.peft_format.found_tensors import spelled, without_idle
+from peftc.runtime.peft_format.found_tensors import named_earlier, spelled, without_idle
+from peftc.runtime.peft_format.key_spelling import AS_IT_IS
 from peftc.runtime.peft_format.load_options import LoadOptions
 from peftc.runtime.peft_format.manifest import compare, read_manifest
 from peftc.runtime.peft_format.peft_config import read_config
@@ -59,19 +63,27 @@ def load_adapter(
     config, tensors = read_adapter(directory, allow_pickle=options.allow_pickle)
     tensors = {options.renamed(key): tensor for key, tensor in tensors.items()}
     methods = known_methods(config, directory, options.use)
-    facts = read_config(config, methods=methods, adapter_name=name, where=where)
+    facts = read_config(config, methods=methods, adapter_name=name, where=where, strict=options.strict)
     for message in facts.warnings:
         warnings.warn(message, stacklevel=3)
-    plan, tokens = _planned(model, with_values(facts.spec, options.values or {}), directory)
+    spec = with_values(facts.spec, options.values or {})
+    survey = state.engine.backend.survey()
+    earlier = named_earlier(spec, survey, tensors.keys(), EarlierNames(base_view(model)))
+    ground = as_it_was(survey, earlier) if earlier else survey
+    plan, tokens = _planned(model, spec, ground, directory)
     if facts.ties:
         check_ties(plan, tied_names(model), where)
-    base = dict(state.base.own().tensors())
+    base = {earlier.before(name): tensor for name, tensor in state.base.own().tensors()}
     shapes = {name: tuple(tensor.shape) for name, tensor in base.items()}
-    tensors, spelling = spelled(plan, tensors, state.engine.backend.survey().universe.modules)
-    tensors, idle = without_idle(plan, tensors, shapes, idle_names(base_view(model)))
+    tensors, spelling = spelled(plan, tensors, ground.universe.modules)
+    idle: list[str] = []
+    if not options.strict and spelling is not AS_IT_IS:  # else every tensor has its place
+        tensors, idle = without_idle(plan, tensors, shapes, idle_names(base_view(model)))
     tensors, masks = unpruned(plan, tensors, facts.masks, where=where)
     plan = settled(plan, set(tensors))
     fitted = fit(plan, tensors, where=where, as_spelled=spelling, base_shapes=shapes, base_tensors=base.get)
+    if earlier:
+        plan, fitted, masks = carried(plan, fitted, masks, earlier, survey, where)
     if known is not None:
         _check_same(plan, known.plan, where)
         put_values(model, known, fitted)
@@ -116,12 +128,13 @@ def _check_same(plan: AdapterPlan, known: AdapterPlan, where: str) -> None:
         fail(CheckpointError, "E594", message, help=help, where=where)
 
 
-def _planned(model: AdaptedModule, spec: AdapterSpec, directory: Path) -> tuple[AdapterPlan, int | None]:
+def _planned(
+    model: AdaptedModule, spec: AdapterSpec, survey: ModelSurvey, directory: Path
+) -> tuple[AdapterPlan, int | None]:
     """The plan of a checkpoint's adapter, and the vocabulary it needs if that is more than the model's.
 
     What is wrong is wrong with the checkpoint, not with a spec.
     """
-    survey = model._adapter_state.engine.backend.survey()
     known = vocabulary(survey) if spec.tokens else None
     beyond = set() if known is None else known.beyond(spec)
     try:

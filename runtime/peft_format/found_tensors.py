@@ -1,12 +1,50 @@
 """What lies in a file, by the keys that an adapter's plan expects of it, and without what is of no use to a model."""
 
-from collections.abc import Callable, Collection, Container, Mapping
+from collections.abc import Callable, Collection, Container, Iterable, Mapping
 
 from torch import Tensor
 
+from peftc.grammar.spec.select import select
+from peftc.grammar.spec.spec import AdapterSpec
+from peftc.passes.plan.earlier import Earlier, Names, earlier_names
 from peftc.passes.plan.plan import AdapterPlan
-from peftc.runtime.peft_format.checkpoint import base_name, entries, prefixed
-from peftc.runtime.peft_format.key_spelling import Spelling, spelling
+from peftc.passes.plan.resolve import ModelSurvey
+from peftc.runtime.peft_format.checkpoint import TOKENS, base_name, entries, prefixed
+from peftc.runtime.peft_format.key_spelling import AS_IT_IS, Spelling, spelling
+
+
+def named_earlier(spec: AdapterSpec, ground: ModelSurvey, keys: Collection[str], names: Names) -> Earlier:
+    """What a file calls by names that the model's library no longer has, told by its keys; empty if it is nothing."""
+    rule = spec.rule
+    if rule.prompt is not None:
+        return Earlier()
+    tails = {saved for param in rule.params for _, saved in param.saved} | {TOKENS, *rule.unread}
+    tails |= {each for each in (rule.copies, rule.rows) if each}
+    today = _weights(keys, tails)
+    held = {site.module for site in ground.sites if site.kind != "parameter"}
+    # Nearly every file: all that it names is here, under its name.
+    if all(each.rpartition(".")[0] in held for each in today):
+        return Earlier()
+    plain = spelling(keys, {}, ground.universe.modules, tails)
+    tensors = _weights([plain.names.get(key, key) for key in keys], tails)
+    bare = [site.name for site in ground.sites if site.kind == "parameter"]
+    chosen = {
+        each.name
+        for target in spec.on
+        for selector in target.selectors
+        for each in (select(selector, target.where, ground.universe) if bare else ())
+    }
+    return earlier_names(ground, tensors, names, chosen & set(bare))
+
+
+def _weights(keys: Iterable[str], tails: Collection[str]) -> list[str]:
+    """What the base calls the tensors that keys are of, or beside which a method's are."""
+    ends, found = {f".{each}": len(each) for each in tails}, []
+    for key in keys:
+        name = base_name(key)
+        size = next((size for end, size in ends.items() if name.endswith(end)), 0)
+        found.append(f"{name[:-size]}weight" if size else name)
+    return found
 
 
 def spelled(
@@ -14,6 +52,8 @@ def spelled(
 ) -> tuple[dict[str, Tensor], Spelling]:
     """A file's tensors by the keys that are expected of it, and how it spells these. `modules` are the model's."""
     expected = {key: entry.tail for key, entry in entries(plan).items()}
+    if expected.keys() >= tensors.keys():
+        return dict(tensors), AS_IT_IS
     found = spelling(tensors.keys(), expected, modules, plan.spec.rule.unread)
     return found.applied(tensors), found
 
