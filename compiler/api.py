@@ -231,7 +231,9 @@ def apply(
     if meant.quantize is not None and quantize_linears(adapted, meant.quantize):
         mark_adapted(adapted)
         dense = model if dense is None else dense
-    planned = plan_adapters(meant.adapters, state.engine.backend.survey(), tokenizer)
+    surveyed = state.engine.backend.survey()
+    planned = plan_adapters(found.on(surveyed), surveyed, tokenizer)
+    found.check(planned.plans)
     if prepare_for_kbit_training:
         state.base.widen()
     options = FreshOptions(calibration, tokenizer, dense, upcast=autocast_adapter_dtype)

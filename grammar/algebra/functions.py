@@ -298,6 +298,10 @@ def _eye(*options: Dim) -> Sizes:
     return (options[0], options[0])
 
 
+def _marks(size: Dim, _: Dim) -> Sizes:
+    return (size,)
+
+
 _AXIS = (("axis", "int"),)
 _RANK = (("rank", "int"),)
 
@@ -330,6 +334,9 @@ FUNCTIONS: Mapping[str, Function] = {
     "eye": Function(_eye, operands=0, options=(("size", "int"),)),
     "kron": Function(_kron, operands=2),
     "skew": Function(_skew, options=(("size", "int"),)),
+    # ones, of which training sets some to zero, others in every call: each with a probability, or so many
+    "coins": Function(_marks, operands=0, options=(("size", "int"), ("p", "float"))),
+    "thinned": Function(_marks, operands=0, options=(("size", "int"), ("zeros", "int"))),
     # functions of whole matrices
     "cayley": Function(_square),
     "common_basis": Function(_common_basis, options=(("ridge", "float"),)),

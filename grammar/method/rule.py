@@ -31,6 +31,9 @@ PLACES = ("attention", "cache", "prompt")
 # The hyperparameter of a method for `prompt` that asks for PEFT's positions and lengths.
 COMPATIBLE = "peft_compatible"
 
+# The hyperparameter of a method that trains rows, and its value where these start as noise and not as the base's own.
+ROWS_START = ("init", "random")
+
 # The hyperparameter of a method for `attention` that says how many modules, the last ones, it is for.
 LAST = "layers"
 

@@ -25,7 +25,7 @@ class Evaluator(Generic[T]):
     """What the names of an expression stand for. `weight` is asked for when it is needed, and so may be a dequantize.
 
     At a stack of experts (`lead` is 1) every value has the experts' axis in front. Parts that occur twice are computed
-    once. Dropout does nothing here: a merged weight has none.
+    once. Dropout does nothing here: a merged weight has none; what `training` draws is drawn once.
     """
 
     ops: Ops[T]
@@ -35,6 +35,7 @@ class Evaluator(Generic[T]):
     weights: Callable[[], T] | None = None
     bias: T | None = None
     lead: int = 0
+    training: bool = False
     known: dict[algebra.Matrix, T] = field(default_factory=dict)
 
     def of(self, matrix: algebra.Matrix) -> T:
@@ -73,7 +74,7 @@ class Evaluator(Generic[T]):
                 return self.of(operand)
             case algebra.Function(name, operands, options):
                 values = [self.of(each) for each in operands]
-                return LOWERINGS[name](LoweringContext(ops, self.lead, self._example()), values, options)
+                return LOWERINGS[name](LoweringContext(ops, self.lead, self._example(), self.training), values, options)
 
     def _aligned(self, left: algebra.Matrix, right: algebra.Matrix) -> tuple[T, T]:
         """Two values for an operator that broadcasts; at a stack the experts' axes have to meet."""

@@ -40,11 +40,15 @@ class Eager:
 
 @dataclass(frozen=True)
 class LoweringContext(Generic[T]):
-    """What a lowering works with: the operators, how many leading axes values have, and a value to be like."""
+    """What a lowering works with: the operators, how many leading axes values have, and a value to be like.
+
+    Only while `training` is anything drawn.
+    """
 
     ops: Ops[T]
     lead: int
     example: T
+    training: bool = False
 
     def call(self, op: Callable[..., Any], *args: Any, **kwargs: Any) -> T:
         """The result of an operator."""

@@ -15,7 +15,7 @@ TOKEN_TYPES = "input_type_mask"  # of tokens, for context-aware prompts
 OWN_TYPE = "PEFTC"  # the type of a method that PEFT has not: the file holds the spec's text
 
 TYPE = "peft_type"  # the field that makes a config of a mapping, and of an object that has it
-NOT_IN_FILES = ("_custom_modules",)  # what a config object says that its fields, as a file has them, leave out
+NOT_IN_FILES = ("_custom_modules", "mask_fn")  # what a config object has that its fields, as a file has them, leave out
 
 # Read by peft_config itself, for every method.
 HANDLED = frozenset(
@@ -39,6 +39,14 @@ HANDLED = frozenset(
     }
 )
 
+# Those that choose modules and tune them.
+OF_MODULES = frozenset(
+    {
+        *("target_modules", "exclude_modules", "target_parameters", "layers_to_transform", "layers_pattern", "bias"),
+        *("rank_pattern", "alpha_pattern"),
+    }
+)
+
 # Whatever they say, the outputs of a loaded adapter are the same.
 HARMLESS = frozenset(
     {
@@ -57,6 +65,54 @@ UNSUPPORTED = frozenset(
         *("alora_invocation_tokens", "velora_config", "monteclora_config", "use_bdlora", "arrow_config", "kasa_config"),
     }
 )
+
+# Of a fresh adapter, too, these change nothing, whatever they say. Others that change nothing of a loaded one may.
+IDLE = {
+    "qalora_group_size": "PEFT reads it with use_qalora",
+    "loftq_config": "PEFT reads it with init_lora_weights='loftq'",
+    "corda_config": "PEFT reads it with init_lora_weights='corda'",
+    "lora_ga_config": "PEFT reads it with init_lora_weights='lora_ga'",
+    "eva_config": "PEFT reads it with init_lora_weights='eva', and then it is checked",
+    "r": "PEFT's AdaLoRA reads init_r and target_r",
+    "use_rslora": "PEFT's AdaLoRA does not read it",
+    "lora_bias": "PEFT's AdaLoRA does not read it",
+    "lora_dropout": "PEFT's SuperTuning reads it with a rank",
+    "mini_r": "PEFT reads it with init_weights='mini'",
+    "module_dropout": "PEFT's OFT makes a dropout and never applies it",
+    "psoft_alpha": "PEFT divides by it what it multiplies with it",
+    "progressbar": "it is shown or not",
+    "runtime_offload_base_weight": "where the weight is held while PEFT computes",
+    "cpt_mask": "PEFT does not read it",
+    "opt_loss_decay_factor": "PEFT reads it with opt_weighted_loss_type='decay'",
+    "num_virtual_tokens": "PEFT counts the tokens of cpt_token_ids",
+    "tokenizer_name_or_path": "PEFT reads it for a start from a text",
+    "prompt_tuning_init_text": "PEFT reads it for a start from a text",
+    "prompt_tuning_init_state_dict_path": "PEFT reads it for a start from a file",
+    "prompt_tuning_init_task": "PEFT reads it for a start from a file",
+    "encoder_num_layers": "PEFT's MLP has two hidden layers, whatever it says",
+    "encoder_dropout": "PEFT's MLP has none",
+    "init_logits_std": "PEFT reads it for logits, which this form has not",
+}
+
+# What these may say of a fresh adapter, and what to do instead of anything else.
+FRESH_ONLY: dict[str, tuple[tuple[object, ...], str]] = {
+    "mask_type": (("random",), "the places are drawn at random here; a file with other places can be loaded"),
+    "generator_seed": ((None,), "it seeds noise that is not added here: leave it out"),
+    "encoder_reparameterization_type": (("MLP",), 'say "MLP"'),
+    "tokenizer_kwargs": ((None, {}), "leave it out, and pass the tokenizer itself as tokenizer="),
+    "save_only_topk_weights": ((None, False), "train without it: a file that holds the choice alone trains no choice"),
+}
+
+LORA_INIT, PISSA, EVA = "init_lora_weights", "pissa", "eva"
+NEARLY_PISSA = re.compile(r"pissa_niter_\d+")
+
+# Starts that no fresh adapter of a config has, and what to do instead.
+OTHER_STARTS = {
+    "loftq": "a spec says it: base { quantize = nf4 } with the method 'loftq', which keeps the base quantized",
+    "corda": "a spec says it: the method 'corda', with calibration= batches in place of PEFT's preprocessing",
+    "lora_ga": "it starts from gradients, which are not taken here: 'pissa' and 'eva' start from weights and inputs",
+    "mica": "it freezes one factor, which is not done here: 'pissa' and 'olora' start from the weight",
+}
 
 # Whether parameters were set to zero at the start matters to no loaded adapter.
 INIT_FIELD = re.compile(r"init_(\w+_)?weights")
@@ -84,6 +140,7 @@ HAVING = {
     "target_parameters": frozenset({"ADALORA", "LORA"}),
 }
 NO_COPIES = frozenset({"ADAPTION_PROMPT", "TRAINABLE_TOKENS"})  # these have no field for trained modules
+HEADS_AND_WIDTH = ("num_attention_heads", "token_dim")  # the fields with those of a model's cache
 
 ALL_LINEAR = "all-linear"
 NO_MODULES = "dummy-target-modules"  # how PEFT says that no module is adapted
@@ -111,6 +168,7 @@ def only_adapter_bias(peft_type: str) -> str:
 
 
 # What PEFT calls the task of a model class, by the end of its name. Prompts and prefixes need one.
+TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 TASKS = {
     "ForCausalLM": "CAUSAL_LM",
     "LMHeadModel": "CAUSAL_LM",

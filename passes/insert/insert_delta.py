@@ -160,7 +160,8 @@ class InsertDelta:
             for scalar in term.scalars:
                 value = self.slot_value(term.position, site.name, scalar, weight)
                 scalars[_prefix(term) + scalar] = emit.slot(f"{slot}.{slot_role(scalar)}", value, term.position, scalar)
-        values = Evaluator(emit, params, scalars, lead=site.lead, bias=use.bias if use is not None else None)
+        bias = use.bias if use is not None else None
+        values = Evaluator(emit, params, scalars, lead=site.lead, bias=bias, training=self.training)
 
         def base(x: Activation) -> fx.Node:
             assert use is not None

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import fx
 
 from peftc.passes.ir.emit import Origin
@@ -90,7 +91,8 @@ def _size(node: fx.Node) -> int:
 
 def _is_ours(node: fx.Node, transient: frozenset[str]) -> bool:
     origin = node.meta.get("peftc")
-    return node.op == "call_function" and isinstance(origin, Origin) and origin.site not in transient
+    drawn = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())  # anew in every call
+    return node.op == "call_function" and isinstance(origin, Origin) and origin.site not in transient and not drawn
 
 
 def _any(nodes: Iterable[fx.Node], among: set[fx.Node]) -> bool:

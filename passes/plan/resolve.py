@@ -265,8 +265,11 @@ def _skipped(spec: AdapterSpec, target: Target, chosen: Chosen, ground: ModelSur
 
 
 def _default_targets(spec: AdapterSpec, ground: ModelSurvey) -> tuple[Target, ...]:
-    if spec.train:
-        return ()
+    return () if spec.train else usual_targets(spec, ground)
+
+
+def usual_targets(spec: AdapterSpec, ground: ModelSurvey) -> tuple[Target, ...]:
+    """What a method adapts of models of this type where nothing is named. Raises SpecError (E221) if it knows none."""
     defaults = spec.rule.default_targets(ground.model_type)
     if not defaults:
         known = f"models of type {ground.model_type!r}" if ground.model_type else "a plain module"

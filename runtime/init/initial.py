@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from peftc.grammar.method.initialisers import MEASURED, ROUNDED
-from peftc.grammar.method.rule import BoundParam, Derived, Init
+from peftc.grammar.method.rule import ROWS_START, BoundParam, Derived, Init
 from peftc.passes.expression.materialise import Evaluator, restack, to_logical, unstack
 from peftc.passes.expression.scene import Eager
 from peftc.passes.plan.plan import IDS, ORDER, ROWS, AdapterPlan, ParamKey, PlannedRows, PlannedSite
@@ -180,6 +180,8 @@ class _Making:
         ids = torch.tensor(rows.ids, device=weight.device)
         given = self.given.get(ParamKey(name, rows.module, ROWS))
         value = weight.detach()[ids] if given is None else given
+        if given is None and self.plan.spec.rule.rows and ROWS_START in self.plan.spec.values:
+            value = torch.randn_like(value)
         kind = torch.float32 if upcast and weight.dtype in LOW_PRECISION else weight.dtype
         self.made[ParamKey(name, rows.module, ROWS)] = value.to(weight.device, kind, copy=True)
         self.made[ParamKey(name, rows.module, IDS)] = ids[order]

@@ -1,6 +1,7 @@
 """What users say adapters are (a spec in any form, PEFT configs), as one spec, and what configs say beside it."""
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from os import PathLike
@@ -11,6 +12,9 @@ from peftc.grammar.spec.elaborate import names_file, read_spec
 from peftc.grammar.spec.library import builtin_methods
 from peftc.grammar.spec.spec import AdapterSpec, Spec
 from peftc.passes.foreign import peft as fields
+from peftc.passes.plan.plan import AdapterPlan
+from peftc.passes.plan.resolve import ModelSurvey, usual_targets
+from peftc.runtime.peft_format.fresh_config import check_sizes
 from peftc.runtime.peft_format.peft_config import ConfigFacts, read_config
 
 _ACCEPTED = (
@@ -25,6 +29,27 @@ class Described:
 
     spec: Spec
     facts: Mapping[str, ConfigFacts] = field(default_factory=dict)
+
+    def on(self, survey: ModelSurvey) -> tuple[AdapterSpec, ...]:
+        """The adapters for a model that looks like this.
+
+        A config that names no modules means those that its method has for the type of the model, whatever else it
+        trains; a spec that trains others means these alone.
+        """
+        return tuple(
+            replace(each, on=usual_targets(each, survey)) if self._is_usual(each) else each
+            for each in self.spec.adapters
+        )
+
+    def _is_usual(self, adapter: AdapterSpec) -> bool:
+        rule = adapter.rule
+        return adapter.name in self.facts and not adapter.on and bool(adapter.train) and rule.prompt is None
+
+    def check(self, plans: Sequence[AdapterPlan]) -> None:
+        """Raise CheckpointError where a config tells sizes of the model that it has not."""
+        for plan in plans:
+            if plan.name in self.facts:
+                check_sizes(self.facts[plan.name].sizes, plan)
 
     def trains(self) -> bool:
         """Whether what is active is to be trained: a config for inference alone is not."""
@@ -51,6 +76,8 @@ def described(said: Any, name: str | None = None) -> Described:
     facts = read_config(
         given, methods=builtin_methods(), adapter_name=name or "default", where="the PEFT config", fresh=True
     )
+    for message in facts.warnings:
+        warnings.warn(message, stacklevel=3)
     return Described(_lone(facts.spec), {facts.spec.name: facts})
 
 
@@ -130,7 +157,13 @@ def _fields(said: Any) -> Mapping[str, Any] | None:
     if not callable(getattr(said, "to_dict", None)) or not hasattr(said, fields.TYPE):
         return None
     left_out = {name: getattr(said, name, None) for name in fields.NOT_IN_FILES}
-    return {**(_fields(said.to_dict()) or {}), **{name: str(value) for name, value in left_out.items() if value}}
+    own = {name: str(value) for name, value in left_out.items() if value and not _is_pefts(value)}
+    return {**(_fields(said.to_dict()) or {}), **own}
+
+
+def _is_pefts(value: Any) -> bool:
+    """Whether a function is one that a config of PEFT's has from the start."""
+    return str(getattr(value, "__module__", "")).startswith("peft.")
 
 
 def _plain(value: Any) -> Any:

@@ -71,10 +71,11 @@ class AdaptedModel(InspectedModel):
         """
         config, name = config_and_name(adapter_config, adapter_name, peft_config)
         one, state = one_adapter(config, name), self._adapter_state
-        (spec,), active = one.spec.adapters, one.spec.active
-        state.check_name(spec.name, help="choose another name")
+        active, surveyed = one.spec.active, state.engine.backend.survey()
+        state.check_name(active[0][0], help="choose another name")
         state.engine.backend.check_base(one.spec.base)
-        planned = plan_adapters([spec], state.engine.backend.survey(), tokenizer)
+        planned = plan_adapters(one.on(surveyed), surveyed, tokenizer)
+        one.check(planned.plans)
         options = FreshOptions(calibration, tokenizer, dense, upcast=autocast_adapter_dtype)
         add_fresh(self, planned, active, options, trainable=one.trains())
         state.base.facts.told(one.facts)

@@ -11,9 +11,11 @@ from peftc.grammar.spec.spec import AdapterSpec, Target, Tokens
 from peftc.grammar.spec.values import complete
 from peftc.grammar.syntax import tree
 from peftc.passes.foreign import peft as fields
+from peftc.runtime.peft_format.fresh_config import check_fresh, with_known_start, without_nulls
 from peftc.runtime.peft_format.json_fields import FieldReader, shown
 from peftc.runtime.peft_format.peft_config_write import write_config
 from peftc.runtime.peft_format.peft_names import (
+    beyond_layers,
     ending_selector,
     layered_selector,
     pattern_key_selector,
@@ -28,6 +30,7 @@ from peftc.runtime.peft_format.peft_rule import (
     mask_field,
     mismatches,
     pattern_fields,
+    placed_fields,
     tokens_field,
     typed,
     undecided,
@@ -58,6 +61,7 @@ class ConfigFacts:
     inference_mode: bool = False
     auto_mapping: Mapping[str, object] | None = None
     masks: Mapping[str, Sequence[bool]] = field(default_factory=dict)  # by parameter: which entries the file has
+    sizes: Mapping[str, object] = field(default_factory=dict)  # of the place it is for, as far as they are told
     ties: bool = False  # whether what is tied in the base is to be adapted as one
     warnings: tuple[str, ...] = ()
 
@@ -81,12 +85,21 @@ def read_config(
         CheckpointError: all that is wrong at once; an unknown method, a field of the wrong type, or a feature whose
             mathematics is not supported.
     """
+    told: tuple[str, ...] = ()
+    if fresh:
+        config, told = with_known_start(config)
     reader = FieldReader(config, where, strict=strict)
     if config.get("peft_type") == fields.OWN_TYPE:
         return _facts(reader, read_spec_fields(reader, adapter_name))
     rule = _rule(config, methods, where)
-    _refuse_unsupported(reader, rule)
-    _check_version(reader)
+    if fresh:
+        reader = FieldReader(without_nulls(config, rule), where)
+        reader.warnings.extend(told)
+    _refuse_unsupported(reader, rule, fresh=fresh)
+    if fresh:
+        check_fresh(reader, rule)
+    else:
+        _check_version(reader)
     values = _values(reader, rule)
     heads = _heads(reader, rule) if fresh else ()
     train = tuple(ending_selector(each) for each in dict.fromkeys((*reader.texts("modules_to_save"), *heads)))
@@ -94,9 +107,9 @@ def read_config(
         name=adapter_name,
         rule=rule,
         values=values,
-        on=() if rule.rows else _places(reader, rule) if rule.prompt is not None else _targets(reader),
+        on=() if rule.rows else _places(reader, rule) if rule.prompt is not None else _targets(reader, fresh=fresh),
         refine=(*_listed(reader, rule), *_refinements(reader, rule)),
-        skip=_skips(reader),
+        skip=(*_skips(reader), *(_other_layers(reader) if fresh else ())),
         train=train,
         tied=train if config.get("ensure_weight_tying") is True else (),
         bias=_bias(reader, rule),
@@ -121,6 +134,7 @@ def _facts(reader: FieldReader, spec: AdapterSpec) -> ConfigFacts:
         inference_mode=bool(reader.get("inference_mode", bool, "true or false")),
         auto_mapping=reader.table("auto_mapping"),
         masks=_masks(reader, spec.rule),
+        sizes={name: size for name in placed_fields(spec.rule) if (size := reader.config.get(name)) is not None},
         ties=bool(reader.get("ensure_weight_tying", bool, "true or false")),
         warnings=tuple(reader.warnings),
     )
@@ -150,18 +164,20 @@ def _rule(config: Mapping[str, object], methods: Mapping[str, MethodRule], where
     return min(of_type, key=distance)
 
 
-def _refuse_unsupported(reader: FieldReader, rule: MethodRule) -> None:
+def _refuse_unsupported(reader: FieldReader, rule: MethodRule, *, fresh: bool) -> None:
     own = {name for each in rule.peft_fields for name in (each.name, each.pattern) if name}
     known = own | fields.HANDLED | fields.HARMLESS | fields.UNSUPPORTED
     for name in undecided(reader.config, rule):
         value = reader.config[name]
         if fields.INIT_FIELD.fullmatch(name):
-            _check_init(reader, name, value)
+            if not fresh:
+                _check_init(reader, name, value)
         else:
             reader.problem("E321", f"field '{name}' = {shown(value)} is not known to method '{rule.name}'")
     for name, wanted in mismatches(reader.config, rule):
-        if fields.INIT_FIELD.fullmatch(name) and isinstance(reader.config[name], str):
-            _check_init(reader, name, reader.config[name])
+        if fields.INIT_FIELD.fullmatch(name) and (fresh or isinstance(reader.config[name], str)):
+            if not fresh:
+                _check_init(reader, name, reader.config[name])
             continue
         given = f"field '{name}' = {shown(reader.config[name])}"
         reader.problem("E322", f"{given} is not supported by method '{rule.name}': only {shown(wanted)}")
@@ -171,7 +187,8 @@ def _refuse_unsupported(reader: FieldReader, rule: MethodRule) -> None:
         if name in own or name in fields.HANDLED or name in fields.HARMLESS or empty:
             continue
         if fields.INIT_FIELD.fullmatch(name):
-            _check_init(reader, name, value)
+            if not fresh:
+                _check_init(reader, name, value)
         elif name in fields.UNSUPPORTED:
             reader.problem("E322", f"field '{name}' = {shown(value)} is not supported yet")
         else:
@@ -189,7 +206,7 @@ def _check_version(reader: FieldReader) -> None:
 
 
 def _check_init(reader: FieldReader, name: str, value: object) -> None:
-    if not isinstance(value, bool | str):
+    if value is not None and not isinstance(value, bool | str):
         reader.mistyped(name, "true, false or a text")
     elif isinstance(value, str):
         reader.problem(
@@ -225,7 +242,7 @@ def _places(reader: FieldReader, rule: MethodRule) -> tuple[Target, ...]:
     return (Target((suffix_selector(named),)),) if named else ()
 
 
-def _targets(reader: FieldReader) -> tuple[Target, ...]:
+def _targets(reader: FieldReader, *, fresh: bool) -> tuple[Target, ...]:
     modules = reader.text_or_texts("target_modules")
     parameters = tuple(dict.fromkeys(reader.texts("target_parameters")))
     layers = _layers(reader)
@@ -242,7 +259,7 @@ def _targets(reader: FieldReader) -> tuple[Target, ...]:
         targets.append(Target((limited,), where=_MODULE))
     elif modules:
         targets.append(Target(tuple(suffix_selector(each) for each in sorted(set(modules))), where=_MODULE))
-    elif not parameters:
+    elif not parameters and not (fresh and modules is None):
         _check_untargeted(reader, modules)
     if parameters:
         chosen = tuple(suffix_selector(each) for each in sorted(parameters))
@@ -279,6 +296,14 @@ def _layers_patterns(reader: FieldReader) -> tuple[str, ...]:
     raw = reader.text_or_texts("layers_pattern")
     patterns = (raw,) if isinstance(raw, str) and raw else tuple(raw or ())
     return tuple(each for each in patterns if reader.pattern("layers_pattern", each))
+
+
+def _other_layers(reader: FieldReader) -> tuple[Target, ...]:
+    """The layers that are left out where the modules are those that the method has for the model's type."""
+    layers = _layers(reader)
+    if layers is None or reader.config.get("target_modules") is not None:
+        return ()
+    return (Target((beyond_layers(layers, _layers_patterns(reader)),)),)
 
 
 def _skips(reader: FieldReader) -> tuple[Target, ...]:

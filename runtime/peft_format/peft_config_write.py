@@ -167,6 +167,14 @@ def _front_config(
         config["modules_to_save"] = list(trained) or None
     else:
         config["target_modules"] = _attention_target(plan, trained, where)
+    config.update(placed_sizes(plan))
+    config.update(_written_values(plan, where))
+    return config
+
+
+def placed_sizes(plan: AdapterPlan) -> dict[str, int]:
+    """The fields that tell a size of the place, with the place's own."""
+    site = plan.sites[0].site
     sizes = {
         "in": site.in_features,
         "out": site.out_features,
@@ -174,9 +182,7 @@ def _front_config(
         "num_heads": site.heads,
         "num_stacks": site.stacks,
     }
-    config.update({name: sizes[word] for name, word in placed_fields(plan.spec.rule).items()})
-    config.update(_written_values(plan, where))
-    return config
+    return {name: sizes[word] for name, word in placed_fields(plan.spec.rule).items()}
 
 
 def _attention_target(plan: AdapterPlan, trained: Sequence[str], where: str) -> str:

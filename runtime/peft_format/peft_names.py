@@ -35,16 +35,24 @@ def layered_selector(names: Sequence[str], layers: Sequence[int], patterns: Sequ
     matches one of `patterns`, the first pattern that occurs at all deciding. Names given exactly are not limited.
     """
     exact = "|".join(re.escape(each) for each in names)
+    return tree.PatternSelector(rf"{exact}|(?=.*\.(?:{exact})\Z){_limit(layers, patterns)}.*")
+
+
+def beyond_layers(layers: Sequence[int], patterns: Sequence[str]) -> tree.Selector:
+    """What is in none of the layers, as `layered_selector` tells them."""
+    return tree.PatternSelector(rf"(?!{_limit(layers, patterns)}).*")
+
+
+def _limit(layers: Sequence[int], patterns: Sequence[str]) -> str:
+    """What a name in one of the layers begins with."""
     index = f"0*(?:{'|'.join(str(each) for each in layers)})"
     if patterns:
         limits, passed = [], ""
         for pattern in patterns:
             limits.append(rf"{passed}(?:(?!(?:{pattern})\.\d+\.)[^.]*\.)*(?:{pattern})\.{index}\.")
             passed += rf"(?!(?:.*\.)?(?:{pattern})\.\d+\.)"
-        limit = f"(?:{'|'.join(limits)})"
-    else:
-        limit = rf"[^.]*\.[^.]*(?:\.(?!\d+\.)[^.]*)*\.{index}\."
-    return tree.PatternSelector(rf"{exact}|(?=.*\.(?:{exact})\Z){limit}.*")
+        return f"(?:{'|'.join(limits)})"
+    return rf"[^.]*\.[^.]*(?:\.(?!\d+\.)[^.]*)*\.{index}\."
 
 
 def minimal_suffixes(chosen: Sequence[str], names: Iterable[str]) -> tuple[str, ...] | None:

@@ -114,6 +114,20 @@ def deciding_value(config: Mapping[str, object], rule: MethodRule, name: str) ->
     return None
 
 
+def any_fields(rule: MethodRule) -> set[str]:
+    """The fields that change nothing of a loaded adapter, whatever they say."""
+    return {each.name for each in rule.peft_fields if isinstance(each.value, tree.Name) and each.value.id == ANY}
+
+
+def init_values(rule: MethodRule, field: str) -> tuple[Value, ...]:
+    """What a field can say of a method's start; empty where it says nothing."""
+    for each in rule.peft_fields:
+        if each.name == field and names_in(each.value) and each.value != tree.Name(ANY):
+            hyperparameter = next(known for known in rule.hyperparameters if known.name in names_in(each.value))
+            return tuple(translated(each, hyperparameter.name, value) for value in domain(hyperparameter))
+    return ()
+
+
 def mismatches(config: Mapping[str, object], rule: MethodRule) -> list[tuple[str, Value]]:
     """The fields a method holds constant to which a configuration gives another value, with the constant."""
     constants = constant_fields(rule).items()

@@ -15,10 +15,12 @@ from transformers import (
     BertConfig,
     DistilBertConfig,
     LlamaConfig,
+    LlamaForCausalLM,
 )
 
 from peftc import compiler
 from peftc.compiler.api import adapt
+from peftc.grammar.diagnostics import CheckpointError, SpecError
 from tests.parity.cases.case import MODELS
 from tests.parity.method_cases import CASES
 
@@ -41,9 +43,16 @@ def _tensors(model):
     return {key: tuple(value.shape) for key, value in model.items()}
 
 
-MEASURED = {"eva"}  # here the batches are asked for at once
+MEASURED = {"eva"}  # here the batches are asked for at once, and every module keeps its rank
 # What peft saves beside: copies of what sites share, zeros, sizes.
 UNREAD = ("randlora_A", "randlora_B", ".zeros", "frod_s_size")
+
+
+def _config(case):
+    config = case.config(target_modules=case.targets_of("llama"))
+    if "eva" in case.name:
+        config.eva_config = peft.tuners.lora.config.EvaConfig(rho=1.0)
+    return config
 
 
 @pytest.mark.parametrize(
@@ -52,7 +61,7 @@ UNREAD = ("randlora_A", "randlora_B", ".zeros", "frod_s_size")
     ids=lambda case: case.name,
 )
 def test_a_config_adapts_what_peft_adapts(case, host):
-    config = case.config(target_modules=case.targets_of("llama"))
+    config = _config(case)
     theirs = peft.get_peft_model(_base(), copy.deepcopy(config))
     batches = [{"input_ids": torch.randint(5, 60, (4, 40))}] if case.method in MEASURED or "eva" in case.name else None
     host.add_adapter(config, "default", calibration=batches)
@@ -69,7 +78,7 @@ def test_a_config_adapts_what_peft_adapts(case, host):
 @pytest.mark.parametrize("method", [name for name in FIRST if name != "vblora_topk"])
 def test_types_fresh_and_loaded(method, kind, widened, tmp_path):
     case = FIRST[method]
-    config = case.config(target_modules=case.targets_of("llama"))
+    config = _config(case)
     theirs = peft.get_peft_model(_base(kind), copy.deepcopy(config), autocast_adapter_dtype=widened)
     batches = [{"input_ids": torch.randint(5, 60, (4, 40))}] if method in MEASURED else None
     ours = compiler.apply(_base(kind), config, autocast_adapter_dtype=widened, calibration=batches)
@@ -194,6 +203,55 @@ def test_each_adapter_keeps_its_own_task(tmp_path):
     ours.add_adapter("adapter b = lora(rank = 2) { on query }")
     ours.save_pretrained(tmp_path / "after")
     assert _fields(tmp_path / "after/b")["task_type"] is None
+
+
+@pytest.mark.parametrize(
+    "more", [{"task_type": "SEQ_CLS"}, {"modules_to_save": ["pooler"]}, {"layers_to_transform": [1]}]
+)
+@pytest.mark.parametrize("kind", [peft.LoraConfig, peft.LoHaConfig, peft.IA3Config])
+def test_where_no_modules_are_named_the_usual_ones_are_adapted_too(kind, more):
+    if "layers_to_transform" in more and not hasattr(kind(), "layers_to_transform"):
+        pytest.skip("the method has no such field")
+    theirs = peft.get_peft_model(_headed("bert", "SEQ_CLS"), kind(**copy.deepcopy(more)))
+    ours = compiler.apply(_headed("bert", "SEQ_CLS"), kind(**more))
+    assert _tensors(ours.adapter_state_dict("default")) == _tensors(theirs)
+
+
+def test_without_usual_modules_they_have_to_be_named():
+    with pytest.raises(SpecError, match="E221"):
+        compiler.apply(torch.nn.Sequential(torch.nn.Linear(2, 2)), peft.LoraConfig(modules_to_save=["0"]))
+
+
+@pytest.mark.parametrize("patterns", [None, "layer", ["encoder", "layer"]])
+def test_layers_of_the_usual_modules(patterns):
+    more = dict(layers_to_transform=1, layers_pattern=patterns)
+    theirs = peft.get_peft_model(_headed("bert", "SEQ_CLS"), peft.LoraConfig(**more))
+    ours = compiler.apply(_headed("bert", "SEQ_CLS"), peft.LoraConfig(**more))
+    assert _tensors(ours.adapter_state_dict("default")) == _tensors(theirs)
+    assert all(".layer.1." in key for key in ours.adapter_state_dict("default"))
+
+
+SIZES_TOLD = {
+    "layers": (dict(num_layers=7), "'num_layers'"),
+    "width": (dict(token_dim=7), "'token_dim'"),
+    "heads": (dict(num_attention_heads=7), "'num_attention_heads'"),
+    "all of the queries'": (dict(num_layers=2, token_dim=16, num_attention_heads=2), None),
+}
+
+
+@pytest.mark.parametrize("told", SIZES_TOLD)
+def test_sizes_that_are_not_the_models(told):
+    said, field = SIZES_TOLD[told]
+    base = LlamaForCausalLM(LLAMA)
+    config = peft.PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM", **said)
+    adapted = compiler.apply(base, "adapter a = lora(rank = 1) { on q_proj }")
+    for put in (lambda: compiler.apply(base, config), lambda: adapted.add_adapter(config, "b")):
+        if field is None:
+            put()
+            continue
+        with pytest.raises(CheckpointError, match=r"E322.*" + field):
+            put()
+    assert list(adapted.adapter_bank._modules) == (["a", "b"] if field is None else ["a"])
 
 
 def test_a_head_for_inference_is_not_trained():

@@ -50,6 +50,8 @@ GOOD = {
     "cycle(r, in, 0)": "[in]",
     "cycle(A, out, 0)": "[out, in]",
     "diag(v)": "[in, in]",
+    "coins(out, 0.5)": "[out]",
+    "thinned(rank, 2)": "[rank]",
     "eye(2 * rank)": "[2 * rank, 2 * rank]",
     "gather(A, I)": "[k, in]",
     "gather(X, S)": "[rank, rank, rank, k]",

@@ -134,6 +134,8 @@ CASES = {
     ("remainder", ""): Case(((2, 4),), (3,), lambda x: x - 3 * (x / 3).floor()),
     ("circulant", ""): Case(((2, 4),), (), circulants),
     ("diag", ""): Case(((3,),), (), torch.diag),
+    ("coins", ""): Case((), (4, 0.5), lambda: torch.ones(4, dtype=F64)),
+    ("thinned", ""): Case((), (4, 2), lambda: torch.ones(4, dtype=F64)),
     ("eye", ""): Case((), (4,), lambda: EYE),
     ("kron", ""): Case(((2, 3), (4, 1)), (), torch.kron),
     ("skew", ""): Case(((2, 6),), (4,), lambda x: skewed(x, 4)),
@@ -237,3 +239,24 @@ def test_over_a_stack(key, shared):
     for number, tensors in enumerate(experts):
         assert_close(got[min(number, len(got) - 1)], CASES[key].reference(*tensors))
     assert len(got) == (1 if len(shared) == len(names) else EXPERTS)
+
+
+@pytest.mark.parametrize("lead", [0, 1])
+def test_what_training_draws(lead):
+    torch.manual_seed(0)
+    coins, thinned = al.Function("coins", (), (4000, 0.3)), al.Function("thinned", (), (10, 4))
+
+    def drawn():
+        return Evaluator(Eager(), {"x": torch.zeros(1, dtype=torch.bfloat16)}, {}, lead=lead, training=True)
+
+    evaluator = drawn()
+    tossed = evaluator.of(coins)
+    assert tossed.dtype == torch.bfloat16
+    assert tossed.shape == (1,) * lead + (4000,)
+    assert set(tossed.unique().tolist()) == {0.0, 1.0}
+    assert abs(float(tossed.float().mean()) - 0.7) < 0.03
+    assert evaluator.of(coins) is tossed
+    assert not torch.equal(drawn().of(coins), tossed)
+    places = torch.stack([drawn().of(thinned).flatten() for _ in range(200)]).float()
+    assert (places.sum(1) == 6).all()
+    assert ((places.mean(0) - 0.6).abs() < 0.15).all()
