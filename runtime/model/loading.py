@@ -29,6 +29,7 @@ from peftc.runtime.peft_format.found_tensors import named_earlier, spelled, with
 from peftc.runtime.peft_format.key_spelling import AS_IT_IS
 from peftc.runtime.peft_format.load_options import LoadOptions
 from peftc.runtime.peft_format.manifest import compare, read_manifest
+from peftc.runtime.peft_format.older_files import lost_biases, with_heads
 from peftc.runtime.peft_format.peft_config import read_config
 from peftc.runtime.peft_format.peft_rule import with_values
 from peftc.runtime.peft_format.saved_value import settled
@@ -66,7 +67,10 @@ def load_adapter(
     facts = read_config(config, methods=methods, adapter_name=name, where=where, strict=options.strict)
     for message in facts.warnings:
         warnings.warn(message, stacklevel=3)
-    spec = with_values(facts.spec, options.values or {})
+    spec, told = with_heads(facts.spec, facts.task_type, tensors)
+    if told:
+        warnings.warn(f"{where}: {told}", stacklevel=3)
+    spec = with_values(spec, options.values or {})
     survey = state.engine.backend.survey()
     earlier = named_earlier(spec, survey, tensors.keys(), EarlierNames(base_view(model)))
     ground = as_it_was(survey, earlier) if earlier else survey
@@ -81,7 +85,10 @@ def load_adapter(
         tensors, idle = without_idle(plan, tensors, shapes, idle_names(base_view(model)))
     tensors, masks = unpruned(plan, tensors, facts.masks, where=where)
     plan = settled(plan, set(tensors))
-    fitted = fit(plan, tensors, where=where, as_spelled=spelling, base_shapes=shapes, base_tensors=base.get)
+    if lost := lost_biases(plan, tensors):
+        message = f"{where}: the adapter was trained with its biases, and the file has none: the model's own are used"
+        warnings.warn(message, stacklevel=3)
+    fitted = fit(plan, tensors, where=where, as_spelled=spelling, base_shapes=shapes, base_tensors=base.get, lost=lost)
     if earlier:
         plan, fitted, masks = carried(plan, fitted, masks, earlier, survey, where)
     if known is not None:

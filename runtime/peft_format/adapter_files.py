@@ -207,7 +207,7 @@ def _read_tensors(directory: Path, allow_pickle: bool) -> dict[str, Tensor]:
             CheckpointError,
             "E306",
             "a pickle, which may run code when it is read, is refused",
-            help=f"ask for '{WEIGHTS}' instead, or allow pickles if you trust where it comes from",
+            help=f"ask for '{WEIGHTS}' instead, or load with allow_pickle=True if you trust where it comes from",
             where=str(unsafe),
         )
     try:

@@ -1,6 +1,6 @@
 """The tensors of a PEFT checkpoint: which key holds which parameter, and whether a file's tensors fit a plan."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -109,6 +109,7 @@ def fit(
     as_spelled: Spelling = AS_IT_IS,
     base_shapes: Mapping[str, tuple[int, ...]] | None = None,
     base_tensors: Callable[[str], Tensor | None] | None = None,
+    lost: Collection[str] = (),
 ) -> dict[ParamKey, Tensor]:
     """The plan's parameters out of a checkpoint's tensors, in the shape of use and the file's dtype.
 
@@ -122,6 +123,7 @@ def fit(
         as_spelled: How the file spells the keys of `tensors`.
         base_shapes: Shapes of the model's own tensors by name.
         base_tensors: The model's own tensor of a name, to compare with those the file repeats.
+        lost: Keys that the file may lack, beside those that any may.
 
     Raises:
         CheckpointError: all that is wrong at once: missing and unexpected keys, wrong shapes, other base weights.
@@ -150,7 +152,7 @@ def fit(
                 unexpected.append(key)
             else:
                 _compare_base(report, base, tensor, shape, base_tensors)
-    missing = [key for key, entry in expected.items() if key not in found and not entry.optional]
+    missing = [key for key, entry in expected.items() if key not in found and not entry.optional and key not in lost]
     for key in missing:
         report.add("E340", f"missing key '{key}'", partial(_moved, key, unexpected))
     for key in unexpected:

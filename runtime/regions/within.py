@@ -66,7 +66,11 @@ def part_of(structure: Structure, path: str) -> Part | None:
     for copy in structure.copies:
         if not is_within(copy.target, path):
             continue
-        own_copy = replace(copy, module=moved(copy.module, path, HEAD), alias=moved(copy.alias, path, HEAD))
+        # What is copied may be around the module: then it has the module's name, and says what it stands for itself.
+        around = is_within(path, copy.module)
+        own_name = HEAD if around else moved(copy.module, path, HEAD)
+        alias = moved(copy.target, path, HEAD) if around and copy.module != path else moved(copy.alias, path, HEAD)
+        own_copy = replace(copy, module=own_name, alias=alias)
         copies.append(own_copy)
         owners[copy_slot(copy.position, own_copy.module)] = copy_slot(copy.position, copy.module)
     rows = []
