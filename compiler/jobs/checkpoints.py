@@ -16,9 +16,10 @@ from peftc.grammar.diagnostics import CheckpointError, Diagnostic, fail
 from peftc.grammar.method.rule import MethodRule, Value
 from peftc.grammar.syntax import tree
 from peftc.passes.plan.site import WHOLE
-from peftc.runtime.peft_format.adapter_files import CONFIG, DEFAULT, locate, read_adapter, read_json
+from peftc.runtime.peft_format.adapter_files import CONFIG, DEFAULT, locate, read_adapter, read_json, tensor_names
 from peftc.runtime.peft_format.key_spelling import PREFIX
 from peftc.runtime.peft_format.manifest import Manifest, read_manifest
+from peftc.runtime.peft_format.older_files import with_heads
 from peftc.runtime.peft_format.peft_config import ConfigFacts, read_config
 from peftc.runtime.peft_format.spec_config import known_methods, spec_text
 
@@ -85,6 +86,8 @@ def decompile(
 ) -> str:
     """A checkpoint's adapter_config.json as the text of a spec, with what its manifest says of regions.
 
+    A head that its task trains and its config does not name is in the text if it is in the file.
+
     Args:
         path_or_id: A directory, or a repository on the Hub.
         name: What to call the adapter; by default as in the manifest, or `default`.
@@ -101,7 +104,8 @@ def decompile(
     facts = _facts(config, directory, name or _saved_name(manifest), use)
     for message in facts.warnings:
         warnings.warn(message, stacklevel=2)
-    return spec_text(facts.spec, manifest.regions if manifest else None)
+    spec, _ = with_heads(facts.spec, facts.task_type, tensor_names(directory))
+    return spec_text(spec, manifest.regions if manifest else None)
 
 
 def _locate(path_or_id: str | PathLike[str], revision: str | None, local_files_only: bool) -> Path:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from peftc.compiler.report.facts import InsertedFacts
-from peftc.compiler.report.summary import listed
+from peftc.compiler.report.summary import READ, listed
 from peftc.grammar.algebra import algebra
 from peftc.grammar.method.rule import COMPATIBLE
 from peftc.passes.plan.plan import AdapterPlan, PlannedSite
@@ -71,15 +71,16 @@ def _rows(plan: AdapterPlan) -> Iterator[InsertedFacts]:
 
 
 def _copies(plan: AdapterPlan) -> Iterator[InsertedFacts]:
-    groups: dict[tuple[bool, tuple[tuple[str, tuple[int, ...], bool], ...]], list[str]] = {}
+    groups: dict[tuple[str, tuple[tuple[str, tuple[int, ...], bool], ...]], list[str]] = {}
     for copy in plan.copies:
-        groups.setdefault((copy.is_bias, copy.tensors), []).append(copy.module)
-    for (is_bias, tensors), modules in groups.items():
+        says = "trained biases of its own" if copy.is_bias else "a trained copy in its place"
+        groups.setdefault((READ if copy.read else says, copy.tensors), []).append(copy.module)
+    for (says, tensors), modules in groups.items():
         yield InsertedFacts(
             adapter=plan.name,
             kind="train",
             sites=tuple(modules),
-            says="trained biases of its own" if is_bias else "a trained copy in its place",
+            says=says,
             formulas={},
             shapes={name: shape for name, shape, _ in tensors},
         )

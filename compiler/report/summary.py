@@ -16,6 +16,7 @@ from peftc.passes.plan.plan import AdapterPlan, PlannedRows
 from peftc.passes.plan.resolve import ModelSurvey
 
 SHOWN = 8  # ids of tokens that a table names
+READ = "embeddings of its own, from its file"
 
 
 def adapter_facts(
@@ -62,6 +63,7 @@ def _copy_rules(plan: AdapterPlan) -> list[RuleFacts]:
     clauses = _clauses(plan.spec)
     for copy in plan.copies:
         text = f"bias {plan.spec.bias}" if copy.is_bias else "; ".join(clauses[tree.TrainClause])
+        text = READ if copy.read else text
         groups.setdefault(text, []).append((copy.module, copy.parameter_count))
     return [
         RuleFacts(text, tuple(name for name, _ in modules), {}, "", sum(count for _, count in modules))

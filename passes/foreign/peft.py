@@ -145,6 +145,9 @@ HEADS_AND_WIDTH = ("num_attention_heads", "token_dim")  # the fields with those 
 ALL_LINEAR = "all-linear"
 NO_MODULES = "dummy-target-modules"  # how PEFT says that no module is adapted
 
+# The modules that PEFT takes for embeddings of tokens where they are targets.
+EMBEDDINGS = ("embed_tokens", "lm_head")
+
 # The modules PEFT trains unasked for a task, by string suffix.
 TASK_HEADS = {
     "SEQ_CLS": ("classifier", "score"),

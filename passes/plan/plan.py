@@ -71,12 +71,13 @@ class PlannedSite:
 
 @dataclass(frozen=True)
 class PlannedCopy:
-    """A trained copy of some of a module's own tensors (`train`, modules_to_save, `bias`).
+    """An adapter's own copy of some of a module's tensors: trained (`train`, modules_to_save, `bias`), or as read.
 
     `tensors` are (name within the module, shape, whether it is a parameter); buffers are copied and saved, not trained.
     `saved` is what a method that trains copies has between the module's name and the tensor's in a file. `tied` are
     tensors, by name within the module, and the full names of others that the copy takes the place of too; a copy that
-    is `parted` takes the place of a tensor in one of its uses only.
+    is `parted` takes the place of a tensor in one of its uses only. `read` is of a copy that nothing trains: the names
+    of the base's tensors that a file holds others of. What else adapts or trains these, does so with them.
     """
 
     module: str
@@ -85,6 +86,7 @@ class PlannedCopy:
     saved: str = ""
     tied: tuple[tuple[str, str], ...] = ()
     parted: bool = False
+    read: tuple[str, ...] = ()
 
     def names(self, tensor: str) -> tuple[str, ...]:
         """The full names of the base's tensors that the copy of one takes the place of."""
@@ -144,6 +146,11 @@ class AdapterPlan:
     sites: tuple[PlannedSite, ...]
     copies: tuple[PlannedCopy, ...] = ()
     rows: tuple[PlannedRows, ...] = ()
+
+    @property
+    def trained(self) -> tuple[PlannedCopy, ...]:
+        """The copies that are trained."""
+        return tuple(each for each in self.copies if not each.read)
 
     @property
     def name(self) -> str:

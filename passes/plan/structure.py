@@ -131,6 +131,7 @@ def structure_of(active: Sequence[tuple[AdapterPlan, Dtypes]], weights: Sequence
     terms: dict[str, list[Term]] = {}
     sites: dict[str, Site] = {}
     copies: list[CopiedTensor] = []
+    read: list[CopiedTensor] = []  # which trained ones go before
     rows: list[ReplacedRows] = []
     fronts: list[VirtualTokens] = []
     for position, (plan, dtypes) in enumerate(active):
@@ -146,12 +147,18 @@ def structure_of(active: Sequence[tuple[AdapterPlan, Dtypes]], weights: Sequence
             for tensor, _, trained in copy.tensors:
                 dtype = dtypes[copy.module, tensor]
                 for alias in ("", *copy.names(tensor)[1:]):
-                    copies.append(CopiedTensor(position, copy.module, tensor, dtype, trained, alias))
+                    one = CopiedTensor(position, copy.module, tensor, dtype, trained, alias)
+                    (read if copy.read else copies).append(one)
         for own in plan.rows:
             kind = dtypes[own.module, ROWS]
             rows += [ReplacedRows(position, module, own.module, kind) for module in own.modules]
     adapted = tuple(AdaptedSite(site, tuple(terms[name])) for name, site in sites.items())
-    return Structure(adapted, tuple(copies), tuple(rows), tuple(fronts))
+    return Structure(adapted, _last_of_each(read, copies), tuple(rows), tuple(fronts))
+
+
+def _last_of_each(*copies: Sequence[CopiedTensor]) -> tuple[CopiedTensor, ...]:
+    """Of several copies of a tensor the last."""
+    return tuple({each.target: each for group in copies for each in group}.values())
 
 
 @lru_cache(maxsize=256)

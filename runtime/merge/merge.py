@@ -82,19 +82,22 @@ def replaced_tensors(model: nn.Module, adapters: Sequence[AdapterParameters]) ->
 
     Where an adapter ties its copy to other tensors too, these become the same tensor.
     """
-    merged = merged_rows(model, adapters)
-    for adapter in adapters:
-        for copy in adapter.plan.copies:
-            for tensor, _, trained in copy.tensors:
-                new = adapter.tensor(ParamKey(adapter.plan.name, copy.module, tensor)).detach().clone()
-                new = nn.Parameter(new, requires_grad=False) if trained else new
-                merged |= dict.fromkeys(copy.names(tensor), new)
-    return merged
+    merged: Merged = {}
+    copies = [(adapter, copy) for adapter in adapters for copy in adapter.plan.copies]
+    for adapter, copy in sorted(copies, key=lambda each: not each[1].read):  # which trained ones go before
+        for tensor, _, trained in copy.tensors:
+            new = adapter.tensor(ParamKey(adapter.plan.name, copy.module, tensor)).detach().clone()
+            new = nn.Parameter(new, requires_grad=False) if trained or copy.read else new
+            merged |= dict.fromkeys(copy.names(tensor), new)
+    return merged | merged_rows(model, adapters, merged)
 
 
 @torch.no_grad()
-def merged_rows(model: nn.Module, adapters: Sequence[AdapterParameters]) -> Merged:
-    """The weights in which these adapters replace rows; those that are tied stay one tensor if all get the same."""
+def merged_rows(model: nn.Module, adapters: Sequence[AdapterParameters], changed: Merged) -> Merged:
+    """The weights in which these adapters replace rows; those that are tied stay one tensor if all get the same.
+
+    `changed` are tensors of the model that others have taken the place of.
+    """
     found: dict[str, list[tuple[AdapterParameters, PlannedRows]]] = {}
     for adapter in adapters:
         for rows in adapter.plan.rows:
@@ -103,7 +106,7 @@ def merged_rows(model: nn.Module, adapters: Sequence[AdapterParameters]) -> Merg
     made: dict[tuple[int, tuple[tuple[str, str], ...]], torch.Tensor] = {}
     merged: Merged = {}
     for name, replaced in found.items():
-        weight = model.get_parameter(name)
+        weight = changed[name] if name in changed else model.get_parameter(name)
         key = (id(weight), tuple((adapter.plan.name, rows.module) for adapter, rows in replaced))
         if key not in made:
             new = weight.detach().clone()

@@ -312,6 +312,8 @@ def _check(active: Active, adapters: Sequence[AdapterParameters]) -> None:
                 message = f"method {at.bound.rule.name!r} of adapter {name!r} cannot be weighted"
                 fail(UsageError, "E513", message, help="activate it with weight 1")
         for copy in adapter.plan.copies:
+            if copy.read:
+                continue
             if weight != 1.0:
                 message = f"adapter {name!r} trains {copy.module} as a whole, which cannot be weighted"
                 fail(UsageError, "E513", message, help="activate it with weight 1")
@@ -321,7 +323,23 @@ def _check(active: Active, adapters: Sequence[AdapterParameters]) -> None:
                         message = f"adapters {copied[full]!r} and {name!r} both train their own {full}"
                         fail(UsageError, "E514", message, help="activate one of them at a time")
                     copied[full] = name
+    _check_read(adapters)
     _check_rows(active, adapters, copied)
+
+
+def _check_read(adapters: Sequence[AdapterParameters]) -> None:
+    """Raise UsageError where adapters hold other tensors of the base, and not the same."""
+    held: dict[str, tuple[str, torch.Tensor]] = {}
+    for adapter in adapters:
+        name = adapter.plan.name
+        for copy in adapter.plan.copies:
+            for tensor, _, _ in copy.tensors if copy.read else ():
+                own = adapter.tensor(ParamKey(name, copy.module, tensor))
+                for full in copy.names(tensor):
+                    other, before = held.setdefault(full, (name, own))
+                    if before is not own and not torch.equal(before, own):
+                        message = f"adapters {other!r} and {name!r} were each made for another {full}"
+                        fail(UsageError, "E514", message, help="activate one of them at a time")
 
 
 def _check_rows(active: Active, adapters: Sequence[AdapterParameters], copied: Mapping[str, str]) -> None:

@@ -20,6 +20,7 @@ from peftc.runtime.init.tokens import check_ties, needed_vocabulary
 from peftc.runtime.model.adapted_module import AdaptedModule
 from peftc.runtime.model.adding import PlannedAdapters, Values, add_adapters
 from peftc.runtime.model.base_weights import base_view
+from peftc.runtime.model.embeddings import base_of, read_values
 from peftc.runtime.model.saving import TRAINING
 from peftc.runtime.model.state_dicts import IncompatibleKeys, put_values
 from peftc.runtime.peft_format.adapter_files import locate, read_adapter, read_tensors
@@ -30,6 +31,7 @@ from peftc.runtime.peft_format.key_spelling import AS_IT_IS
 from peftc.runtime.peft_format.load_options import LoadOptions
 from peftc.runtime.peft_format.manifest import compare, read_manifest
 from peftc.runtime.peft_format.older_files import lost_biases, with_heads
+from peftc.runtime.peft_format.own_embeddings import own_embeddings
 from peftc.runtime.peft_format.peft_config import read_config
 from peftc.runtime.peft_format.peft_rule import with_values
 from peftc.runtime.peft_format.saved_value import settled
@@ -74,7 +76,7 @@ def load_adapter(
     survey = state.engine.backend.survey()
     earlier = named_earlier(spec, survey, tensors.keys(), EarlierNames(base_view(model)))
     ground = as_it_was(survey, earlier) if earlier else survey
-    plan, tokens = _planned(model, spec, ground, directory)
+    plan = _planned(model, spec, ground, directory)
     if facts.ties:
         check_ties(plan, tied_names(model), where)
     base = {earlier.before(name): tensor for name, tensor in state.base.own().tensors()}
@@ -83,6 +85,14 @@ def load_adapter(
     idle: list[str] = []
     if not options.strict and spelling is not AS_IT_IS:  # else every tensor has its place
         tensors, idle = without_idle(plan, tensors, shapes, idle_names(base_view(model)))
+    embeddings = own_embeddings(plan, ground, tensors, base, where)
+    if embeddings is not None:
+        plan = embeddings.beside(_planned(model, plan.spec, ground, directory, embeddings.size))
+        if embeddings.message:
+            warnings.warn(f"{where}: {embeddings.message}", stacklevel=3)
+    words = vocabulary(ground)
+    grown = embeddings is not None and words is not None and embeddings.size > words.size
+    tokens = embeddings.size if embeddings is not None and grown else needed_vocabulary(plan, words, where)
     tensors, masks = unpruned(plan, tensors, facts.masks, where=where)
     plan = settled(plan, set(tensors))
     if lost := lost_biases(plan, tensors):
@@ -105,7 +115,9 @@ def load_adapter(
     if idle:
         named = ", ".join(sorted(map(spelling.told, idle)))
         warnings.warn(f"{where}: left unread, since no output depends on it: {named}", stacklevel=3)
-    _follow_manifest(model, directory, follows_regions=follows_regions)
+    own = read_values(plan, fitted, dict(state.base.own().tensors()))
+    fingerprint = base_of(state.base, own) if own else state.base.fingerprint()
+    _follow_manifest(model, directory, fingerprint, follows_regions=follows_regions)
 
     def values() -> Iterator[Values]:
         yield Values(given=fitted, masks=masks, upcast=options.autocast_adapter_dtype)
@@ -114,7 +126,7 @@ def load_adapter(
         model,
         PlannedAdapters((plan,), tokens, drawn=False),
         values,
-        lambda: state.base.own().value,
+        lambda: state.base.unmerged().value,  # copies are of the types that the model is held in
         None if state.active else ((name, 1.0),),
         trainable=options.is_trainable,
     )
@@ -136,17 +148,16 @@ def _check_same(plan: AdapterPlan, known: AdapterPlan, where: str) -> None:
 
 
 def _planned(
-    model: AdaptedModule, spec: AdapterSpec, survey: ModelSurvey, directory: Path
-) -> tuple[AdapterPlan, int | None]:
-    """The plan of a checkpoint's adapter, and the vocabulary it needs if that is more than the model's.
+    model: AdaptedModule, spec: AdapterSpec, survey: ModelSurvey, directory: Path, size: int = 0
+) -> AdapterPlan:
+    """The plan of a checkpoint's adapter, on a model with as many tokens as it names, and at least this many.
 
     What is wrong is wrong with the checkpoint, not with a spec.
     """
-    known = vocabulary(survey) if spec.tokens else None
-    beyond = set() if known is None else known.beyond(spec)
+    known = vocabulary(survey)
+    wanted = 0 if known is None else max([size, *(each + 1 for each in known.beyond(spec))])
     try:
-        plan = resolve(spec, enlarged(survey, max(beyond) + 1) if beyond else survey)
-        return plan, needed_vocabulary(plan, known, str(directory))
+        return resolve(spec, enlarged(survey, wanted) if known is not None and wanted > known.size else survey)
     except SpecError as error:
         named = sorted({layout.selector(each) for target in spec.on for each in target.selectors})
         help = f"it was made for modules called {', '.join(named[:8])}; this is a {type(model).__name__}"
@@ -158,7 +169,7 @@ def _planned(
         ) from error
 
 
-def _follow_manifest(model: AdaptedModule, directory: Path, *, follows_regions: bool) -> None:
+def _follow_manifest(model: AdaptedModule, directory: Path, fingerprint: str, *, follows_regions: bool) -> None:
     manifest = read_manifest(directory)
     if manifest is None:
         return
@@ -169,7 +180,7 @@ def _follow_manifest(model: AdaptedModule, directory: Path, *, follows_regions: 
     base.facts.regions = base.facts.regions or manifest.regions
     differences = compare(
         manifest,
-        base.fingerprint(),
+        fingerprint,
         base_class=base_class,
         base_id=base.facts.base_name,
         quantized=base.own().quantization(),

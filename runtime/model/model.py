@@ -24,6 +24,7 @@ from peftc.runtime.model.adding import FreshOptions, add_fresh, plan_adapters
 from peftc.runtime.model.allocating import regularization_loss, update_and_allocate
 from peftc.runtime.model.base_weights import Active
 from peftc.runtime.model.described import config_and_name, one_adapter
+from peftc.runtime.model.embeddings import SaveEmbeddings
 from peftc.runtime.model.inspected_model import InspectedModel
 from peftc.runtime.model.kv_prefix import start_from_cache, start_from_text
 from peftc.runtime.model.loading import load_adapter
@@ -261,6 +262,7 @@ class AdaptedModel(InspectedModel):
         save_directory: str | PathLike[str],
         safe_serialization: bool = True,
         selected_adapters: Sequence[str] | None = None,
+        save_embedding_layers: SaveEmbeddings = "auto",
         *,
         state_dict: Mapping[str, torch.Tensor] | None = None,
         is_main_process: bool = True,
@@ -278,6 +280,11 @@ class AdaptedModel(InspectedModel):
         With `safe_serialization=False` the tensors are pickled, into `adapter_model.bin`. README.md is made where there
         is none; of one that is there only the metadata changes.
 
+        With `save_embedding_layers` the base's token embeddings and output head are saved beside an adapter, and those
+        that it was loaded with, which take the place of the model's wherever it is loaded. "auto" has them saved, as in
+        PEFT, if the adapter is on them, or if the model has other tokens than where it was loaded from and the adapter
+        has not trained them all one by one; and always those that it was loaded with.
+
         Raises UsageError for unknown adapters and `push_to_hub`, ArgumentTypeError for an unknown argument, and
         CheckpointError if a file cannot be written; files appear whole or not at all.
         """
@@ -289,7 +296,7 @@ class AdaptedModel(InspectedModel):
             fail(ArgumentTypeError, "E589", f"save_pretrained has no argument {name!r}", help=help)
         if is_main_process:
             names = self._adapter_state.names() if selected_adapters is None else selected_adapters
-            save_adapters(self, save_directory, names, state_dict, safe=safe_serialization)
+            save_adapters(self, save_directory, names, state_dict, save_embedding_layers, safe=safe_serialization)
             write_card(self, Path(save_directory), names)
 
     def create_or_update_model_card(

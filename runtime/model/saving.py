@@ -18,6 +18,7 @@ from peftc.passes.plan.plan import AdapterPlan, ParamKey
 from peftc.runtime.adapters.bank import AdapterParameters
 from peftc.runtime.base.overlay import BANK, is_adapters
 from peftc.runtime.model.adapted_module import AdaptedModule
+from peftc.runtime.model.embeddings import SaveEmbeddings, base_of, checked, embeddings_to_save, keyed, read_values
 from peftc.runtime.peft_format.adapter_files import adapter_directory, write_adapter, write_files
 from peftc.runtime.peft_format.checkpoint import Entry, entries, kept_masks
 from peftc.runtime.peft_format.manifest import AdapterFacts, Manifest, spec_digest, write_manifest
@@ -41,6 +42,7 @@ def save_adapters(
     directory: str | PathLike[str],
     names: Sequence[str],
     state_dict: StateDict | None,
+    embeddings: SaveEmbeddings = "auto",
     *,
     safe: bool = True,
 ) -> None:
@@ -50,11 +52,10 @@ def save_adapters(
     root = Path(directory)
     if root.is_file():
         fail(UsageError, "E541", f"{root} is a file", help="give a directory")
-    fingerprint = state.base.fingerprint()
     resumable = bool(_TRAINER_CHECKPOINT.fullmatch(root.name))
     for adapter in adapters:
         name = "default" if len(state.names()) == 1 else adapter.plan.name
-        _save(model, adapter, adapter_directory(root, name), state_dict, fingerprint, safe)
+        _save(model, adapter, adapter_directory(root, name), state_dict, checked(embeddings), safe)
         if resumable and adapter.allocator is not None:
             whole = {key: value.detach().cpu().contiguous() for key, value in adapter.state_dict().items()}
             write_files(adapter_directory(root, name), {TRAINING: partial(save_file, whole)})
@@ -102,16 +103,22 @@ def _save(
     adapter: AdapterParameters,
     directory: Path,
     state_dict: StateDict | None,
-    base_fingerprint: str,
+    save: SaveEmbeddings,
     safe: bool,
 ) -> None:
     plan, base, config = adapter.plan, model._adapter_state.base, adapter_config(model, adapter)
+    tensors = adapter_tensors(model, plan.name, state_dict)
+    own = read_values(plan, dict(adapter.items()), dict(base.own().tensors()))
+    beside = embeddings_to_save(model, plan, save, state_dict)
+    if save is False:
+        tensors = {key: each for key, each in tensors.items() if key not in keyed(plan, own)}
+    tensors = {**keyed(plan, beside), **tensors}
     spec = spec_text(plan.spec)
     manifest = Manifest(
         base_id=base.facts.base_name,
         base_revision=base.facts.base_revision,
         base_class=type(model).__name__,
-        fingerprint=base_fingerprint,
+        fingerprint=base_of(base, own) if own or beside else base.fingerprint(),
         spec=spec,
         spec_sha256=spec_digest(spec),
         versions=versions(),
@@ -119,7 +126,7 @@ def _save(
         regions=base.facts.regions,
         adapters={plan.name: AdapterFacts(plan.spec.rule.name, plan.parameter_count)},
     )
-    write_adapter(directory, config, adapter_tensors(model, plan.name, state_dict), safe=safe)
+    write_adapter(directory, config, tensors, safe=safe)
     write_manifest(directory, manifest)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import huggingface_hub
 import torch
 from huggingface_hub import errors as hub
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -83,6 +83,22 @@ def read_adapter(directory: Path, *, allow_pickle: bool = False) -> tuple[dict[s
     if not directory.is_dir():
         fail(CheckpointError, "E301", f"no such directory: '{directory}'", help=_siblings(directory))
     return read_json(directory / CONFIG), _read_tensors(directory, allow_pickle)
+
+
+def tensor_names(directory: Path) -> tuple[str, ...]:
+    """The keys of a checkpoint's tensors, of which none is read; none where they are pickled, or not there.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    path = directory / WEIGHTS
+    if not path.is_file():
+        return ()
+    try:
+        with safe_open(path, "pt") as file:
+            return tuple(file.keys())
+    except (SafetensorError, OSError) as error:
+        fail(CheckpointError, "E307", f"damaged or truncated: {error}", help="fetch the file again", where=str(path))
 
 
 def read_json(path: Path) -> dict[str, object]:

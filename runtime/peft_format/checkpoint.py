@@ -1,10 +1,9 @@
 """The tensors of a PEFT checkpoint: which key holds which parameter, and whether a file's tensors fit a plan."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-import torch
 from torch import Tensor
 
 from peftc.grammar.diagnostics import CheckpointError, Diagnostic, did_you_mean
@@ -13,10 +12,12 @@ from peftc.passes.plan.plan import ROWS, AdapterPlan, ParamKey, PlannedSite
 from peftc.passes.plan.site import WHOLE
 from peftc.runtime.adapters.allocation import budgeted, expanded
 from peftc.runtime.peft_format.key_spelling import AS_IT_IS, PREFIX, SHARED, Spelling
+from peftc.runtime.peft_format.same_base import is_same
 from peftc.runtime.peft_format.saved_value import value_key
 
 TOKENS = "token_adapter.trainable_tokens_delta"  # trained rows beside what a method of another kind adapts
 _BASE = ".base_layer"
+_TOKEN_ADAPTER = TOKENS.partition(".")[0]
 _SHOWN = 20  # problems of one kind that are listed one by one
 
 
@@ -62,10 +63,17 @@ def entries(plan: AdapterPlan) -> dict[str, Entry]:
                 found[place + param.saved] = Entry(
                     key, shape, param.shape, planned, param.optional, param.written, tail=param.saved
                 )
+    # Around what stands in front, PEFT has no model of its own that wraps modules.
+    before = SHARED if virtual else PREFIX
     for copy in plan.copies:
+        for tensor, shape, _ in copy.tensors if copy.read else ():
+            entry = Entry(ParamKey(plan.name, copy.module, tensor), shape, shape)
+            first, *others = copy.names(tensor)
+            found[base_key(plan, first)] = entry
+            for tied in others:
+                found[base_key(plan, tied)] = replace(entry, optional=True, written=tied in copy.read)
+    for copy in plan.trained:
         name = _wrapped_name(copy.module, wrappers, itself=True)
-        # Around what stands in front, PEFT has no model of its own that wraps modules.
-        before = SHARED if virtual else PREFIX
         for tensor, shape, _ in copy.tensors:
             tail = f"{copy.saved}.{tensor}" if copy.saved else ""
             entry = Entry(ParamKey(plan.name, copy.module, tensor), shape, shape, tail=tail)
@@ -75,11 +83,38 @@ def entries(plan: AdapterPlan) -> dict[str, Entry]:
     for rows in plan.rows:
         shape = (len(rows.ids), rows.width)
         entry = Entry(ParamKey(plan.name, rows.module, ROWS), shape, shape, tail=rows.saved or TOKENS)
-        # On their own, PEFT saves rows again for every module that is tied. The first is the one that counts.
-        for tied in rows.tied if rows.saved else ():
-            found[f"{PREFIX}{tied}.{rows.saved}"] = replace(entry, optional=True)
+        # On their own, or with embeddings, PEFT saves rows again for what is tied. The first is the one that counts.
+        for tied in rows.tied:
+            again = replace(entry, optional=True, written=bool(rows.saved))
+            found[f"{PREFIX}{tied}.{rows.saved or TOKENS}"] = again
         found[f"{PREFIX}{rows.module}.{rows.saved or TOKENS}"] = entry
     return found
+
+
+def base_key(plan: AdapterPlan, name: str) -> str:
+    """The key by which PEFT saves a tensor of the base beside the plan's adapter."""
+    module, _, leaf = name.rpartition(".")
+    path = _wrapped_name(module, _wrappers(plan), itself=True)
+    rows = next((each for each in plan.rows if module in each.modules), None)
+    if rows is not None:
+        path += _BASE if rows.saved else f".{_TOKEN_ADAPTER}{_BASE}"
+    virtual = any(each.site.kind in WHOLE for each in plan.sites)
+    return (SHARED if virtual else PREFIX) + f"{path}.{leaf}".lstrip(".")
+
+
+def base_name(key: str, names: Container[str]) -> str | None:
+    """The name in the model of a tensor of the base's own that a file holds under this key; None for any other."""
+    plain = _unwrapped(key)
+    return next((each for start in (PREFIX, SHARED) if (each := plain.removeprefix(start)) in names), None)
+
+
+def plain_name(key: str) -> str:
+    """What the model would call what a file has under this key, were it the base's own."""
+    return _unwrapped(key).removeprefix(PREFIX)
+
+
+def _unwrapped(key: str) -> str:
+    return key.replace(f".{_TOKEN_ADAPTER}{_BASE}.", ".").replace(f"{_BASE}.", ".")
 
 
 def _whole_entries(plan: AdapterPlan, at: PlannedSite) -> dict[str, Entry]:
@@ -146,12 +181,11 @@ def fit(
         elif name in expected:
             found[name] = tensor
         elif not any(test(key, plan) for test in (_is_duplicate, _repeats_shared, _is_unread)):
-            base = base_name(key)
-            shape = (base_shapes or {}).get(base)
-            if shape is None:
+            base = base_name(key, base_shapes or {})
+            if base is None or base_shapes is None:
                 unexpected.append(key)
             else:
-                _compare_base(report, base, tensor, shape, base_tensors)
+                _compare_base(report, base, tensor, base_shapes[base], base_tensors)
     missing = [key for key, entry in expected.items() if key not in found and not entry.optional and key not in lost]
     for key in missing:
         report.add("E340", f"missing key '{key}'", partial(_moved, key, unexpected))
@@ -222,7 +256,8 @@ def _wrappers(plan: AdapterPlan) -> dict[str, list[str]]:
     """The sites that wrap each module, innermost first."""
     wrappers: dict[str, list[str]] = {}
     for planned in plan.sites:
-        wrappers.setdefault(planned.site.module, []).append(planned.site.name)
+        if planned.site.kind not in WHOLE:
+            wrappers.setdefault(planned.site.module, []).append(planned.site.name)
     return wrappers
 
 
@@ -246,7 +281,12 @@ def _aliases(plan: AdapterPlan, tensors: Mapping[str, Tensor]) -> dict[str, str]
     aliases: dict[str, str] = {}
     wrappers = _wrappers(plan)
     spelled = {prefixed(key): key for key in tensors}
-    for copy in (each for each in plan.copies if not each.saved):
+    read = {name: base_key(plan, name) for copy in plan.copies for name in copy.read}
+    for key in tensors if read else ():
+        name = base_name(key, read)
+        if name is not None:
+            aliases[key] = read[name]
+    for copy in (each for each in plan.trained if not each.saved):
         wrapped = _wrapped_name(copy.module, wrappers, itself=True)
         for tensor, _, _ in copy.tensors:
             plain, wanted = f"{PREFIX}{copy.module}.{tensor}", f"{PREFIX}{wrapped}.{tensor}"
@@ -257,7 +297,8 @@ def _aliases(plan: AdapterPlan, tensors: Mapping[str, Tensor]) -> dict[str, str]
 
 def _is_duplicate(key: str, plan: AdapterPlan) -> bool:
     """Whether the key repeats a trained module's tensor, or holds its untrained original (bias = all saves both)."""
-    modules = {copy.module for copy in plan.copies if not copy.is_bias and not copy.saved}
+    copies = [copy for copy in plan.trained if not copy.is_bias and not copy.saved]
+    modules = {full.rpartition(".")[0] for copy in copies for _, full in copy.tied} | {each.module for each in copies}
     name = key.removeprefix(PREFIX)
     for wrapper in (".original_module.", ".modules_to_save."):
         module, found, _ = name.partition(wrapper)
@@ -274,11 +315,6 @@ def _repeats_shared(key: str, plan: AdapterPlan) -> bool:
 def _is_unread(key: str, plan: AdapterPlan) -> bool:
     """Whether the key is one that the method knows to change nothing."""
     return any(f".{each}." in f"{key}." for each in plan.spec.rule.unread)
-
-
-def base_name(key: str) -> str:
-    """What the model calls the tensor of its own that a file has under this key."""
-    return key.removeprefix(PREFIX).replace(f"{_BASE}.", ".")
 
 
 # --- messages ---
@@ -329,15 +365,16 @@ def _compare_base(
         report.add(
             "E343",
             f"the file holds its own '{name}' of shape {_size(tensor.shape)}, but the model's is {_size(shape)}",
-            "resize the model's embeddings as they were in training, and load the file's tensor into them",
+            f"resize the model as it was in training: model.resize_token_embeddings({tensor.shape[0]})",
         )
         return
     base = base_tensors(name) if base_tensors else None
-    if base is not None and not torch.equal(base.detach().to(tensor.dtype).cpu(), tensor.cpu()):
+    if base is not None and not base.is_meta and not is_same(tensor, base):
         report.add(
             "E343",
             f"the file holds its own '{name}', which differs from the model's",
-            "the adapter was trained on other base weights: load the model it was trained on",
+            "the adapter was trained on other base weights: load the model it was trained on; if these were trained "
+            "with it, put the file's into the model first",
         )
 
 

@@ -9,7 +9,7 @@ from peftc.grammar.spec.spec import AdapterSpec
 from peftc.passes.plan.earlier import Earlier, Names, earlier_names
 from peftc.passes.plan.plan import AdapterPlan
 from peftc.passes.plan.resolve import ModelSurvey
-from peftc.runtime.peft_format.checkpoint import TOKENS, base_name, entries, prefixed
+from peftc.runtime.peft_format.checkpoint import TOKENS, base_name, entries, plain_name, prefixed
 from peftc.runtime.peft_format.key_spelling import AS_IT_IS, Spelling, spelling
 
 
@@ -41,7 +41,7 @@ def _weights(keys: Iterable[str], tails: Collection[str]) -> list[str]:
     """What the base calls the tensors that keys are of, or beside which a method's are."""
     ends, found = {f".{each}": len(each) for each in tails}, []
     for key in keys:
-        name = base_name(key)
+        name = plain_name(key)
         size = next((size for end, size in ends.items() if name.endswith(end)), 0)
         found.append(f"{name[:-size]}weight" if size else name)
     return found
@@ -67,6 +67,6 @@ def without_idle(
     expected = entries(plan)
     tails = tuple(f".{each}" for each in {entry.tail for entry in expected.values()} if each)
     left = [key for key in tensors if key not in expected and prefixed(key) not in expected]
-    left = [key for key in left if not key.endswith(tails) and base_name(key) not in base]
-    idle = [key for key in left if is_idle(base_name(key))]
+    left = [key for key in left if not key.endswith(tails) and base_name(key, base) is None]
+    idle = [key for key in left if is_idle(plain_name(key))]
     return {key: value for key, value in tensors.items() if key not in idle}, idle

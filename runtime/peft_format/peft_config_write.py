@@ -56,7 +56,7 @@ def write_config(
             "revision": revision,
             "inference_mode": inference_mode,
         }
-    copied = [each.module for each in plan.copies if not each.is_bias and not each.saved]
+    copied = [each.module for each in plan.trained if not each.is_bias and not each.saved]
     adapted = [each.site.name for each in plan.sites]
     kinds = {each.site.kind for each in plan.sites}
     endings = minimal_endings(copied, module_names, adapted)
@@ -105,14 +105,14 @@ def _as_known(config: Mapping[str, object], auto_mapping: Mapping[str, str] | No
 
 def _ties(plan: AdapterPlan, where: str) -> dict[str, object]:
     """The field that says that copies serve what is tied too."""
-    if not any(each.tied for each in plan.copies):
+    if not any(each.tied for each in plan.trained):
         return {}
     name = plan.spec.rule.peft_type
     if name not in fields.TYING:
         message = f"PEFT's format for {name} has no word for copies that stay tied"
         fail(CheckpointError, "E326", message, help="train them in an adapter of their own", where=where)
     apart = [each.module for each in plan.rows if not each.tied] + [at.site.name for at in plan.sites if at.site.tied]
-    apart += [each.module for each in plan.copies if each.parted]
+    apart += [each.module for each in plan.trained if each.parted]
     if apart:
         message = f"PEFT keeps all that is tied so, or nothing: {apart[0]} is adapted by itself, and copies are 'tied'"
         fail(CheckpointError, "E326", message, help="train them in two adapters", where=where)
@@ -131,7 +131,7 @@ def _tokens(plan: AdapterPlan, module_names: Sequence[str], where: str) -> dict[
     ids = {each.module: list(each.ids) for each in plan.rows}
     first = next(iter(ids.values()))
     if rule.rows:
-        if any(each != first for each in ids.values()) or plan.copies:
+        if any(each != first for each in ids.values()) or plan.trained:
             message = f"PEFT's format for {rule.peft_type} holds the same tokens for all modules, and no other module"
             fail(CheckpointError, "E326", message, where=where)
         return {field: first}

@@ -122,6 +122,24 @@ def test_a_head_that_only_the_task_names(case: str, tmp_path: Path) -> None:
         assert_close(outputs(going_on.merge_and_unload()), want, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["bert", "roberta", "tokens"])
+def test_a_head_behind_a_prompt(name: str, tmp_path: Path) -> None:
+    task = "TOKEN_CLS" if name == "tokens" else "SEQ_CLS"
+    config = peft.PromptTuningConfig(task_type=task, num_virtual_tokens=3)
+    written(stirred(peft.get_peft_model(base(name), config)), tmp_path, modules_to_save=None)
+    adapted = compiler.load(base(name), tmp_path, values={"peft_compatible": True})
+    assert_close(outputs(adapted), outputs(theirs(name, tmp_path)), atol=1e-5, rtol=1e-4)
+
+
+def test_a_spec_of_the_file_has_the_head(tmp_path: Path) -> None:
+    config = peft.LoraConfig(target_modules=["query"], task_type="SEQ_CLS")
+    model = stirred(peft.get_peft_model(base("roberta"), config))
+    written(model, tmp_path, modules_to_save=None)
+    text = compiler.decompile(tmp_path)
+    plan = compiler.apply(base("roberta"), text).adapter_plan("default")
+    assert [each.module for each in plan.copies] == ["classifier"]
+
+
 def test_a_head_named_in_the_config_and_by_the_task_is_trained_once(tmp_path: Path) -> None:
     config = peft.LoraConfig(target_modules=["query"], task_type="SEQ_CLS", modules_to_save=["pooler"])
     written(stirred(peft.get_peft_model(base("bert"), config)), tmp_path, modules_to_save=["pooler"])
@@ -194,7 +212,7 @@ def test_lost_biases_are_the_bases(task: str | None, tmp_path: Path) -> None:
 def test_some_lost_biases_are_missing(tmp_path: Path) -> None:
     config = peft.LoraConfig(target_modules=["query", "value"], bias="lora_only")
     written(peft.get_peft_model(base("roberta"), config), tmp_path, without=without_biases(["query"]))
-    with pytest.raises(CheckpointError, match="E340.*missing key '.*query.base_layer.bias'"):
+    with pytest.raises(CheckpointError, match=r"E340.*missing key '.*query.base_layer.bias'"):
         compiler.load(base("roberta"), tmp_path)
 
 
