@@ -43,7 +43,7 @@ def checked(save: object) -> SaveEmbeddings:
     if save is True or save is False or save == "auto":
         return save
     help = "it is True, False or 'auto': where the adapter is on them, or the vocabulary has grown"
-    fail(UsageError, "E580", f"save_embedding_layers is {save!r}", help=help)
+    fail(UsageError, "E526", f"save_embedding_layers is {save!r}", help=help)
 
 
 def embeddings_to_save(
@@ -82,7 +82,7 @@ def embeddings_to_save(
             value = given.get(name, tensor)
             if value.is_meta and save is True:
                 help = "load it into memory, or leave save_embedding_layers out"
-                fail(UsageError, "E581", f"{name} is not in memory, so it cannot be saved", help=help)
+                fail(UsageError, "E527", f"{name} is not in memory, so it cannot be saved", help=help)
             if not value.is_meta:
                 found[name] = value
     return found

@@ -6,6 +6,7 @@ from dataclasses import replace
 from peftc.grammar.spec.spec import AdapterSpec
 from peftc.passes.foreign import peft as fields
 from peftc.passes.plan.plan import AdapterPlan
+from peftc.runtime.peft_format.checkpoint import entries
 from peftc.runtime.peft_format.key_spelling import PREFIX, SHARED
 from peftc.runtime.peft_format.peft_names import ending_selector
 
