@@ -15,9 +15,9 @@ from peftc.passes.plan.vocabulary import vocabulary
 from peftc.runtime.base.overlay import Overlay
 from peftc.runtime.model.adapted_module import AdaptedModule
 from peftc.runtime.model.base_weights import BaseWeights
-from peftc.runtime.peft_format.checkpoint import base_key
 from peftc.runtime.peft_format.manifest import fingerprint
 from peftc.runtime.peft_format.own_embeddings import embedding_modules
+from peftc.runtime.peft_format.wrapped_names import base_key
 
 SaveEmbeddings = bool | Literal["auto"]
 

@@ -1,6 +1,6 @@
 """The tensors of a PEFT checkpoint: which key holds which parameter, and whether a file's tensors fit a plan."""
 
-from collections.abc import Callable, Collection, Container, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -14,10 +14,8 @@ from peftc.runtime.adapters.allocation import budgeted, expanded
 from peftc.runtime.peft_format.key_spelling import AS_IT_IS, PREFIX, SHARED, Spelling
 from peftc.runtime.peft_format.same_base import is_same
 from peftc.runtime.peft_format.saved_value import value_key
+from peftc.runtime.peft_format.wrapped_names import BASE, TOKENS, base_key, base_name, wrapped_name, wrappers_of
 
-TOKENS = "token_adapter.trainable_tokens_delta"  # trained rows beside what a method of another kind adapts
-_BASE = ".base_layer"
-_TOKEN_ADAPTER = TOKENS.partition(".")[0]
 _SHOWN = 20  # problems of one kind that are listed one by one
 
 
@@ -44,7 +42,7 @@ def entries(plan: AdapterPlan) -> dict[str, Entry]:
     The plan's sites must be in the model's order: PEFT wraps the parameters of a module in the order it registers
     them, each wrapper around the one before, so the last is outermost and the first deepest in `.base_layer`s.
     """
-    wrappers = _wrappers(plan)
+    wrappers = wrappers_of(plan)
     found: dict[str, Entry] = {}
     virtual = any(each.site.kind in WHOLE for each in plan.sites)
     for planned in plan.sites:
@@ -52,9 +50,9 @@ def entries(plan: AdapterPlan) -> dict[str, Entry]:
         if site.kind in WHOLE:
             found.update(_whole_entries(plan, planned))
             continue
-        name = _wrapped_name(site.module, wrappers, itself=False)
+        name = wrapped_name(site.module, wrappers, itself=False)
         around = wrappers[site.module]
-        name += _BASE * (len(around) - 1 - around.index(site.name))
+        name += BASE * (len(around) - 1 - around.index(site.name))
         for param in planned.bound.params:
             if param.saved:
                 place = SHARED if param.shared else f"{PREFIX}{name}."
@@ -73,7 +71,7 @@ def entries(plan: AdapterPlan) -> dict[str, Entry]:
             for tied in others:
                 found[base_key(plan, tied)] = replace(entry, optional=True, written=tied in copy.read)
     for copy in plan.trained:
-        name = _wrapped_name(copy.module, wrappers, itself=True)
+        name = wrapped_name(copy.module, wrappers, itself=True)
         for tensor, shape, _ in copy.tensors:
             tail = f"{copy.saved}.{tensor}" if copy.saved else ""
             entry = Entry(ParamKey(plan.name, copy.module, tensor), shape, shape, tail=tail)
@@ -89,32 +87,6 @@ def entries(plan: AdapterPlan) -> dict[str, Entry]:
             found[f"{PREFIX}{tied}.{rows.saved or TOKENS}"] = again
         found[f"{PREFIX}{rows.module}.{rows.saved or TOKENS}"] = entry
     return found
-
-
-def base_key(plan: AdapterPlan, name: str) -> str:
-    """The key by which PEFT saves a tensor of the base beside the plan's adapter."""
-    module, _, leaf = name.rpartition(".")
-    path = _wrapped_name(module, _wrappers(plan), itself=True)
-    rows = next((each for each in plan.rows if module in each.modules), None)
-    if rows is not None:
-        path += _BASE if rows.saved else f".{_TOKEN_ADAPTER}{_BASE}"
-    virtual = any(each.site.kind in WHOLE for each in plan.sites)
-    return (SHARED if virtual else PREFIX) + f"{path}.{leaf}".lstrip(".")
-
-
-def base_name(key: str, names: Container[str]) -> str | None:
-    """The name in the model of a tensor of the base's own that a file holds under this key; None for any other."""
-    plain = _unwrapped(key)
-    return next((each for start in (PREFIX, SHARED) if (each := plain.removeprefix(start)) in names), None)
-
-
-def plain_name(key: str) -> str:
-    """What the model would call what a file has under this key, were it the base's own."""
-    return _unwrapped(key).removeprefix(PREFIX)
-
-
-def _unwrapped(key: str) -> str:
-    return key.replace(f".{_TOKEN_ADAPTER}{_BASE}.", ".").replace(f"{_BASE}.", ".")
 
 
 def _whole_entries(plan: AdapterPlan, at: PlannedSite) -> dict[str, Entry]:
@@ -252,25 +224,6 @@ def unpruned(
 # --- names ---
 
 
-def _wrappers(plan: AdapterPlan) -> dict[str, list[str]]:
-    """The sites that wrap each module, innermost first."""
-    wrappers: dict[str, list[str]] = {}
-    for planned in plan.sites:
-        if planned.site.kind not in WHOLE:
-            wrappers.setdefault(planned.site.module, []).append(planned.site.name)
-    return wrappers
-
-
-def _wrapped_name(module: str, wrappers: Mapping[str, Sequence[str]], *, itself: bool) -> str:
-    """A module's name once PEFT has put its wrappers around the modules above it (and around `itself`)."""
-    parts, name, path = module.split("."), "", ""
-    for position, part in enumerate(parts):
-        name, path = f"{name}.{part}".lstrip("."), f"{path}.{part}".lstrip(".")
-        if itself or position < len(parts) - 1:
-            name += _BASE * len(wrappers.get(path, ()))
-    return name
-
-
 def prefixed(key: str) -> str:
     """The key with PEFT's prefix, once."""
     return PREFIX + key.removeprefix(PREFIX)
@@ -279,7 +232,7 @@ def prefixed(key: str) -> str:
 def _aliases(plan: AdapterPlan, tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """Other spellings in the file: older PEFTs save the bias of an adapted module without `.base_layer`."""
     aliases: dict[str, str] = {}
-    wrappers = _wrappers(plan)
+    wrappers = wrappers_of(plan)
     spelled = {prefixed(key): key for key in tensors}
     read = {name: base_key(plan, name) for copy in plan.copies for name in copy.read}
     for key in tensors if read else ():
@@ -287,7 +240,7 @@ def _aliases(plan: AdapterPlan, tensors: Mapping[str, Tensor]) -> dict[str, str]
         if name is not None:
             aliases[key] = read[name]
     for copy in (each for each in plan.trained if not each.saved):
-        wrapped = _wrapped_name(copy.module, wrappers, itself=True)
+        wrapped = wrapped_name(copy.module, wrappers, itself=True)
         for tensor, _, _ in copy.tensors:
             plain, wanted = f"{PREFIX}{copy.module}.{tensor}", f"{PREFIX}{wrapped}.{tensor}"
             if plain in spelled and wanted not in spelled:

@@ -9,8 +9,9 @@ from peftc.grammar.spec.spec import AdapterSpec
 from peftc.passes.plan.earlier import Earlier, Names, earlier_names
 from peftc.passes.plan.plan import AdapterPlan
 from peftc.passes.plan.resolve import ModelSurvey
-from peftc.runtime.peft_format.checkpoint import TOKENS, base_name, entries, plain_name, prefixed
+from peftc.runtime.peft_format.checkpoint import entries, prefixed
 from peftc.runtime.peft_format.key_spelling import AS_IT_IS, Spelling, spelling
+from peftc.runtime.peft_format.wrapped_names import TOKENS, base_name, plain_name
 
 
 def named_earlier(spec: AdapterSpec, ground: ModelSurvey, keys: Collection[str], names: Names) -> Earlier:

@@ -9,8 +9,7 @@ from peftc.passes.plan.plan import AdapterPlan
 from peftc.runtime.peft_format.checkpoint import entries
 from peftc.runtime.peft_format.key_spelling import PREFIX, SHARED
 from peftc.runtime.peft_format.peft_names import ending_selector
-
-_WRAPPER = "base_layer"
+from peftc.runtime.peft_format.wrapped_names import BASE
 
 
 def with_heads(spec: AdapterSpec, task_type: str | None, keys: Collection[str]) -> tuple[AdapterSpec, str]:
@@ -22,7 +21,7 @@ def with_heads(spec: AdapterSpec, task_type: str | None, keys: Collection[str]) 
     if not heads or spec.rule.rows:
         return spec, ""
     saved = tuple(f".{each}" for param in spec.rule.params for _, each in param.saved)
-    between = tuple(f".{each}." for each in (_WRAPPER, spec.rule.copies) if each)
+    between = (f"{BASE}.", *(f".{each}." for each in (spec.rule.copies,) if each))
     others = {key for key in keys if any(map(key.__contains__, between)) or key.endswith(saved)}
     found = {head for key in keys if key not in others for head in heads if _is_inside(key, head)}
     if found:
@@ -42,7 +41,7 @@ def lost_biases(plan: AdapterPlan, keys: Collection[str]) -> frozenset[str]:
         return frozenset()
     biases = {(copy.module, name) for copy in plan.copies if copy.is_bias for name, _, _ in copy.tensors}
     known = {key for key, entry in entries(plan).items() if (entry.key.site, entry.key.role) in biases}
-    plain = {key.replace(f".{_WRAPPER}", "") for key in known}
+    plain = {key.replace(BASE, "") for key in known}
     held = {PREFIX + key.removeprefix(PREFIX) for key in keys}
     return frozenset() if held & (known | plain) else frozenset(known)
 

@@ -10,8 +10,8 @@ from peftc.grammar.diagnostics import CheckpointError, fail
 from peftc.passes.plan.plan import AdapterPlan, PlannedCopy
 from peftc.passes.plan.resolve import ModelSurvey
 from peftc.passes.plan.vocabulary import vocabulary
-from peftc.runtime.peft_format.checkpoint import base_name
 from peftc.runtime.peft_format.same_base import is_same, narrowed
+from peftc.runtime.peft_format.wrapped_names import base_name
 
 _SHOWN = 8
 
