@@ -28,6 +28,9 @@ from peftc.passes.plan.resolve import ModelSurvey, check_base, survey
 from peftc.passes.plan.structure import Structure
 from peftc.passes.quantized.foreign import check_quantization
 from peftc.passes.quantized.schemes.known import packed_modules
+from peftc.runtime.adapted.adapted_class import adapted_class
+from peftc.runtime.adapted.adapter_set import AdapterSet
+from peftc.runtime.adapted.base_weights import ADAPTED, STATE, BaseProvenance, BaseWeights, base_view
 from peftc.runtime.base.overlay import BANK
 from peftc.runtime.base.share import rebound, share
 from peftc.runtime.execution.call import Call
@@ -37,10 +40,7 @@ from peftc.runtime.execution.segments import Recompute
 from peftc.runtime.init.calibration import Batches
 from peftc.runtime.init.dense import Source
 from peftc.runtime.model import model as runtime
-from peftc.runtime.model.adapted_class import adapted_class
-from peftc.runtime.model.adapter_set import AdapterSet
 from peftc.runtime.model.adding import FreshOptions, add_fresh, plan_adapters
-from peftc.runtime.model.base_weights import ADAPTED, STATE, BaseProvenance, BaseWeights, base_view
 from peftc.runtime.model.described import described
 from peftc.runtime.model.loading import load_adapter
 from peftc.runtime.peft_format.load_options import LoadOptions

@@ -23,8 +23,8 @@ from peftc.grammar.source import Source, Span
 from peftc.grammar.spec.spec import AdapterSpec, Base, Quantize, Spec, Target
 from peftc.passes.plan.plan import AdapterPlan, PlannedCopy, PlannedSite
 from peftc.passes.plan.site import Site
+from peftc.runtime.adapted.adapted_module import AdaptedModule
 from peftc.runtime.merge.drift import MergeDrift, OutputDrift, TensorDrift
-from peftc.runtime.model.adapted_module import AdaptedModule
 from peftc.runtime.model.model import AdaptedModel
 
 PAGE = Path(__file__).parent / "api.md"

@@ -9,7 +9,7 @@ from peftc.grammar.method.rule import MethodRule
 from peftc.grammar.spec.library import builtin_methods
 from peftc.passes.foreign import peft as contract
 from peftc.peft.refused import reason
-from peftc.runtime.peft_format.config_object import AdapterConfig
+from peftc.runtime.peft_config.config_object import AdapterConfig
 
 _UNKNOWN = "its method is none that comes with peftc; one of your own is a file of some lines"
 

@@ -15,8 +15,8 @@ from peftc.peft.models import PeftModel, as_peft
 from peftc.runtime.base.share import share
 from peftc.runtime.model.state_dicts import set_peft_model_state_dict
 from peftc.runtime.model.status import TunerLayerStatus, TunerModelStatus
+from peftc.runtime.peft_config.config_object import config_object
 from peftc.runtime.peft_format.adapter_files import locate, read_adapter
-from peftc.runtime.peft_format.config_object import config_object
 
 
 def get_peft_model(

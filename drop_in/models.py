@@ -8,7 +8,7 @@ from torch import nn
 
 from peftc.compiler.api import AdaptedModel, apply, load
 from peftc.grammar.diagnostics import UsageError, fail
-from peftc.runtime.model.adapted_class import adapted_class
+from peftc.runtime.adapted.adapted_class import adapted_class
 
 
 class PeftModel(AdaptedModel):

@@ -21,8 +21,8 @@ NAMES = {"drop_in": "peft"}  # what a folder is imported as, where it is not cal
 LONGEST = 400
 MOST_FILES = 20
 
-# PEFT's own field names are a foreign format's words, and stand in one file.
-FOREIGN_NAMES = {"passes/foreign/peft.py"}
+# PEFT's own names are a foreign format's words, and stand in one file; those that are refused in another.
+FOREIGN_NAMES = {"passes/foreign/peft.py", "drop_in/refused.py"}
 
 FILES = sorted(file for folder in ORDER for file in (ROOT / folder).rglob("*.py"))
 
@@ -239,7 +239,7 @@ def test_naming_a_method_is_noticed():
 
 
 METHOD_FILES = sorted((ROOT / "grammar" / "methods").glob("*/*.adapter"))
-LONGEST_METHOD = 40
+LONGEST_METHOD = 48
 PAPER = re.compile(r"arXiv:\d{4}\.\d{5}|https://\S+")
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from peftc.runtime.model.model import AdaptedModel
 from peftc.runtime.model.saving import versions
-from peftc.runtime.peft_format.spec_config import spec_text
+from peftc.runtime.peft_config.spec_config import spec_text
 
 
 def merged_facts(adapted: AdaptedModel) -> dict[str, Any]:

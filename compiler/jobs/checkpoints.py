@@ -16,12 +16,12 @@ from peftc.grammar.diagnostics import CheckpointError, Diagnostic, fail
 from peftc.grammar.method.rule import MethodRule, Value
 from peftc.grammar.syntax import tree
 from peftc.passes.plan.site import WHOLE
+from peftc.runtime.peft_config.peft_config import ConfigFacts, read_config
+from peftc.runtime.peft_config.spec_config import known_methods, spec_text
 from peftc.runtime.peft_format.adapter_files import CONFIG, DEFAULT, locate, read_adapter, read_json, tensor_names
 from peftc.runtime.peft_format.key_spelling import PREFIX
 from peftc.runtime.peft_format.manifest import Manifest, read_manifest
 from peftc.runtime.peft_format.older_files import with_heads
-from peftc.runtime.peft_format.peft_config import ConfigFacts, read_config
-from peftc.runtime.peft_format.spec_config import known_methods, spec_text
 
 # What PEFT puts between a module's name and a tensor that it saved whole.
 _WRAPPERS = re.compile(r"\.(base_layer|modules_to_save|original_module|token_adapter)(?=\.|$)")

@@ -13,6 +13,7 @@ import torch
 
 from peftc.grammar.algebra.algebra import Option
 from peftc.passes.expression.activations import activation
+from peftc.passes.expression.draws import coins, for_all, thinned
 from peftc.passes.expression.precision import Lowering, clamp, in_float32
 from peftc.passes.expression.scene import LoweringContext
 from peftc.passes.expression.wavelets import low_pass
@@ -115,31 +116,7 @@ def _diag(scene: LoweringContext[T], operands: Sequence[T], _: Sequence[Option])
 
 
 def _eye(scene: LoweringContext[T], _: Sequence[T], options: Sequence[Option]) -> T:
-    return _for_all(scene, scene.call(aten.eye.default, options[0], **scene.kind(scene.example)))
-
-
-def _coins(scene: LoweringContext[T], _: Sequence[T], options: Sequence[Option]) -> T:
-    size, p = options
-    kind = scene.kind(scene.example)
-    if not scene.training:
-        return _for_all(scene, scene.call(aten.ones.default, [size], **kind))
-    drawn = scene.call(aten.rand.default, [size], dtype=torch.float32, device=kind["device"])
-    return _for_all(scene, scene.call(aten.to.dtype, scene.call(aten.ge.Scalar, drawn, p), kind["dtype"]))
-
-
-def _thinned(scene: LoweringContext[T], _: Sequence[T], options: Sequence[Option]) -> T:
-    size, zeros = options
-    kind = scene.kind(scene.example)
-    if not scene.training:
-        return _for_all(scene, scene.call(aten.ones.default, [size], **kind))
-    drawn = scene.call(aten.rand.default, [size], dtype=torch.float32, device=kind["device"])
-    order = scene.call(aten.argsort.default, scene.call(aten.argsort.default, drawn))
-    return _for_all(scene, scene.call(aten.to.dtype, scene.call(aten.ge.Scalar, order, zeros), kind["dtype"]))
-
-
-def _for_all(scene: LoweringContext[T], value: T) -> T:
-    """The same for every expert of a stack."""
-    return scene.call(aten.unsqueeze.default, value, 0) if scene.lead else value
+    return for_all(scene, scene.call(aten.eye.default, options[0], **scene.kind(scene.example)))
 
 
 def _kron(scene: LoweringContext[T], operands: Sequence[T], _: Sequence[Option]) -> T:
@@ -362,8 +339,8 @@ LOWERINGS: Mapping[str, Lowering] = {
     "equal": _equal,
     "exp": _plain(aten.exp.default),
     "expm": in_float32(_plain(aten.linalg_matrix_exp.default)),
-    "coins": _coins,
-    "thinned": _thinned,
+    "coins": coins,
+    "thinned": thinned,
     "eye": _eye,
     "gather": _gather,
     "gelu": _plain(aten.gelu.default),

@@ -12,13 +12,13 @@ from peftc.grammar.spec.spec import AdapterSpec
 from peftc.passes.plan.plan import AdapterPlan, ParamKey
 from peftc.passes.plan.resolve import ModelSurvey, resolve
 from peftc.passes.plan.vocabulary import enlarged, vocabulary
+from peftc.runtime.adapted.adapted_module import AdaptedModule
+from peftc.runtime.adapted.base_weights import Active
 from peftc.runtime.adapters.bank import AdapterParameters, trained_keys
 from peftc.runtime.init.calibration import Batches, Moments, measured
 from peftc.runtime.init.dense import Dense, Source
 from peftc.runtime.init.initial import BaseTensor, initial
 from peftc.runtime.init.tokens import size_of, warn_unchosen, with_ids
-from peftc.runtime.model.adapted_module import AdaptedModule
-from peftc.runtime.model.base_weights import Active
 
 
 @dataclass(frozen=True)

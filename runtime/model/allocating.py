@@ -3,8 +3,8 @@
 import torch
 
 from peftc.grammar.diagnostics import UsageError, fail
+from peftc.runtime.adapted.adapter_set import AdapterSet
 from peftc.runtime.adapters.bank import AdapterParameters
-from peftc.runtime.model.adapter_set import AdapterSet
 
 
 def update_and_allocate(state: AdapterSet, step: int) -> None:

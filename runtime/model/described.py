@@ -14,8 +14,8 @@ from peftc.grammar.spec.spec import AdapterSpec, Spec
 from peftc.passes.foreign import peft as fields
 from peftc.passes.plan.plan import AdapterPlan
 from peftc.passes.plan.resolve import ModelSurvey, usual_targets
-from peftc.runtime.peft_format.fresh_config import check_sizes
-from peftc.runtime.peft_format.peft_config import ConfigFacts, read_config
+from peftc.runtime.peft_config.fresh_config import check_sizes
+from peftc.runtime.peft_config.peft_config import ConfigFacts, read_config
 
 _ACCEPTED = (
     "pass a spec (a path, its text, a Spec or AdapterSpec), a PEFT config or its fields as a dict, "

@@ -12,9 +12,9 @@ from peftc.passes.foreign import peft as fields
 from peftc.passes.foreign import transformers as contract
 from peftc.passes.plan.plan import AdapterPlan, ParamKey
 from peftc.passes.plan.vocabulary import vocabulary
+from peftc.runtime.adapted.adapted_module import AdaptedModule
+from peftc.runtime.adapted.base_weights import BaseWeights
 from peftc.runtime.base.overlay import Overlay
-from peftc.runtime.model.adapted_module import AdaptedModule
-from peftc.runtime.model.base_weights import BaseWeights
 from peftc.runtime.peft_format.manifest import fingerprint
 from peftc.runtime.peft_format.own_embeddings import embedding_modules
 from peftc.runtime.peft_format.wrapped_names import base_key

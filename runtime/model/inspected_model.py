@@ -8,7 +8,7 @@ from torch import nn
 from peftc.grammar.diagnostics import UsageError, fail
 from peftc.passes.plan.plan import AdapterPlan
 from peftc.passes.quantized.schemes.known import parameter_count
-from peftc.runtime.model.adapted_module import AdaptedModule
+from peftc.runtime.adapted.adapted_module import AdaptedModule
 from peftc.runtime.model.saving import adapter_config
 from peftc.runtime.model.status import (
     Name,
@@ -18,7 +18,7 @@ from peftc.runtime.model.status import (
     layer_status,
     model_status,
 )
-from peftc.runtime.peft_format.config_object import config_object
+from peftc.runtime.peft_config.config_object import config_object
 from peftc.runtime.regions.partition import Partition
 
 

@@ -11,11 +11,11 @@ from peftc.passes.expression.scene import Eager
 from peftc.passes.foreign import transformers as contract
 from peftc.passes.plan.plan import PlannedSite
 from peftc.passes.plan.vocabulary import vocabulary
+from peftc.runtime.adapted.adapted_module import AdaptedModule
 from peftc.runtime.adapters.bank import AdapterParameters
 from peftc.runtime.execution import cache_layers
 from peftc.runtime.init.tokens import chat_ids, text_ids
 from peftc.runtime.merge.rounding import in_evaluation
-from peftc.runtime.model.adapted_module import AdaptedModule
 from peftc.runtime.model.merging import disabled
 
 Pair = tuple[torch.Tensor, torch.Tensor]

@@ -14,15 +14,18 @@ from peftc.passes.plan.plan import AdapterPlan
 from peftc.passes.plan.resolve import ModelSurvey, resolve
 from peftc.passes.plan.sites import tied_names
 from peftc.passes.plan.vocabulary import enlarged, vocabulary
+from peftc.runtime.adapted.adapted_module import AdaptedModule
+from peftc.runtime.adapted.base_weights import base_view
 from peftc.runtime.base.earlier import EarlierNames
 from peftc.runtime.base.idle import idle_names
 from peftc.runtime.init.tokens import check_ties, needed_vocabulary
-from peftc.runtime.model.adapted_module import AdaptedModule
 from peftc.runtime.model.adding import PlannedAdapters, Values, add_adapters
-from peftc.runtime.model.base_weights import base_view
 from peftc.runtime.model.embeddings import base_of, read_values
 from peftc.runtime.model.saving import TRAINING
 from peftc.runtime.model.state_dicts import IncompatibleKeys, put_values
+from peftc.runtime.peft_config.peft_config import read_config
+from peftc.runtime.peft_config.peft_rule import with_values
+from peftc.runtime.peft_config.spec_config import check_growth, known_methods
 from peftc.runtime.peft_format.adapter_files import locate, read_adapter, read_tensors
 from peftc.runtime.peft_format.carry import carried
 from peftc.runtime.peft_format.checkpoint import fit, unpruned
@@ -32,10 +35,7 @@ from peftc.runtime.peft_format.load_options import LoadOptions
 from peftc.runtime.peft_format.manifest import compare, read_manifest
 from peftc.runtime.peft_format.older_files import lost_biases, with_heads
 from peftc.runtime.peft_format.own_embeddings import own_embeddings
-from peftc.runtime.peft_format.peft_config import read_config
-from peftc.runtime.peft_format.peft_rule import with_values
 from peftc.runtime.peft_format.saved_value import settled
-from peftc.runtime.peft_format.spec_config import check_growth, known_methods
 
 
 def load_adapter(

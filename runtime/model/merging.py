@@ -15,19 +15,9 @@ from transformers import PreTrainedModel
 from peftc.grammar.diagnostics import UsageError, fail
 from peftc.passes.foreign import transformers as contract
 from peftc.passes.plan.sites import tied_names
-from peftc.runtime.adapters.bank import AdapterParameters
-from peftc.runtime.base.overlay import BANK
-from peftc.runtime.base.replaced import Replaced, put
-from peftc.runtime.base.share import share
-from peftc.runtime.merge.drift import MergeDrift, OutputDrift
-from peftc.runtime.merge.mapped import mapped_tensors
-from peftc.runtime.merge.merge import merged_tensors
-from peftc.runtime.merge.merged_checkpoint import can_stream, is_one_by_one, write_merged
-from peftc.runtime.merge.repack import Quantized, check_packed, forget_quantization, in_types_of
-from peftc.runtime.merge.rounding import in_evaluation, output_drift, tensor_drift
-from peftc.runtime.model.adapted_module import AdaptedModule, Root
-from peftc.runtime.model.adapter_set import AdapterSet
-from peftc.runtime.model.base_weights import (
+from peftc.runtime.adapted.adapted_module import AdaptedModule, Root
+from peftc.runtime.adapted.adapter_set import AdapterSet
+from peftc.runtime.adapted.base_weights import (
     STATE,
     Active,
     BaseWeights,
@@ -38,6 +28,16 @@ from peftc.runtime.model.base_weights import (
     has_other_packing,
     restore_requires_grad,
 )
+from peftc.runtime.adapters.bank import AdapterParameters
+from peftc.runtime.base.overlay import BANK
+from peftc.runtime.base.replaced import Replaced, put
+from peftc.runtime.base.share import share
+from peftc.runtime.merge.drift import MergeDrift, OutputDrift
+from peftc.runtime.merge.mapped import mapped_tensors
+from peftc.runtime.merge.merge import merged_tensors
+from peftc.runtime.merge.merged_checkpoint import can_stream, is_one_by_one, write_merged
+from peftc.runtime.merge.repack import Quantized, check_packed, forget_quantization, in_types_of
+from peftc.runtime.merge.rounding import in_evaluation, output_drift, tensor_drift
 from peftc.runtime.regions.modules import is_moved
 
 MAPPED = "merged.safetensors"

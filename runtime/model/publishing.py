@@ -12,8 +12,8 @@ from huggingface_hub import CommitInfo, HfApi
 from peftc.grammar.spec.values import complete
 from peftc.passes.foreign import peft as contract
 from peftc.passes.plan.plan import AdapterPlan
+from peftc.runtime.adapted.adapted_module import AdaptedModule
 from peftc.runtime.base.overlay import is_adapters
-from peftc.runtime.model.adapted_module import AdaptedModule
 from peftc.runtime.model.saving import versions
 from peftc.runtime.peft_format.adapter_files import write_files
 from peftc.runtime.peft_format.model_card import FILE, OURS, PEFT, CardAdapter, CardFacts, updated_card

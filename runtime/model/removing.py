@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Sequence
 
 from peftc.grammar.diagnostics import UsageError, fail
-from peftc.runtime.model.adapter_set import AdapterSet
+from peftc.runtime.adapted.adapter_set import AdapterSet
 
 
 def remove(state: AdapterSet, names: Sequence[str]) -> None:

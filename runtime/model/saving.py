@@ -15,17 +15,17 @@ from peftc.grammar.diagnostics import UsageError, fail
 from peftc.passes.foreign import peft as fields
 from peftc.passes.foreign import transformers as contract
 from peftc.passes.plan.plan import AdapterPlan, ParamKey
+from peftc.runtime.adapted.adapted_module import AdaptedModule
 from peftc.runtime.adapters.bank import AdapterParameters
 from peftc.runtime.base.overlay import BANK, is_adapters
-from peftc.runtime.model.adapted_module import AdaptedModule
 from peftc.runtime.model.embeddings import SaveEmbeddings, base_of, checked, embeddings_to_save, keyed, read_values
+from peftc.runtime.peft_config.peft_config import write_config
+from peftc.runtime.peft_config.peft_rule import mask_field
+from peftc.runtime.peft_config.spec_config import spec_text
 from peftc.runtime.peft_format.adapter_files import adapter_directory, write_adapter, write_files
 from peftc.runtime.peft_format.checkpoint import Entry, entries, kept_masks
 from peftc.runtime.peft_format.manifest import AdapterFacts, Manifest, spec_digest, write_manifest
-from peftc.runtime.peft_format.peft_config import write_config
-from peftc.runtime.peft_format.peft_rule import mask_field
 from peftc.runtime.peft_format.saved_value import settled_value
-from peftc.runtime.peft_format.spec_config import spec_text
 
 # Where PEFT is not installed, a Trainer resumes only from this file, and saves nowhere else under such names.
 TRAINER_STATE = "model.safetensors"

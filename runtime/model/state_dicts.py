@@ -7,8 +7,8 @@ import torch
 
 from peftc.grammar.diagnostics import ArgumentTypeError, CheckpointError, UsageError, fail
 from peftc.passes.plan.plan import ParamKey
+from peftc.runtime.adapted.adapted_module import AdaptedModule
 from peftc.runtime.adapters.bank import AdapterParameters
-from peftc.runtime.model.adapted_module import AdaptedModule
 from peftc.runtime.model.saving import adapter_tensors
 from peftc.runtime.peft_format.checkpoint import entries
 from peftc.runtime.peft_format.key_spelling import PREFIX

@@ -13,8 +13,8 @@ from peftc.passes.plan.plain import plain_class
 from peftc.passes.plan.plan import ROWS, AdapterPlan, ParamKey
 from peftc.passes.plan.site import WHOLE
 from peftc.passes.quantized.schemes.known import packed
+from peftc.runtime.adapted.adapter_set import AdapterSet
 from peftc.runtime.adapters.bank import AdapterParameters
-from peftc.runtime.model.adapter_set import AdapterSet
 
 Mixed = Literal["irregular"]
 """What is said where places differ."""

@@ -18,13 +18,13 @@ from peftc.passes.foreign import peft as fields
 from peftc.passes.plan.plan import AdapterPlan, ParamKey
 from peftc.passes.plan.resolve import ModelSurvey
 from peftc.passes.plan.site import Site
+from peftc.runtime.adapted.adapted_module import AdaptedModule
+from peftc.runtime.adapted.adapter_set import AdapterSet
 from peftc.runtime.adapters.bank import AdapterParameters
 from peftc.runtime.merge.combine import DENSE, JOINED, SUM, Recipe, Update, combined, mixed
-from peftc.runtime.model.adapted_module import AdaptedModule
-from peftc.runtime.model.adapter_set import AdapterSet
 from peftc.runtime.model.adding import PlannedAdapters, Values, add_adapters
 from peftc.runtime.model.weighted_plan import plain_rule, planned
-from peftc.runtime.peft_format.peft_rule import mapped_fields
+from peftc.runtime.peft_config.peft_rule import mapped_fields
 
 Weighed = Sequence[tuple[AdapterParameters, float]]
 

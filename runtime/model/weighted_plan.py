@@ -11,7 +11,7 @@ from peftc.grammar.spec.values import complete
 from peftc.grammar.syntax import tree
 from peftc.passes.plan.plan import AdapterPlan
 from peftc.passes.plan.resolve import ModelSurvey, resolve
-from peftc.runtime.peft_format.peft_rule import listed_fields, mapped_fields
+from peftc.runtime.peft_config.peft_rule import listed_fields, mapped_fields
 
 
 def plain_rule(rule: MethodRule) -> MethodRule:

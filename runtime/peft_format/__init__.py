@@ -1,4 +1,4 @@
-"""PEFT's files and ours beside them: configs, tensor names, manifests, read and written.
+"""PEFT's files and ours beside them: tensors by their names, manifests, model cards, read and written.
 
 Never here: a running model; a graph.
 """

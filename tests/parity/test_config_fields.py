@@ -11,7 +11,7 @@ from peftc.grammar.diagnostics import CheckpointError
 from peftc.grammar.spec.library import builtin_methods
 from peftc.passes.foreign import peft as fields
 from peftc.runtime.model.described import described
-from peftc.runtime.peft_format.peft_rule import any_fields, placed_fields
+from peftc.runtime.peft_config.peft_rule import any_fields, placed_fields
 
 # What a config of the type needs to be one.
 NEEDED = {

@@ -12,10 +12,10 @@ from peftc.grammar.algebra import algebra
 from peftc.grammar.diagnostics import UsageError
 from peftc.passes.plan.site import Site
 from peftc.passes.plan.structure import Term, VirtualTokens
+from peftc.runtime.adapted.adapted_module import EntryPoint
 from peftc.runtime.execution import virtual
 from peftc.runtime.execution.call import read_call
 from peftc.runtime.execution.virtual import Virtual
-from peftc.runtime.model.adapted_module import EntryPoint
 
 IDS = torch.tensor([[0, 0, 5, 6], [3, 4, 5, 6]])
 MASK = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])

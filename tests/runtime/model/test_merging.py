@@ -9,9 +9,9 @@ from torch import nn
 
 from peftc import compiler
 from peftc.grammar.diagnostics import UsageError
+from peftc.runtime.adapted.adapter_set import AdapterSet
 from peftc.runtime.merge.merge import merged_tensors
 from peftc.runtime.model import merging
-from peftc.runtime.model.adapter_set import AdapterSet
 from peftc.runtime.model.merging import merged_copy
 
 SPECS = {

@@ -11,10 +11,10 @@ from torch.testing import assert_close
 
 from peftc.grammar.diagnostics import CheckpointError
 from peftc.passes.plan.plan import ParamKey
+from peftc.runtime.peft_config.peft_config import read_config, write_config
 from peftc.runtime.peft_format.adapter_files import read_adapter, write_adapter
 from peftc.runtime.peft_format.checkpoint import checkpoint_keys, entries, fit
 from peftc.runtime.peft_format.key_spelling import PREFIX
-from peftc.runtime.peft_format.peft_config import read_config, write_config
 
 LAYERS = range(2)
 LLAMA_Q = [f"model.layers.{i}.self_attn.q_proj" for i in LAYERS]

@@ -8,8 +8,8 @@ from peft.utils.save_and_load import get_peft_model_state_dict
 
 from peftc.grammar.spec.library import builtin_methods
 from peftc.passes.plan.resolve import resolve, survey
+from peftc.runtime.peft_config.peft_config import read_config, write_config
 from peftc.runtime.peft_format.checkpoint import entries
-from peftc.runtime.peft_format.peft_config import read_config, write_config
 
 CONFIGS = {
     "names": ("llama", {"target_modules": ["q_proj", "down_proj"]}),

@@ -10,10 +10,10 @@ from transformers.cache_utils import Cache
 
 from peftc.passes.foreign import peft as contract
 from peftc.passes.foreign.transformers import USE_CACHE, forward_of
+from peftc.runtime.adapted.adapted_module import AdaptedModule, Root
+from peftc.runtime.adapted.base_weights import COMPILED_CALLS, base_view
 from peftc.runtime.execution.uncached import is_recomputing, without_cache
 from peftc.runtime.execution.virtual import EXTRA_INPUTS
-from peftc.runtime.model.adapted_module import AdaptedModule, Root
-from peftc.runtime.model.base_weights import COMPILED_CALLS, base_view
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 

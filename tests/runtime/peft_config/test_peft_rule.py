@@ -9,8 +9,8 @@ from peftc.grammar.spec.elaborate import read_spec
 from peftc.grammar.spec.library import builtin_methods
 from peftc.passes.foreign.peft import task_of
 from peftc.passes.plan.resolve import resolve, survey
-from peftc.runtime.peft_format.peft_config import read_config, write_config
-from peftc.runtime.peft_format.peft_rule import (
+from peftc.runtime.peft_config.peft_config import read_config, write_config
+from peftc.runtime.peft_config.peft_rule import (
     constant_fields,
     decided_fields,
     deciding_value,

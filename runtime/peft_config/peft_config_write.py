@@ -10,8 +10,7 @@ from peftc.grammar.method.rule import LAST, Value
 from peftc.passes.foreign import peft as fields
 from peftc.passes.plan.plan import AdapterPlan, PlannedSite
 from peftc.passes.plan.site import HELD, WHOLE, Site
-from peftc.runtime.peft_format.peft_names import minimal_endings, minimal_suffixes, suffixes, value_pattern
-from peftc.runtime.peft_format.peft_rule import (
+from peftc.runtime.peft_config.peft_rule import (
     constant_fields,
     decided_fields,
     listed_fields,
@@ -20,7 +19,8 @@ from peftc.runtime.peft_format.peft_rule import (
     placed_fields,
     tokens_field,
 )
-from peftc.runtime.peft_format.spec_config import spec_fields
+from peftc.runtime.peft_config.spec_config import spec_fields
+from peftc.runtime.peft_format.peft_names import minimal_endings, minimal_suffixes, suffixes, value_pattern
 
 
 def write_config(

@@ -17,8 +17,8 @@ from peftc.runtime.base.overlay import BANK, Overlay
 from peftc.runtime.base.placed import Placed
 from peftc.runtime.base.replaced import Replaced, put
 from peftc.runtime.execution.engine import Engine
+from peftc.runtime.peft_config.peft_config import ConfigFacts
 from peftc.runtime.peft_format.manifest import fingerprint
-from peftc.runtime.peft_format.peft_config import ConfigFacts
 
 STATE = "_adapter_state"
 ADAPTED = contract.HAS_ADAPTERS

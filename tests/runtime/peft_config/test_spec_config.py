@@ -17,9 +17,9 @@ from peftc.grammar.spec.elaborate import read_spec
 from peftc.grammar.spec.library import builtin_methods
 from peftc.grammar.spec.spec import AdapterSpec
 from peftc.grammar.spec.values import complete
-from peftc.runtime.peft_format.json_fields import FieldReader
+from peftc.runtime.peft_config.json_fields import FieldReader
+from peftc.runtime.peft_config.spec_config import read_spec_fields, spec_fields
 from peftc.runtime.peft_format.manifest import spec_digest
-from peftc.runtime.peft_format.spec_config import read_spec_fields, spec_fields
 
 METHOD = """
 # A low-rank update with a gate for every row.

@@ -12,14 +12,14 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from peftc.grammar.diagnostics import UsageError, did_you_mean, fail
 from peftc.passes.quantized.schemes.known import packed
+from peftc.runtime.adapted.adapter_set import AdapterSet
+from peftc.runtime.adapted.base_weights import COMPILED_CALLS, STATE
 from peftc.runtime.base.overlay import BANK, is_adapters
 from peftc.runtime.base.share import placement
 from peftc.runtime.execution.engine import COMPILED
 from peftc.runtime.execution.segments import OPTIONS, Recompute, layer_names
 from peftc.runtime.execution.storage import check_trainable, without_packed
 from peftc.runtime.execution.virtual import EXTRA_INPUTS
-from peftc.runtime.model.adapter_set import AdapterSet
-from peftc.runtime.model.base_weights import COMPILED_CALLS, STATE
 from peftc.runtime.regions.modules import layers_become_regions
 
 Root = TypeVar("Root", bound="AdaptedModule")

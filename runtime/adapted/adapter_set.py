@@ -17,13 +17,13 @@ from peftc.passes.ir.emit import fake_like
 from peftc.passes.plan.plan import IDS, ORDER, ROWS, AdapterPlan, ParamKey
 from peftc.passes.plan.site import WHOLE
 from peftc.passes.plan.structure import structure_of, weighted
+from peftc.runtime.adapted.base_weights import Active, BaseWeights, base_view
 from peftc.runtime.adapters.bank import AdapterParameters
 from peftc.runtime.adapters.slots import Binding, sources
 from peftc.runtime.base.overlay import BANK
 from peftc.runtime.base.replaced import Replaced
 from peftc.runtime.execution.engine import ActiveAdapters, Engine, Specialisation
 from peftc.runtime.execution.virtual import Owner, Virtual
-from peftc.runtime.model.base_weights import Active, BaseWeights, base_view
 from peftc.runtime.regions.host import Host
 from peftc.runtime.regions.kinds import attached, mixed
 from peftc.runtime.regions.modules import become_regions, layers_become_regions, renew_regions

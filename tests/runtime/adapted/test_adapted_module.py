@@ -6,8 +6,8 @@ from torch import nn
 
 from peftc import compiler
 from peftc.compiler.api import AdaptedModel
-from peftc.runtime.model.adapted_class import adapted_class
-from peftc.runtime.model.adapted_module import AdaptedModule
+from peftc.runtime.adapted.adapted_class import adapted_class
+from peftc.runtime.adapted.adapted_module import AdaptedModule
 
 SPEC = "adapter a = lora(rank = 2) { on first }"
 X = torch.linspace(-1, 1, 8).reshape(2, 4)

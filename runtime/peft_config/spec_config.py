@@ -24,8 +24,8 @@ from peftc.grammar.syntax.format import format_file
 from peftc.grammar.syntax.parse import parse
 from peftc.passes.foreign.peft import OWN_TYPE
 from peftc.passes.plan.plan import AdapterPlan, ParamKey, PlannedSite
+from peftc.runtime.peft_config.json_fields import FieldReader, shown
 from peftc.runtime.peft_format.adapter_files import CONFIG, MANIFEST
-from peftc.runtime.peft_format.json_fields import FieldReader, shown
 from peftc.runtime.peft_format.manifest import read_manifest, spec_digest
 
 FORMAT = 1  # raised when a reader of the format before would misunderstand the file

@@ -16,7 +16,7 @@ from peftc.grammar.spec.spec import Target
 from peftc.grammar.spec.values import complete
 from peftc.grammar.syntax import tree
 from peftc.passes.foreign import peft as peft_fields
-from peftc.runtime.peft_format.peft_config import read_config, write_config
+from peftc.runtime.peft_config.peft_config import read_config, write_config
 from peftc.runtime.peft_format.peft_names import layered_selector, minimal_endings, minimal_suffixes, value_pattern
 
 MODULE = tree.Unary("not", tree.Name("parameter"))

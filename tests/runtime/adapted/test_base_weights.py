@@ -8,7 +8,7 @@ import transformers as hf
 from torch import nn
 
 from peftc import compiler
-from peftc.runtime.model.base_weights import base_view
+from peftc.runtime.adapted.base_weights import base_view
 
 SPEC = "adapter a = ia3 { on all linear }\nadapter b = lora(rank = 2) { on all linear  train norm }\nactivate b"
 X = torch.linspace(-1, 1, 8).reshape(2, 4)

@@ -9,9 +9,9 @@ from peftc.grammar.diagnostics import CheckpointError, fail
 from peftc.grammar.method.rule import MethodRule
 from peftc.passes.foreign import peft as fields
 from peftc.passes.plan.plan import AdapterPlan
-from peftc.runtime.peft_format.json_fields import FieldReader, shown
-from peftc.runtime.peft_format.peft_config_write import placed_sizes
-from peftc.runtime.peft_format.peft_rule import any_fields, constant_fields, init_values, mismatches, undecided
+from peftc.runtime.peft_config.json_fields import FieldReader, shown
+from peftc.runtime.peft_config.peft_config_write import placed_sizes
+from peftc.runtime.peft_config.peft_rule import any_fields, constant_fields, init_values, mismatches, undecided
 
 
 def with_known_start(config: Mapping[str, object]) -> tuple[Mapping[str, object], tuple[str, ...]]:

@@ -1,0 +1,38 @@
+"""Numbers that are drawn anew in every call while training: what adapters drop."""
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+import torch
+
+from peftc.grammar.algebra.algebra import Option
+from peftc.passes.expression.scene import LoweringContext
+
+aten = torch.ops.aten
+T = TypeVar("T")
+
+
+def coins(scene: LoweringContext[T], _: Sequence[T], options: Sequence[Option]) -> T:
+    """Ones, of which while training each is zero with a probability: `[size]`."""
+    size, p = options
+    kind = scene.kind(scene.example)
+    if not scene.training:
+        return for_all(scene, scene.call(aten.ones.default, [size], **kind))
+    drawn = scene.call(aten.rand.default, [size], dtype=torch.float32, device=kind["device"])
+    return for_all(scene, scene.call(aten.to.dtype, scene.call(aten.ge.Scalar, drawn, p), kind["dtype"]))
+
+
+def thinned(scene: LoweringContext[T], _: Sequence[T], options: Sequence[Option]) -> T:
+    """Ones, of which while training so many are zero: `[size]`."""
+    size, zeros = options
+    kind = scene.kind(scene.example)
+    if not scene.training:
+        return for_all(scene, scene.call(aten.ones.default, [size], **kind))
+    drawn = scene.call(aten.rand.default, [size], dtype=torch.float32, device=kind["device"])
+    order = scene.call(aten.argsort.default, scene.call(aten.argsort.default, drawn))
+    return for_all(scene, scene.call(aten.to.dtype, scene.call(aten.ge.Scalar, order, zeros), kind["dtype"]))
+
+
+def for_all(scene: LoweringContext[T], value: T) -> T:
+    """The same for every expert of a stack."""
+    return scene.call(aten.unsqueeze.default, value, 0) if scene.lead else value
