@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 import typer
 
 from peftc.grammar.diagnostics import UsageError
+from peftc.passes.foreign.peft import AUTO_CLASSES
 
 UNSAID = "E523"
 
@@ -25,6 +26,24 @@ TrustRemoteCode = Annotated[
 ]
 Revision = Annotated[
     str | None, typer.Option("--revision", metavar="REV", help="Of a repository on the Hub.", show_default=False)
+]
+Class = Annotated[
+    str | None,
+    typer.Option(
+        "--class",
+        metavar="NAME",
+        help="Load MODEL as this class of transformers, and not as the one that its config.json names.",
+        show_default=False,
+    ),
+]
+Task = Annotated[
+    str | None,
+    typer.Option(
+        "--task",
+        metavar="TASK",
+        help=f"Load MODEL as transformers' class for a task: {', '.join(AUTO_CLASSES)}.",
+        show_default=False,
+    ),
 ]
 Offline = Annotated[bool, typer.Option("--local-files-only", help="Never ask the Hub.")]
 Use = Annotated[

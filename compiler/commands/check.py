@@ -15,6 +15,8 @@ def check(
     model: Annotated[
         str | None, typer.Argument(metavar="[MODEL]", help=arguments.MODEL_HELP, show_default=False)
     ] = None,
+    class_name: arguments.Class = None,
+    task: arguments.Task = None,
     seed: arguments.Seed = 0,
     revision: arguments.Revision = None,
     trust_remote_code: arguments.TrustRemoteCode = False,
@@ -32,6 +34,9 @@ def check(
                 revision=revision,
                 trust_remote_code=trust_remote_code,
                 local_files_only=local_files_only,
+                class_name=class_name,
+                task=task,
+                adapters=meant,
                 quantize=None if meant is None else meant.quantize,
             )
         except (ModelError, SpecError) as error:

@@ -26,6 +26,8 @@ def compile_(
     force: Annotated[
         bool, typer.Option("--force", help="Replace DIR even if it holds more than an unchanged earlier build.")
     ] = False,
+    class_name: arguments.Class = None,
+    task: arguments.Task = None,
     seed: arguments.Seed = 0,
     revision: arguments.Revision = None,
     trust_remote_code: arguments.TrustRemoteCode = False,
@@ -46,6 +48,9 @@ def compile_(
             revision=revision,
             trust_remote_code=trust_remote_code,
             local_files_only=local_files_only,
+            class_name=class_name,
+            task=task,
+            adapters=meant,
             quantize=meant.quantize,
         )
         facts = compiler.build(meant, found, out, seed=seed, force=force, progress=progress).facts

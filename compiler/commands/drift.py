@@ -25,6 +25,8 @@ def drift(
     ] = None,
     quantized: arguments.Quantized = None,
     use: arguments.Use = None,
+    class_name: arguments.Class = None,
+    task: arguments.Task = None,
     seed: arguments.Seed = 0,
     revision: arguments.Revision = None,
     trust_remote_code: arguments.TrustRemoteCode = False,
@@ -44,6 +46,9 @@ def drift(
             revision=revision,
             trust_remote_code=trust_remote_code,
             local_files_only=local_files_only,
+            class_name=class_name,
+            task=task,
+            adapters=source,
             # What is to be of another type is converted first, and packed then.
             quantize=source.quantize if isinstance(source, Spec) and dtype is None else None,
         )

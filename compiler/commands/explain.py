@@ -24,6 +24,8 @@ def explain(
     ] = [1, 32, 1024],  # noqa: B006 - typer reads it
     why: Annotated[bool, typer.Option("--why", help="Trace, and tell what each pass left as it is, and why.")] = False,
     train: Annotated[bool, typer.Option("--train", help="With gradients, not for inference.")] = False,
+    class_name: arguments.Class = None,
+    task: arguments.Task = None,
     seed: arguments.Seed = 0,
     revision: arguments.Revision = None,
     trust_remote_code: arguments.TrustRemoteCode = False,
@@ -43,6 +45,9 @@ def explain(
         revision=revision,
         trust_remote_code=trust_remote_code,
         local_files_only=local_files_only,
+        class_name=class_name,
+        task=task,
+        adapters=meant,
         quantize=meant.quantize,
     )
     facts = compiler.explain(meant, found, tokens=tokens, training=train, why=why)

@@ -135,6 +135,8 @@ def export(
         bool, typer.Option("--force", help="Replace DIR even if it holds more than an unchanged earlier export.")
     ] = False,
     use: arguments.Use = None,
+    class_name: arguments.Class = None,
+    task: arguments.Task = None,
     seed: arguments.Seed = 0,
     revision: arguments.Revision = None,
     trust_remote_code: arguments.TrustRemoteCode = False,
@@ -169,6 +171,9 @@ def export(
             revision=revision,
             trust_remote_code=trust_remote_code,
             local_files_only=local_files_only,
+            class_name=class_name,
+            task=task,
+            adapters=source,
             quantize=source.quantize if isinstance(source, Spec) else None,
         )
         progress(f"writing {out or into}")

@@ -39,6 +39,8 @@ def graph(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", metavar="FILE", help="Instead of stdout.", show_default=False)
     ] = None,
+    class_name: arguments.Class = None,
+    task: arguments.Task = None,
     seed: arguments.Seed = 0,
     revision: arguments.Revision = None,
     trust_remote_code: arguments.TrustRemoteCode = False,
@@ -57,6 +59,9 @@ def graph(
             revision=revision,
             trust_remote_code=trust_remote_code,
             local_files_only=local_files_only,
+            class_name=class_name,
+            task=task,
+            adapters=meant,
             quantize=meant.quantize,
         )
         progress(f"tracing {type(found.model).__name__}")

@@ -74,7 +74,7 @@ def build(
         check_target(target, force=force)
     meant = spec if isinstance(spec, Spec) else read_spec(spec)
     tell("loading the model")
-    found = as_found(model, meant.quantize)
+    found = as_found(model, meant)
     tell("resolving the spec")
     with seeded(seed):
         adapted = apply(found.model, meant, tokenizer=tokenizer_for(meant, found), dense=found.dense)

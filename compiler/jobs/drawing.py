@@ -20,7 +20,7 @@ from peftc.grammar.source import Source
 from peftc.grammar.spec.elaborate import read_spec
 from peftc.grammar.spec.no_match import misses
 from peftc.grammar.spec.select import matches_inside
-from peftc.grammar.spec.spec import Quantize, Spec
+from peftc.grammar.spec.spec import Spec
 from peftc.grammar.syntax import tree
 from peftc.grammar.syntax.parse import parse
 from peftc.passes.foreign.peft import TASK_IDS
@@ -64,7 +64,7 @@ def draw(
     if format == "svg":
         diagram.graphviz()
     meant = spec if isinstance(spec, Spec) else read_spec(spec)
-    found = as_found(model, meant.quantize)
+    found = as_found(model, meant)
     with seeded(found.seed or 0):
         # Any numbers do for a picture: what starts from data starts from the example, if there is one.
         example = (needed_inputs(found, inputs) for _ in range(1))
@@ -106,13 +106,13 @@ def active_names(adapted: AdaptedModel) -> tuple[str, ...]:
     return tuple(name for name, _ in adapted._adapter_state.active)
 
 
-def as_found(model: nn.Module | FoundModel | str | PathLike[str], quantize: Quantize | None = None) -> FoundModel:
-    """The model meant, with where it is from; `quantize` as in `find_model`. Raises ModelError."""
+def as_found(model: nn.Module | FoundModel | str | PathLike[str], spec: Spec | None = None) -> FoundModel:
+    """The model meant, with where it is from; packed and of the class that the spec says. Raises ModelError."""
     if isinstance(model, FoundModel):
         return model
     if isinstance(model, nn.Module):
         return FoundModel(model, type(model).__name__, "object")
-    return find_model(model, quantize=quantize)
+    return find_model(model, quantize=None if spec is None else spec.quantize, adapters=spec)
 
 
 def needed_inputs(found: FoundModel, inputs: Inputs | None) -> Inputs:

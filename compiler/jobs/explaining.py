@@ -75,7 +75,7 @@ def explain(
         if count < 1:
             fail(UsageError, "E553", f"a call cannot have {count} tokens", help="give a number from 1")
     meant = spec if isinstance(spec, Spec) else read_spec(spec)
-    found = as_found(model, meant.quantize)
+    found = as_found(model, meant)
     check_base(meant.base, survey(found.model))
     stored = quantized_copy(found.model, meant.quantize)
     planned = plan_adapters(meant.adapters, survey(stored), tokenizer_for(meant, found))

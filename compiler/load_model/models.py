@@ -7,7 +7,7 @@ import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from peftc.compiler.load_model.pretrained import from_config, from_hub, from_weights
+from peftc.compiler.load_model.wanted import Adapters, Wanted, told_by
 from peftc.grammar.diagnostics import Diagnostic, ModelError, did_you_mean, fail
 from peftc.grammar.spec.spec import Quantize
 from peftc.passes.foreign import transformers as contract
@@ -57,6 +58,9 @@ def find_model(
     revision: str | None = None,
     local_files_only: bool = False,
     quantize: Quantize | None = None,
+    class_name: str | None = None,
+    task: str | None = None,
+    adapters: Adapters | None = None,
 ) -> FoundModel:
     """The model that `peftc compile SPEC MODEL` means.
 
@@ -71,25 +75,39 @@ def find_model(
         quantize: Of a spec: weights are packed one after the other as they are read, so that the dense model is never
             in memory. Random weights and a factory's model are left to `apply`, and so is a model that is quantized
             already, to be compared.
+        class_name: A class of transformers to load the directory's or repository's weights with, where that is to be
+            another than its config.json names: a bare encoder's with a head. Never code that comes with a model.
+        task: One of PEFT's task types (`SEQ_CLS`), for transformers' class for it.
+        adapters: What is to be put into the model: a spec, a checkpoint or several by name. Where neither `class_name`
+            nor `task` is given, the class is the one they were made for (a spec's `architecture`; a checkpoint's
+            manifest, `auto_mapping` or `task_type`), if it is one for this type of model; and a head that the directory
+            has not has as many labels as theirs.
 
     Raises:
         ModelError: what is wrong with the argument, the config or the weights, and what to do instead.
         SpecError: `quantize` would skip modules that there are not.
+        CheckpointError: a checkpoint of `adapters` is missing or damaged.
     """
     text = str(argument)
     path = Path(text).expanduser()
     factory = _FACTORY.fullmatch(text)
+    wanted = Wanted(class_name or "", task or "")
     with seeded(seed):
-        if _exists(path, text):
-            return _from_path(path, text, seed, trust_remote_code, quantize)
-        if factory:
+        if factory and not _exists(path, text):
+            if class_name or task:
+                message = f"a factory decides itself what it makes: {class_name or task} has no meaning"
+                fail(ModelError, "E468", message, help="let the factory return a model of that class", where=text)
             return _from_factory(text, factory[1], factory[2], seed)
+        wanted = replace(wanted, told=told_by(adapters, local_files_only=local_files_only))
+        if _exists(path, text):
+            return _from_path(path, text, seed, trust_remote_code, quantize, wanted)
         if isinstance(argument, Path) or not _REPO.fullmatch(text):
             fail(ModelError, "E450", f"no such directory: '{text}'", help=_missing_help(path, text), where=text)
         help = _missing_help(path, text)
-        model, warnings, at = from_hub(text, revision, trust_remote_code, local_files_only, help, quantize)
+        made, at = from_hub(text, revision, trust_remote_code, local_files_only, help, quantize, wanted)
     loading = {"revision": revision, "trust_remote_code": trust_remote_code, "local_files_only": local_files_only}
-    return FoundModel(model, text, "hub", warnings=warnings, loading=loading, dense=_dense(model, at, quantize))
+    dense = _dense(made.model, at, quantize)
+    return FoundModel(made.model, text, "hub", notes=made.notes, warnings=made.warnings, loading=loading, dense=dense)
 
 
 @contextmanager
@@ -119,7 +137,9 @@ def _missing_help(path: Path, text: str) -> str:
 # --- directories ---
 
 
-def _from_path(path: Path, text: str, seed: int, trust_remote_code: bool, quantize: Quantize | None) -> FoundModel:
+def _from_path(
+    path: Path, text: str, seed: int, trust_remote_code: bool, quantize: Quantize | None, wanted: Wanted
+) -> FoundModel:
     if not path.is_dir():
         help = f"give its directory: '{path.parent}'" if path.name in ("config.json", *_WEIGHTS) else ""
         help = help or ("write package.module:factory for code" if path.suffix == ".py" else "")
@@ -135,12 +155,16 @@ def _from_path(path: Path, text: str, seed: int, trust_remote_code: bool, quanti
         fail(ModelError, "E450", "no file 'config.json': this is not a model's directory", help=help, where=text)
     loading = {"trust_remote_code": trust_remote_code, "local_files_only": True}
     if present & set(_WEIGHTS):
-        model, warnings = from_weights(path, text, trust_remote_code, quantize)
-        dense = _dense(model, path, quantize)
-        return FoundModel(model, text, "weights", warnings=warnings, loading=loading, dense=dense)
-    model, warnings = from_config(path, text, trust_remote_code)
+        made = from_weights(path, text, trust_remote_code, quantize, wanted)
+        dense = _dense(made.model, path, quantize)
+        return FoundModel(
+            made.model, text, "weights", notes=made.notes, warnings=made.warnings, loading=loading, dense=dense
+        )
+    made = from_config(path, text, trust_remote_code, wanted)
     note = f"{text} holds no weights: the model's weights are random, from seed {seed}"
-    return FoundModel(model, text, "random", seed, notes=(note,), warnings=warnings, loading=loading)
+    return FoundModel(
+        made.model, text, "random", seed, notes=(note, *made.notes), warnings=made.warnings, loading=loading
+    )
 
 
 def _dense(model: nn.Module, path: Path, quantize: Quantize | None) -> Path | None:

@@ -4,52 +4,64 @@ import json
 import logging
 import socket
 import warnings as python_warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 import huggingface_hub
-import transformers
 from huggingface_hub import errors as hub
 from huggingface_hub.utils import logging as hub_logging
 from torch import nn
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging as transformers_logging
 
 from peftc.compiler.load_model.memory import releasing
-from peftc.compiler.load_model.storing import Storing, storing
-from peftc.grammar.diagnostics import Diagnostic, ModelError, did_you_mean, fail
+from peftc.compiler.load_model.model_class import Choice, choose_class
+from peftc.compiler.load_model.storing import Storing, read_config, storing, structure
+from peftc.compiler.load_model.wanted import NOTHING, Told, Wanted, as_head
+from peftc.grammar.diagnostics import Diagnostic, ModelError, fail
 from peftc.grammar.spec.spec import Quantize
 from peftc.passes.foreign import transformers as contract
-
-Loaded = tuple[nn.Module, tuple[str, ...]]
 
 MAX_CONFIG_BYTES = 16 * 2**20
 
 
-def from_weights(path: Path, name: str, trust_remote_code: bool, quantize: Quantize | None = None) -> Loaded:
+@dataclass(frozen=True)
+class Loaded:
+    """A model, what looks wrong with it, and what was decided about it."""
+
+    model: nn.Module
+    warnings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def from_weights(
+    path: Path, name: str, trust_remote_code: bool, quantize: Quantize | None = None, wanted: Wanted = NOTHING
+) -> Loaded:
     """A model of a directory with config.json and weights, packed as they are read if they are to be.
 
     Raises ModelError, and SpecError if it has no module that `quantize` skips.
     """
     config = _read(path / "config.json")
-    kind, warnings = _class(config, path, trust_remote_code)
-    stored = storing(config, kind, path, quantize, str(path / "config.json"), trust_remote_code)
-    return _load(kind, str(path), name, warnings, stored, trust_remote_code=trust_remote_code, local_files_only=True)
+    choice = choose_class(config, path, trust_remote_code, wanted)
+    stored = storing(config, choice.kind, path, quantize, str(path / "config.json"), trust_remote_code)
+    head = _head(choice, path, wanted.told, trust_remote_code)
+    options = {"trust_remote_code": trust_remote_code, "local_files_only": True}
+    return _load(choice, head, str(path), name, wanted.told, stored, options)
 
 
-def from_config(path: Path, name: str, trust_remote_code: bool) -> Loaded:
+def from_config(path: Path, name: str, trust_remote_code: bool, wanted: Wanted = NOTHING) -> Loaded:
     """A model of a directory with only a config.json, with torch's present random state. Raises ModelError."""
-    raw = _read(path / "config.json")
-    kind, warnings = _class(raw, path, trust_remote_code)
+    choice = choose_class(_read(path / "config.json"), path, trust_remote_code, wanted)
+    kind, warnings = choice.kind, choice.warnings
     where = str(path / "config.json")
+    head = _head(choice, path, wanted.told, trust_remote_code)
     try:
         with quiet_transformers():
-            config = transformers.AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code)
+            config = read_config(kind, path, trust_remote_code, head)
             config._name_or_path = name
             if vars(config).pop(contract.QUANTIZATION, None) is not None:
                 warnings += (f"{where}: the field 'quantization_config' has no effect on random weights",)
@@ -57,7 +69,7 @@ def from_config(path: Path, name: str, trust_remote_code: bool) -> Loaded:
             model = make(config, **({} if hasattr(kind, "_from_config") else {"trust_remote_code": trust_remote_code}))
     except Exception as error:  # a config's own checks, and whatever its model meets
         _refuse("E453", f"no {kind.__name__} can be made of this config", error, where)
-    return model.eval(), warnings
+    return Loaded(model.eval(), warnings, _notes(choice, model, wanted.told, head))
 
 
 def from_hub(
@@ -67,8 +79,9 @@ def from_hub(
     local_files_only: bool,
     near: str,
     quantize: Quantize | None = None,
-) -> tuple[nn.Module, tuple[str, ...], Path]:
-    """A model of the Hub, downloaded unless it is in the cache, warnings, and the directory that it is in.
+    wanted: Wanted = NOTHING,
+) -> tuple[Loaded, Path]:
+    """A model of the Hub, downloaded unless it is in the cache, and the directory that it is in.
 
     `near` helps if there is none; `quantize` as in `from_weights`. Raises ModelError and SpecError.
     """
@@ -76,19 +89,33 @@ def from_hub(
     with quiet_transformers():
         path = _fetch_config(name, revision, reachable=reachable, wanted=not local_files_only, near=near)
     config = _read(path)
-    kind, warnings = _class(config, path.parent, trust_remote_code)
-    stored = storing(config, kind, path.parent, quantize, str(path), trust_remote_code)
-    model, warnings = _load(
-        kind,
-        name,
-        name,
-        warnings,
-        stored,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-        local_files_only=not reachable,
-    )
-    return model, warnings, path.parent
+    choice = choose_class(config, path.parent, trust_remote_code, wanted)
+    stored = storing(config, choice.kind, path.parent, quantize, str(path), trust_remote_code)
+    head = _head(choice, path.parent, wanted.told, trust_remote_code)
+    options = {"revision": revision, "trust_remote_code": trust_remote_code, "local_files_only": not reachable}
+    return _load(choice, head, name, name, wanted.told, stored, options), path.parent
+
+
+def _head(choice: Choice, path: Path, told: Told, trust_remote_code: bool) -> dict[str, int]:
+    """The field of a config that a head needs to be what the adapters have, where the directory has no such head."""
+    if choice.is_own or not (told.labels or told.tensors):
+        return {}
+    plain = structure(choice.kind, path, str(path / "config.json"), trust_remote_code)
+    labels = getattr(plain.config, contract.LABEL_COUNT, None)
+    if not isinstance(labels, int):
+        return {}
+    wanted = as_head(told, ((name, each.shape) for name, each in plain.named_parameters()), labels)
+    return {} if wanted is None else {contract.LABEL_COUNT: wanted}
+
+
+def _notes(choice: Choice, model: nn.Module, told: Told, head: Mapping[str, int]) -> tuple[str, ...]:
+    """That another class was taken than the directory's own."""
+    if choice.is_own or type(model) is choice.own:
+        return ()
+    labels = "".join(f" of {count} labels" for count in head.values())
+    why = f", which {told.by} is for" if told.by and not choice.asked else ""
+    instead = "" if choice.own is None else f"; its config.json names {choice.own.__name__}"
+    return (f"the model is loaded as a {type(model).__name__}{labels}{why}{instead}",)
 
 
 # --- config.json ---
@@ -115,76 +142,24 @@ def _read(path: Path) -> dict[str, Any]:
     return value
 
 
-def _class(config: dict[str, Any], path: Path, trust_remote_code: bool) -> tuple[Any, tuple[str, ...]]:
-    """The class to load with: the architecture's own, or an Auto class for code that comes with the model."""
-    where = str(path / "config.json" if path.is_dir() else path)
-    architecture = _architecture(config, where)
-    model_type = config.get("model_type")
-    remote = config.get("auto_map")
-    known = isinstance(model_type, str) and model_type in CONFIG_MAPPING
-    if isinstance(remote, dict) and (trust_remote_code or not known):
-        if not trust_remote_code:
-            message = f"the model type {model_type!r} needs code that comes with the model"
-            fail(ModelError, "E456", message, help="read that code, then pass --trust-remote-code", where=where)
-        automatic = [each for each, target in remote.items() if str(target).endswith(f".{architecture}")]
-        automatic += [each for each in remote if each.startswith("AutoModel")]
-        return getattr(transformers, automatic[0] if automatic else "AutoModel"), ()
-    if not known:
-        if model_type is None:
-            help = 'a config.json says what it is of: "model_type": "llama"'
-            fail(ModelError, "E452", "no field 'model_type'", help=help, where=where)
-        help = did_you_mean(str(model_type), CONFIG_MAPPING.keys())
-        help = help or f"transformers {transformers.__version__} does not know it; a newer one may"
-        fail(ModelError, "E452", f"unknown model_type {model_type!r}", help=help, where=where)
-    warnings = _unknown_fields(config, CONFIG_MAPPING[model_type], where)
-    if architecture is None:
-        message = f"{where}: no field 'architectures': the bare model without a head is meant"
-        return transformers.AutoModel, (*warnings, message)
-    kind: Any = getattr(transformers, architecture, None)
-    if not (isinstance(kind, type) and issubclass(kind, PreTrainedModel)):
-        stem = f"{architecture[:3]}"
-        names = [each for each in dir(transformers) if each.startswith(stem)]
-        help = did_you_mean(architecture, names)
-        fail(ModelError, "E452", f"unknown architecture {architecture!r}", help=help, where=where)
-    wanted = getattr(getattr(kind, "config_class", None), "model_type", model_type)
-    if wanted != model_type:
-        message = f"the architecture {architecture!r} is of model_type {wanted!r}, not {model_type!r}"
-        fail(ModelError, "E452", message, where=where)
-    return kind, warnings
-
-
-def _architecture(config: dict[str, Any], where: str) -> str | None:
-    found = config.get("architectures")
-    if not found:
-        return None
-    if not isinstance(found, list) or not isinstance(found[0], str):
-        fail(ModelError, "E452", "field 'architectures' is not a list of names", where=where)
-    return found[0]
-
-
-def _unknown_fields(config: dict[str, Any], kind: type[PreTrainedConfig], where: str) -> tuple[str, ...]:
-    """A warning for every field the config's class does not know: transformers keeps it and nothing ever reads it."""
-    try:
-        known = set(vars(kind())) | set(kind().to_dict())
-    except Exception:  # some classes have no defaults; then nothing can be said
-        return ()
-    known |= set(kind.attribute_map) | set(GenerationConfig().to_dict()) | contract.ALSO_IN_CONFIG
-    own = [each for each in known if not each.startswith("_")]
-    messages = []
-    for name in config:
-        if name not in known and not hasattr(kind, name):
-            help = did_you_mean(name, own)
-            messages.append(f"{where}: unknown field '{name}' has no effect" + (f": {help}" if help else ""))
-    return tuple(messages)
-
-
 # --- loading ---
 
 
-def _load(kind: Any, source: str, name: str, warnings: tuple[str, ...], stored: Storing, **options: Any) -> Loaded:
+def _load(
+    choice: Choice,
+    head: Mapping[str, int],
+    source: str,
+    name: str,
+    told: Told,
+    stored: Storing,
+    options: Mapping[str, Any],
+) -> Loaded:
+    warnings = choice.warnings
     try:
         with quiet_transformers(), releasing() if stored.quantize else nullcontext():
-            model, info = kind.from_pretrained(source, output_loading_info=True, **options, **stored.options)
+            model, info = choice.kind.from_pretrained(
+                source, output_loading_info=True, **options, **stored.options, **head
+            )
     except (hub.HfHubHTTPError, hub.OfflineModeIsEnabled, ConnectionError) as error:
         _refuse("E455", "the weights cannot be downloaded", error, name)
     except Exception as error:  # damaged files, shapes that do not fit, a config that does not hold together
@@ -192,10 +167,16 @@ def _load(kind: Any, source: str, name: str, warnings: tuple[str, ...], stored: 
         _refuse("E454", "the model cannot be loaded", error, name)
     missing = sorted(info.get("missing_keys") or ())
     stored.settle(model, missing, name)
+    missing = [each for each in missing if told.held(each) is None]  # which the adapters bring along
     if missing:
         shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
         warnings += (f"{name}: the weights lack {shown}, which are random now",)
-    return model.eval(), warnings
+    notes = _notes(choice, model, told, head)
+    unread = sorted(info.get("unexpected_keys") or ()) if notes else ()
+    if unread:
+        shown = ", ".join(unread[:3]) + (f" and {len(unread) - 3} more" if len(unread) > 3 else "")
+        notes += (f"a {type(model).__name__} has no place for {shown}, which {name} has",)
+    return Loaded(model.eval(), warnings, notes)
 
 
 def hub_is_known() -> bool:

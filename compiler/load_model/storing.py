@@ -68,7 +68,7 @@ def storing(
     backend()
     explicit = None
     if quantize.skip is not None:
-        explicit, _ = left_dense(_structure(kind, path, where, trust_remote_code), quantize)
+        explicit, _ = left_dense(structure(kind, path, where, trust_remote_code), quantize)
     compute = None if quantize.compute is None else getattr(torch, quantize.compute)
     options = {contract.QUANTIZATION: config_of(quantize, compute, explicit), "device_map": ON_CPU}
     return Storing(options, quantize=quantize)
@@ -117,14 +117,22 @@ def _first(error: Exception) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def _structure(kind: Any, path: Path, where: str, trust_remote_code: bool) -> nn.Module:
-    """The model without its weights."""
+def structure(kind: Any, path: Path, where: str, trust_remote_code: bool) -> Any:
+    """The model without its weights. Raises ModelError."""
     remote = {} if hasattr(kind, "_from_config") else {"trust_remote_code": trust_remote_code}
     try:
-        config = transformers.AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code)
+        config = read_config(kind, path, trust_remote_code)
         with torch.device("meta"):
-            made: nn.Module = (getattr(kind, "_from_config", None) or kind.from_config)(config, **remote)
+            return (getattr(kind, "_from_config", None) or kind.from_config)(config, **remote)
     except Exception as error:  # a config's own checks, and whatever its model meets
         message = f"no {kind.__name__} can be made of this config: {_first(error)}"
         raise ModelError(Diagnostic("E453", message, where=where)) from error
-    return made
+
+
+def read_config(kind: Any, path: Path, trust_remote_code: bool, changes: Mapping[str, Any] | None = None) -> Any:
+    """The config in a directory, or the part of it that a class is for, with changes."""
+    part = getattr(kind, "config_class", None)
+    whole = transformers.AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code, **(changes or {}))
+    if part is None or isinstance(whole, part):
+        return whole
+    return part.from_pretrained(str(path), **(changes or {}))

@@ -181,6 +181,16 @@ TASKS = {
     "ForQuestionAnswering": "QUESTION_ANS",
 }
 
+# The class of transformers for a task, in the order in which PEFT lists them.
+AUTO_CLASSES = {
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
+
 
 def task_of(classes: Sequence[str], *, encoder_decoder: bool = True) -> str:
     """The task of a model of these classes, the most derived first.

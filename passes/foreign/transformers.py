@@ -175,6 +175,8 @@ CHAT_AS_IDS: Mapping[str, bool] = {"tokenize": True, "add_generation_prompt": Fa
 
 QUANTIZATION, COMPRESSION = "quantization_config", "compression_config"
 TIES = "tie_word_embeddings"
+LABEL_COUNT = "num_labels"
+AUTO_MODEL = "AutoModel"  # for a model without a head
 
 # What a config.json may hold beside its class's own fields: names of earlier versions, and what loading looks at.
 ALWAYS_IN_CONFIG = frozenset(
