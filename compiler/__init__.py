@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from peftc.compiler.api import AdaptedModel, apply, load
+    from peftc.compiler.diagram.svg import graphviz
     from peftc.compiler.jobs.benching import bench
     from peftc.compiler.jobs.builds import Build, build
     from peftc.compiler.jobs.checking import check
@@ -68,6 +69,7 @@ __all__ = [
     "export_adapters",
     "find_model",
     "get_peft_model_state_dict",
+    "graphviz",
     "inspect",
     "load",
     "read_spec",
@@ -76,6 +78,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "peftc.compiler.diagram.svg": ("graphviz",),
     "peftc.compiler.jobs.benching": ("bench",),
     "peftc.compiler.jobs.builds": ("Build", "build"),
     "peftc.compiler.jobs.checking": ("check",),

@@ -8,6 +8,7 @@ downloaded. A random base knows nothing, so the adapter learns everything from s
 
 import argparse
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -31,6 +32,8 @@ adapter rhymes = lora(rank = 16, alpha = 32) {
 
 def main() -> None:
     arguments = read_arguments()
+    if find_spec("accelerate") is None:
+        sys.exit("transformers' Trainer needs accelerate, which is not installed here: pip install '.[train]'")
     torch.set_num_threads(1)  # so small a model gains nothing from more
     disable_progress_bar()
     set_seed(0)

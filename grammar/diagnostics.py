@@ -73,8 +73,10 @@ def fail(
 
 
 def nearest(word: str, known: Iterable[str], limit: int = 3) -> tuple[str, ...]:
-    """The known words most like `word`, best first; empty when none is close."""
-    return tuple(difflib.get_close_matches(word, sorted(set(known)), n=limit, cutoff=0.6))
+    """The known words most like `word`, best first; empty when none is close. Those that differ in case alone first."""
+    words = sorted(set(known))
+    cased = [each for each in words if each.lower() == word.lower()]
+    return tuple(cased or difflib.get_close_matches(word, words, n=limit, cutoff=0.6))
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -42,6 +42,7 @@ Task = Annotated[
         "--task",
         metavar="TASK",
         help=f"Load MODEL as transformers' class for a task: {', '.join(AUTO_CLASSES)}.",
+        autocompletion=lambda: list(AUTO_CLASSES),
         show_default=False,
     ),
 ]

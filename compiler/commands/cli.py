@@ -1,13 +1,15 @@
 """The command `peftc`. Commands are in `commands`; this file puts them together and decides what a failure means."""
 
 import io
+import logging
 import os
 import platform
 import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
@@ -83,7 +85,7 @@ class Commands(TyperGroup):
         given = [each for each in given if each != "--debug"]
         as_json = "--json" in given
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), _logs(debug):
                 if not debug:
                     warnings.simplefilter("ignore")
                     warnings.simplefilter("always", UntestedVersionWarning)
@@ -120,6 +122,18 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")
     signal.signal(signal.SIGTERM, _terminate)
     app()
+
+
+@contextmanager
+def _logs(shown: bool) -> Iterator[None]:
+    """Without what libraries log of their own affairs, as torchao does when transformers imports it."""
+    before = logging.root.manager.disable
+    if not shown:
+        logging.disable(max(before, logging.WARNING))
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def _terminate(number: int, frame: object) -> None:
@@ -176,7 +190,6 @@ app = typer.Typer(
     help=HELP,
     epilog=EPILOG,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )

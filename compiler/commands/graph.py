@@ -16,8 +16,15 @@ class Format(StrEnum):
     """What a diagram is written as."""
 
     dot = "dot"
-    svg = "svg"
     json = "json"
+    svg = "svg"
+    png = "png"
+    pdf = "pdf"
+
+
+_ENDINGS = {**{each.value: each for each in Format}, "gv": Format.dot, "": Format.dot}
+_DRAWN = (Format.svg, Format.png, Format.pdf)
+_NOT_TEXT = (Format.png, Format.pdf)
 
 
 def graph(
@@ -34,7 +41,12 @@ def graph(
     ] = None,
     unfold: Annotated[bool, typer.Option("--unfold", help="Draw every layer of a run of alike ones.")] = False,
     format: Annotated[
-        Format | None, typer.Option("--format", help="By default what FILE ends in, or dot.", show_default=False)
+        Format | None,
+        typer.Option(
+            "--format",
+            help="By default what FILE ends in, or dot. Graphviz draws svg, png and pdf.",
+            show_default=False,
+        ),
     ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", metavar="FILE", help="Instead of stdout.", show_default=False)
@@ -50,6 +62,8 @@ def graph(
     """Draw a model's graph with the adapters of a spec."""
     which = _which(before, after, diff)
     form = _form(format, out, json)
+    if form in _DRAWN:
+        compiler.graphviz()  # what it lacks is told before a model is loaded
     with console.progress(not json) as progress:
         progress("loading the model")
         meant = compiler.read_spec(spec)
@@ -86,9 +100,18 @@ def _which(before: bool, after: bool, diff: bool) -> Literal["before", "after", 
     return "before" if before else "diff" if diff else "after"
 
 
-def _form(format: Format | None, out: Path | None, json: bool) -> Literal["dot", "svg", "json"]:
+def _form(format: Format | None, out: Path | None, json: bool) -> Literal["dot", "json", "svg", "png", "pdf"]:
     if json and format not in (None, Format.json):
         raise typer.BadParameter(f"--json and --format {format} do not go together")
-    ending = out.suffix.removeprefix(".") if out else ""
-    by_name = Format(ending) if ending in list(Format) else Format.dot
-    return (Format.json if json else format or by_name).value
+    if json or format is not None:
+        form = Format.json if json else format
+    else:
+        ending = out.suffix.removeprefix(".").lower() if out else ""
+        form = _ENDINGS.get(ending)
+        if form is None:
+            known = ", ".join(f".{each}" for each in Format)
+            raise typer.BadParameter(f"nothing is drawn as .{ending}: let FILE end in {known}, or say --format")
+    assert form is not None
+    if out is None and form in _NOT_TEXT:
+        raise typer.BadParameter(f"a {form} is no text for the terminal: give -o FILE")
+    return form.value

@@ -18,7 +18,13 @@ _ARXIV = re.compile(r"arXiv:\s?(\d{4}\.\d{4,5})")
 
 def methods(
     name: Annotated[
-        str | None, typer.Argument(metavar="[NAME]", help="Tell all about this method.", show_default=False)
+        str | None,
+        typer.Argument(
+            metavar="[NAME]",
+            help="Tell all about this method.",
+            autocompletion=lambda: list(builtin_methods()),
+            show_default=False,
+        ),
     ] = None,
     use: arguments.Use = None,
     json: arguments.Json = False,

@@ -29,7 +29,7 @@ from peftc.passes.plan.structure import Structure
 from peftc.runtime.model.model import AdaptedModel
 
 Which = Literal["before", "after", "diff"]
-Format = Literal["dot", "svg", "json"]
+Format = Literal["dot", "json", "svg", "png", "pdf"]
 Inputs = Sequence[Any] | Mapping[str, Any]
 
 PLAIN = 2  # axes of a prompt that is the same for every task
@@ -53,15 +53,15 @@ def draw(
         which: The graph before the adapters, after, or after with what is new or gone marked.
         focus: A selector; only what it names and its surroundings are drawn.
         unfold: Draw every layer of a run of alike ones.
-        format: Graphviz text, a rendered picture, or JSON for other tools.
+        format: Graphviz text, JSON for other tools, or a picture that graphviz draws.
         inputs: To trace with; a transformers model needs none.
 
     Raises:
         SpecError: the spec or the focus is wrong, in itself or for this model.
         ModelError: the model cannot be found or traced.
-        UsageError: an svg is asked for and graphviz is not installed.
+        UsageError: a picture is asked for and graphviz is not installed.
     """
-    if format == "svg":
+    if format in diagram.DRAWN:
         diagram.graphviz()
     meant = spec if isinstance(spec, Spec) else read_spec(spec)
     found = as_found(model, meant)
@@ -79,7 +79,7 @@ def draw(
     if format == "json":
         return diagram.to_json(picture).encode()
     text = diagram.to_dot(picture)
-    return diagram.to_svg(text) if format == "svg" else text.encode()
+    return text.encode() if format == "dot" else diagram.render(text, format)
 
 
 def graphs(adapted: AdaptedModel, inputs: Inputs) -> tuple[fx.Graph, fx.Graph]:

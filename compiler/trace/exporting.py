@@ -33,6 +33,10 @@ COMPILING = [(torch.compiler, "is_compiling", _always)]
 """For `patch_attributes`: models choose kernels that fake tensors can run when they believe they are being compiled."""
 
 
+class _CarriedError(Exception):
+    """Takes what a forward met past the exporter, which prints the graph so far for errors that it knows."""
+
+
 @dataclass(frozen=True)
 class Input:
     """An input of a graph, and the fake tensor that it is traced with."""
@@ -62,7 +66,12 @@ def exported(
     dynamic = {each.name: dict.fromkeys(each.dynamic, torch.export.Dim.AUTO) for each in inputs}
 
     def flat(**tensors: torch.Tensor) -> list[torch.Tensor]:
-        return forward(tensors)
+        try:
+            return forward(tensors)
+        except RuntimeError as error:
+            if "data-dependent" in str(error):
+                raise _CarriedError from error
+            raise
 
     flat.__signature__ = inspect.Signature([_keyword(name) for name in sample])  # type: ignore[attr-defined]
     model.__dict__["forward"] = flat
@@ -80,7 +89,9 @@ def exported(
     except (AdapterError, StampError):
         raise
     except Exception as error:  # whatever the model's own code meets under the exporter
-        refuse(kind, error)
+        met = error.__cause__ if isinstance(error, _CarriedError) else error
+        assert isinstance(met, Exception)
+        refuse(kind, met)
     finally:
         model.__dict__.pop("forward", None)
 

@@ -54,6 +54,12 @@ DROP = "drop"
 _Rule = Callable[[tree.Binary, Type, Type], Type]
 
 
+# Known to the methods of this project that cannot do without, and in no page for those who write their own.
+_UNTOLD = frozenset({"Ws", "category", "members", "tallest"})
+_ACTIVATIONS = frozenset({"x", "X", "h", "y", "input", "inputs", "hidden_states", "activation", "activations"})
+_LAYERS = {"in_features": "in", "out_features": "out", "weight": "W", "w": "W", "bias": "b", "r": "rank"}
+
+
 def type_of(expr: tree.Expr, names: Mapping[str, Type], used: set[str] | None = None) -> Type:
     """The expression's type. Raises SpecError where it has none; `used` collects the names it depends on."""
     used = set() if used is None else used
@@ -129,9 +135,20 @@ def _narrowed(names: Mapping[str, Type], test: tree.Expr, holds: bool) -> Mappin
 
 def unknown_name(expr: tree.Name, names: Iterable[str]) -> NoReturn:
     """Raise E130."""
-    known = sorted(names)
-    help = did_you_mean(expr.id, known) or f"known here: {', '.join(known)}"
+    known = sorted(set(names) - _UNTOLD)
+    help = _slip(expr.id, known) or did_you_mean(expr.id, known) or f"known here: {', '.join(known)}"
     fail(SpecError, "E130", f"'{expr.id}' is not known here", expr.span, help=help)
+
+
+def _slip(name: str, known: Sequence[str]) -> str:
+    """Help for what a layer's own code has names for, in a method's definition."""
+    if "W" not in known:
+        return ""
+    if name in _ACTIVATIONS:
+        return "a method sees no input: W' and b' are formulas over W, b and its own tensors, whatever goes through"
+    if _LAYERS.get(name) in known:
+        return f"it is '{_LAYERS[name]}' here"
+    return ""
 
 
 def number(expr: tree.Expr, found: Type, what: str) -> None:

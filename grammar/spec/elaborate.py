@@ -12,6 +12,7 @@ from peftc.grammar.method.rule import KINDS, MethodRule
 from peftc.grammar.source import Source, Span
 from peftc.grammar.spec.library import builtin_methods
 from peftc.grammar.spec.methods_of import Loader, Methods, methods_of
+from peftc.grammar.spec.peft_help import for_method
 from peftc.grammar.spec.quantize import read_quantize
 from peftc.grammar.spec.spec import REGIONS, AdapterSpec, Base, Regions, Spec, Target, Tokens
 from peftc.grammar.spec.values import complete, partial
@@ -161,7 +162,8 @@ def _adapter(statement: tree.Adapter, methods: Methods) -> AdapterSpec:
 
 def _unknown_method(call: tree.Call, known: Mapping[str, MethodRule]) -> NoReturn:
     span = call.span and Span(call.span.source, call.span.start, call.span.start + len(call.function))
-    help = did_you_mean(call.function, known) or f"known methods: {', '.join(sorted(known))}"
+    help = "" if call.function.lower() in known else for_method(call.function, known)
+    help = help or did_you_mean(call.function, known) or f"known methods: {', '.join(sorted(known))}"
     fail(SpecError, "E140", f"there is no method '{call.function}'", span, help=help)
 
 

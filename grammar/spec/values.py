@@ -4,6 +4,8 @@ from peftc.grammar.diagnostics import SpecError, did_you_mean, fail
 from peftc.grammar.method.infer import Scalar, type_of
 from peftc.grammar.method.rule import MethodRule, Value, Values
 from peftc.grammar.method.scalar import evaluate
+from peftc.grammar.peft_words import instead_of
+from peftc.grammar.spec.peft_help import for_field
 from peftc.grammar.syntax import expression, tree
 
 
@@ -27,7 +29,7 @@ def partial(rule: MethodRule, arguments: tuple[tree.Argument, ...]) -> Values:
             fail(SpecError, "E141", f"the arguments of '{rule.name}' are given by name", argument.span, help=help)
         if argument.name not in known:
             listed = f"'{rule.name}' takes {', '.join(known)}" if known else f"'{rule.name}' takes none"
-            help = did_you_mean(argument.name, known) or listed
+            help = for_field(rule, argument.name) or did_you_mean(argument.name, known) or listed
             fail(SpecError, "E141", f"'{rule.name}' has no hyperparameter '{argument.name}'", argument.span, help=help)
         if argument.name in values:
             fail(SpecError, "E143", f"'{argument.name}' is given twice", argument.span)
@@ -74,4 +76,5 @@ def _convert(hyperparameter: tree.Hyperparameter, value: Value, place: tree.Expr
         case _:
             pass
     written = expression.text(expression.literal(value))
-    fail(SpecError, "E142", f"'{name}' is {Scalar(wanted)}, and {written} is not", place.span)
+    help = instead_of(name) if isinstance(value, str) else ""
+    fail(SpecError, "E142", f"'{name}' is {Scalar(wanted)}, and {written} is not", place.span, help)

@@ -1,11 +1,13 @@
 """What a syntax error says: what was found, what could stand there, and the slip behind it if it is a common one."""
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import NoReturn
 
 from lark import Token
 
 from peftc.grammar.diagnostics import SpecError, fail, nearest
+from peftc.grammar.peft_words import instead_of
 from peftc.grammar.source import Source, Span
 
 _SIGNS = {
@@ -139,6 +141,10 @@ def _slip(source: Source, token: Token, can: set[str], before: Sequence[Token], 
         opened = Span(source, brackets[-1].start_pos or 0, brackets[-1].end_pos or 0)
         return f"the '{opened.text}' of line {opened.line}, column {opened.column} is not closed"
     if token.type == "NAME":
+        if can >= _CLAUSES and (said := instead_of(str(token))):
+            return said
+        if can >= _CLAUSES and re.match(r"\s*=", source.text[token.end_pos or 0 :]):
+            return f"values stand in parentheses behind the method's name: lora({token} = ...)"
         close = nearest(token.lower(), {keyword(each) for each in can} - {""}, limit=1)
         if close:
             return f"did you mean '{close[0]}'?"
@@ -150,6 +156,8 @@ def _slip(source: Source, token: Token, can: set[str], before: Sequence[Token], 
                 return f"did you mean '{close[0]}' instead of '{before[-1]}'?"
     if token.type == "COLON" and "EQUAL" in can:
         return "write '=' between a name and its value"
+    if token.type == "EQUAL" and before and before[-1].type == "_BIAS":
+        return "a clause has no '=': bias all, bias adapter or bias none"
     if token.type == "EQUAL" and "EQ" in can:
         return "equality is written =="
     if token.type == "EQUAL" and "COLON" in can:

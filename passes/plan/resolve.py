@@ -98,7 +98,7 @@ def check_base(base: Base | None, ground: ModelSurvey) -> None:
                 "E242",
                 f"the model's config has no {entry.name!r}",
                 entry.span,
-                did_you_mean(entry.name, known),
+                did_you_mean(entry.name, ("architecture", *known)),
             )
         found = getattr(ground.config, entry.name)
         if found != wanted:
