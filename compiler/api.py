@@ -270,7 +270,8 @@ def load(
 
     Args:
         model: The base. It is not changed, and the result shares its weights.
-        peft_model_id: A directory, or a repository on the Hub.
+        peft_model_id: A directory, or a repository on the Hub. Or a file of LoRA weights that diffusers or kohya's
+            scripts wrote for a pipeline: what is in it for this model is read, and the rest is told in a warning.
         adapter_name: What the adapter is called here.
         is_trainable: Whether to go on training it; otherwise nothing of the result has a gradient.
         revision: Of the repository, as `subfolder`, `token`, `cache_dir` and `local_files_only`.

@@ -21,8 +21,8 @@ NAMES = {"drop_in": "peft"}  # what a folder is imported as, where it is not cal
 LONGEST = 400
 MOST_FILES = 20
 
-# PEFT's own names are a foreign format's words, and stand in one file; those that are refused in another.
-FOREIGN_NAMES = {"passes/foreign/peft.py", "drop_in/refused.py"}
+# PEFT's own names, and the keys of other libraries' files, are foreign formats' words: one file a library.
+FOREIGN_NAMES = {f"passes/foreign/{library}.py" for library in ("peft", "diffusers", "kohya")} | {"drop_in/refused.py"}
 
 FILES = sorted(file for folder in ORDER for file in (ROOT / folder).rglob("*.py"))
 
@@ -290,4 +290,5 @@ def test_every_data_file_is_distributed():
 
 
 def _folder(package: str) -> Path:
-    return ROOT.joinpath(*package.split(".")[1:])
+    top, *rest = package.split(".")[1:]
+    return ROOT.joinpath(next((folder for folder, name in NAMES.items() if name == top), top), *rest)

@@ -43,6 +43,7 @@ ORDER = (
     "runtime/execution",
     "runtime/peft_format",
     "runtime/peft_config",
+    "runtime/other_formats",
     "runtime/regions",
     "runtime/adapted",
     "runtime/model",

@@ -13,8 +13,9 @@ from peftc.grammar.spec.elaborate import names_file, read_spec
 from peftc.grammar.spec.spec import Spec
 from peftc.grammar.syntax import tree
 from peftc.passes.foreign import transformers as contract
+from peftc.runtime.other_formats.other_file import other_file
 from peftc.runtime.peft_format.adapter_files import CONFIG, WEIGHTS, locate, read_json
-from peftc.runtime.peft_format.checkpoint import PREFIX
+from peftc.runtime.peft_format.key_spelling import PREFIX
 from peftc.runtime.peft_format.manifest import read_manifest
 
 Shape = tuple[int, ...]
@@ -85,6 +86,8 @@ def _by_spec(spec: Spec) -> Told:
 def _by_checkpoint(path_or_id: str | PathLike[str], local_files_only: bool) -> Told:
     target = path_or_id if isinstance(path_or_id, str) else Path(path_or_id)
     directory = locate(target, local_files_only=local_files_only)
+    if other_file(directory) is not None:
+        return Told()
     config = read_json(directory / CONFIG)
     manifest = read_manifest(directory)
     classes = [] if manifest is None else [manifest.base_class]

@@ -2,7 +2,7 @@
 
 import importlib.util
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from functools import cache
 from importlib import import_module
@@ -54,6 +54,7 @@ HARMLESS = frozenset(
         "fan_in_fan_out",  # sites know how their weight is stored
         "runtime_config",
         "megatron_core",  # read only beside megatron_config
+        *("lora_dtype", "lorap_lr_ratio", "lorap_emb_lr"),  # ms-swift's own: how an adapter was trained
     }
 )
 
@@ -103,8 +104,9 @@ FRESH_ONLY: dict[str, tuple[tuple[object, ...], str]] = {
     "save_only_topk_weights": ((None, False), "train without it: a file that holds the choice alone trains no choice"),
 }
 
-LORA_INIT, PISSA, EVA = "init_lora_weights", "pissa", "eva"
-NEARLY_PISSA = re.compile(r"pissa_niter_\d+")
+START_FIELD, DECOMPOSED, MEASURED = "init_lora_weights", "pissa", "eva"
+MEASURED_CONFIG = "eva_config"
+NEARLY_DECOMPOSED = re.compile(r"pissa_niter_\d+")
 
 # Starts that no fresh adapter of a config has, and what to do instead.
 OTHER_STARTS = {
@@ -190,6 +192,36 @@ AUTO_CLASSES = {
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
     "FEATURE_EXTRACTION": "AutoModel",
 }
+
+# The tensors that a low-rank update has at a module, as PEFT saves them.
+LOW_RANK_TENSORS = {
+    "A": "lora_A.weight",
+    "B": "lora_B.weight",
+    "bias": "lora_B.bias",
+    "magnitude": "lora_magnitude_vector",
+}
+
+
+def low_rank_config(
+    modules: Sequence[str],
+    rank: tuple[int, Mapping[str, int]],
+    alpha: tuple[float, Mapping[str, float]],
+    *,
+    bias: bool,
+    magnitude: bool,
+) -> dict[str, object]:
+    """The fields of a low-rank adapter of these modules; rank and alpha with the exceptions by module."""
+    return {
+        "peft_type": "LORA",
+        "target_modules": list(modules),
+        "r": rank[0],
+        "rank_pattern": dict(rank[1]),
+        "lora_alpha": alpha[0],
+        "alpha_pattern": dict(alpha[1]),
+        "lora_bias": bias,
+        "use_dora": magnitude,
+        "inference_mode": True,
+    }
 
 
 def task_of(classes: Sequence[str], *, encoder_decoder: bool = True) -> str:

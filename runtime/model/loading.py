@@ -1,10 +1,12 @@
 """Loading an adapter in the PEFT format into a model: everything is checked before anything changes."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
+
+from torch import Tensor
 
 from peftc.grammar.diagnostics import CheckpointError, SpecError, fail
 from peftc.grammar.spec.spec import AdapterSpec
@@ -23,6 +25,8 @@ from peftc.runtime.model.adding import PlannedAdapters, Values, add_adapters
 from peftc.runtime.model.embeddings import base_of, read_values
 from peftc.runtime.model.saving import TRAINING
 from peftc.runtime.model.state_dicts import IncompatibleKeys, put_values
+from peftc.runtime.other_formats.as_peft import as_peft
+from peftc.runtime.other_formats.other_file import other_file
 from peftc.runtime.peft_config.peft_config import read_config
 from peftc.runtime.peft_config.peft_rule import with_values
 from peftc.runtime.peft_config.spec_config import check_growth, known_methods
@@ -63,7 +67,7 @@ def load_adapter(
         local_files_only=options.local_files_only,
     )
     where = str(directory)
-    config, tensors = read_adapter(directory, allow_pickle=options.allow_pickle)
+    config, tensors = _read(model, directory, options)
     tensors = {options.renamed(key): tensor for key, tensor in tensors.items()}
     methods = known_methods(config, directory, options.use)
     facts = read_config(config, methods=methods, adapter_name=name, where=where, strict=options.strict)
@@ -145,6 +149,22 @@ def _check_same(plan: AdapterPlan, known: AdapterPlan, where: str) -> None:
         message = f"there already is an adapter {known.name!r}, and this is not one like it"
         help = "choose another adapter_name, or delete it first"
         fail(CheckpointError, "E594", message, help=help, where=where)
+
+
+def _read(model: AdaptedModule, place: Path, options: LoadOptions) -> tuple[Mapping[str, object], dict[str, Tensor]]:
+    """The configuration and the tensors of a checkpoint, or of another library's file as PEFT would have them."""
+    other = other_file(place)
+    if other is None:
+        return read_adapter(place, allow_pickle=options.allow_pickle)
+    weights = {
+        name.removesuffix(".weight"): tuple(tensor.shape)
+        for name, tensor in model._adapter_state.base.own().tensors()
+        if name.endswith(".weight") and tensor.dim() > 1
+    }
+    found = as_peft(other, weights, type(model).__name__)
+    for message in found.warnings:
+        warnings.warn(message, stacklevel=4)
+    return found.config, dict(found.tensors)
 
 
 def _planned(

@@ -16,11 +16,13 @@ from peftc.runtime.peft_config.peft_rule import any_fields, constant_fields, ini
 
 def with_known_start(config: Mapping[str, object]) -> tuple[Mapping[str, object], tuple[str, ...]]:
     """The configuration with the start that is made here in place of one that comes near it, and what is told of it."""
-    value = config.get(fields.LORA_INIT)
-    if not isinstance(value, str) or not fields.NEARLY_PISSA.fullmatch(value):
+    value = config.get(fields.START_FIELD)
+    if not isinstance(value, str) or not fields.NEARLY_DECOMPOSED.fullmatch(value):
         return config, ()
-    told = f"field '{fields.LORA_INIT}' = {shown(value)}: the decomposition is made in full, not by random projections"
-    return {**config, fields.LORA_INIT: fields.PISSA}, (told,)
+    told = (
+        f"field '{fields.START_FIELD}' = {shown(value)}: the decomposition is made in full, not by random projections"
+    )
+    return {**config, fields.START_FIELD: fields.DECOMPOSED}, (told,)
 
 
 def without_nulls(config: Mapping[str, object], rule: MethodRule) -> Mapping[str, object]:
@@ -45,8 +47,8 @@ def check_fresh(reader: FieldReader, rule: MethodRule) -> None:
     for name in sorted(idle & config.keys()):
         if config[name] not in (None, False, {}, []):
             _refuse(reader, name, "leave it out")
-    if config.get(fields.LORA_INIT) == fields.EVA:
-        _check_eva(reader)
+    if config.get(fields.START_FIELD) == fields.MEASURED:
+        _check_measured(reader)
     if config.get("layers_pattern") and config.get("layers_to_transform") is None:
         message = "field 'layers_pattern' says where layers are, and 'layers_to_transform' is not given"
         reader.problem("E325", message, "say which layers, or leave it out")
@@ -69,13 +71,14 @@ def _check_start(reader: FieldReader, rule: MethodRule) -> None:
         _refuse(reader, name, fields.OTHER_STARTS.get(str(value).lower(), "") or here)
 
 
-def _check_eva(reader: FieldReader) -> None:
+def _check_measured(reader: FieldReader) -> None:
     """Every site keeps its rank, and nothing is whitened; what PEFT does where nothing is said is otherwise."""
-    said = reader.config.get("eva_config")
+    said = reader.config.get(fields.MEASURED_CONFIG)
     said = said if isinstance(said, Mapping) else {}
     if said.get("rho", 2.0) != 1 or said.get("whiten", False):
         help = "every module keeps its rank here, as with EvaConfig(rho=1.0), and nothing is whitened: say so"
-        message = f"field '{fields.LORA_INIT}' = {shown(fields.EVA)} with 'eva_config' = {shown(dict(said))}"
+        given = f"field '{fields.START_FIELD}' = {shown(fields.MEASURED)}"
+        message = f"{given} with '{fields.MEASURED_CONFIG}' = {shown(dict(said))}"
         reader.problem("E322", f"{message} is not supported", help)
 
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from peftc.grammar.diagnostics import CheckpointError, did_you_mean, fail
+from peftc.passes.foreign import diffusers
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -22,6 +23,7 @@ PICKLE = "adapter_model.bin"
 MANIFEST = "peftc_manifest.json"
 MAX_CONFIG_BYTES = 16 * 2**20
 DEFAULT = "default"
+SAFETENSORS = ".safetensors"
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,99}")
 _REPO = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
@@ -54,6 +56,8 @@ def locate(
 ) -> Path:
     """The directory of a checkpoint: a local one, or one fetched from the Hub (the adapter's files only).
 
+    A file of tensors that is not named as PEFT's is itself what is found: another library's.
+
     Raises:
         CheckpointError: nothing of that name here or on the Hub, the Hub cannot be reached, or `subfolder` leads out.
     """
@@ -63,6 +67,8 @@ def locate(
         _check_relative(subfolder, text)
     if local.is_dir():
         return _inside(local, subfolder)
+    if local.is_file() and local.suffix == SAFETENSORS and local.name != WEIGHTS and not subfolder:
+        return local
     if local.exists():
         help = f"give its directory: '{local.parent}'"
         fail(CheckpointError, "E301", "this is a file, not a checkpoint's directory", help=help, where=text)
@@ -111,6 +117,8 @@ def read_json(path: Path) -> dict[str, object]:
     if not path.is_file():
         present = [each.name for each in path.parent.iterdir()] if path.parent.is_dir() else []
         help = did_you_mean(path.name, present)
+        if path.name == CONFIG and (path.parent.is_file() or diffusers.WEIGHTS in present):
+            help = "this is another library's file of LoRA weights: compiler.load(model, ...) reads it into its model"
         if path.name == CONFIG and not help and {"config.json", "model.safetensors"} & set(present):
             help = "this is a model's directory, not an adapter's"
         fail(CheckpointError, "E302", f"no file '{path.name}'", help=help, where=str(path.parent))
@@ -285,7 +293,7 @@ def _download(
             token=token,
             cache_dir=cache_dir,
             local_files_only=local_files_only,
-            allow_patterns=[inside + name for name in (CONFIG, WEIGHTS, PICKLE, MANIFEST)],
+            allow_patterns=[inside + name for name in (CONFIG, WEIGHTS, PICKLE, MANIFEST, diffusers.WEIGHTS)],
         )
     except hub.GatedRepoError:
         fail(CheckpointError, "E308", f"access to '{repo}' must be asked for on the Hub", where=repo)

@@ -195,6 +195,7 @@ def test_only_the_adapters_files_are_fetched(checkpoint, monkeypatch):
         "adapter/adapter_model.safetensors",
         "adapter/adapter_model.bin",
         "adapter/peftc_manifest.json",
+        "adapter/pytorch_lora_weights.safetensors",
     ]
 
 
