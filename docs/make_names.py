@@ -27,12 +27,12 @@ DIFFERS = {
     "load_peft_weights": "a pickled file is read only with `allow_pickle=True`",
 }
 METHODS = {
-    "add_adapter": "takes a spec as well; in `peftc.peft` what is added rests, as in PEFT, else it is active",
+    "add_adapter": "takes a spec as well; in transformers' order, the config first, the new adapter is active",
     "active_adapters": "may also be called, as transformers' method of that name is",
     "delete_adapter": "takes several names too; what is activated instead is not made trainable",
     "disable_adapter": "what is merged rests too",
     "from_pretrained": "`config` is refused: an adapter has its own; a pickled file needs `allow_pickle=True`",
-    "get_base_model": "a plain model that shares the weights; adapters stay in the adapted one",
+    "get_base_model": "this very model as an object of the user's class; `unload` gives one without adapters",
     "get_layer_status": "modules without an adapter are not listed",
     "get_model_status": "`active_adapters` is never 'irregular': activation is the model's, not a layer's",
     "load_adapter": "an adapter that lacks something, or has too much, is refused; the first one becomes active",

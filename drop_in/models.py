@@ -9,6 +9,7 @@ from torch import nn
 from peftc.compiler.api import AdaptedModel, apply, load
 from peftc.grammar.diagnostics import UsageError, fail
 from peftc.runtime.adapted.adapted_class import adapted_class
+from peftc.runtime.model.described import config_and_name
 
 
 class PeftModel(AdaptedModel):
@@ -59,15 +60,8 @@ class PeftModel(AdaptedModel):
         self, adapter_name: Any = None, peft_config: Any = None, *more: Any, **options: Any
     ) -> None:
         """Add a fresh adapter, which rests, as PEFT's method of this name. Raises as `AdaptedModel.add_adapter`."""
-        state = self._adapter_state
-        before = state.active
-        trained = [name for name in state.names() if state.adapter(name).is_trainable]
-        known = set(state.names())
-        super().add_adapter(adapter_name, peft_config, *more, **options)
-        if before:
-            state.activate(before)
-            state.train([name for name in state.names() if name not in known], False)
-            state.train(trained, True)
+        config, name = config_and_name(adapter_name, peft_config)
+        super().add_adapter(None, name, *more, peft_config=config, **options)
 
     @property
     def base_model(self) -> Any:

@@ -90,12 +90,12 @@ class FreshOptions:
 def add_fresh(
     model: AdaptedModule,
     planned: PlannedAdapters,
-    active: Active,
+    active: Active | None,
     options: FreshOptions,
     *,
     trainable: bool = True,
 ) -> None:
-    """Add adapters that start as their methods say, and make these active, and trained unless not `trainable`.
+    """Add adapters that start as their methods say, trained if `trainable`, and make these active if any are said.
 
     Raises UsageError, and leaves the model as it was: a method lacks what it starts from, or see `AdapterSet.activate`.
     """

@@ -108,8 +108,13 @@ class InspectedModel(AdaptedModule):
         return self._adapter_state.base.unloaded()
 
     def get_base_model(self) -> nn.Module:
-        """As `unload`: this model keeps its adapters."""
-        return self.unload()
+        """This very model as an object of the user's class, adapters in its modules, as PEFT's method gives it.
+
+        What is set on it is set on this one. `unload` gives a model without adapters.
+        """
+        view: nn.Module = object.__new__(self._base_class)
+        view.__dict__ = self.__dict__
+        return view
 
     def base_fingerprint(self) -> str:
         """A digest of the base's names, shapes and sampled contents, without what is merged or room for new tokens."""

@@ -54,7 +54,8 @@ class AdaptedModel(SavedModel):
         """Add a fresh adapter and activate it, as transformers' `add_adapter`.
 
         `adapter_config`, or `peft_config`, is a spec (a path, the text itself, a `Spec` or `AdapterSpec` with one
-        adapter) or a PEFT config (an object, or its fields as a dict). PEFT's order, the name first, is understood too.
+        adapter) or a PEFT config (an object, or its fields as a dict). PEFT's order, the name first, and its keyword
+        mean what they mean there: beside an active adapter the new one rests, frozen, until `set_adapter`.
         `calibration` are the batches that a method needs which starts from data, as in `apply`; the base runs on them.
         `tokenizer` is for tokens that a spec names by their text, for new ones, and for a method that starts from a
         text. `dense` is what a quantized base was made from, as in `apply`, where `autocast_adapter_dtype` and
@@ -71,9 +72,11 @@ class AdaptedModel(SavedModel):
         planned = plan_adapters(one.on(surveyed), surveyed, tokenizer)
         one.check(planned.plans)
         options = FreshOptions(calibration, tokenizer, dense, upcast=autocast_adapter_dtype)
-        add_fresh(self, planned, active, options, trainable=one.trains())
+        rests = bool(state.active) and (peft_config is not None or (name is not None and name is adapter_config))
+        add_fresh(self, planned, None if rests else active, options, trainable=one.trains() and not rests)
         state.base.facts.told(one.facts)
-        self._unmerge_for_others(stacklevel=3)
+        if not rests:
+            self._unmerge_for_others(stacklevel=3)
 
     def load_adapter(
         self,

@@ -297,3 +297,31 @@ def test_deleting_takes_names_once(given, tmp_path):
     with pytest.raises(TypeError, match="E589"):
         ours.delete_adapter(**given)
     assert ours.active_adapters == ["default"]
+
+
+# --- the base, and what is added ---
+
+
+def test_the_base_model_is_this_very_one_with_its_adapters(tmp_path):
+    ours, theirs = both(tmp_path, {"default": CONFIGS["default"]})
+    got, wanted = ours.get_base_model(), theirs.get_base_model()
+    assert type(got) is type(wanted)
+    with torch.no_grad():
+        torch.testing.assert_close(got(IDS).logits, wanted(IDS).logits, rtol=1e-4, atol=1e-4)
+        assert (got(IDS).logits - ours.unload()(IDS).logits).abs().max() > 1e-3
+        got.lm_head = torch.nn.Identity()
+        torch.testing.assert_close(ours(IDS).logits, got.model(IDS).last_hidden_state)
+
+
+@pytest.mark.parametrize("way", ["the name first", "by its keyword"])
+def test_what_is_added_as_peft_has_it_rests(way, tmp_path):
+    ours, theirs = both(tmp_path, {"default": CONFIGS["default"]})
+    for model in (ours, theirs):
+        if way == "the name first":
+            model.add_adapter("other", CONFIGS["other"])
+        else:
+            model.add_adapter(adapter_name="other", peft_config=CONFIGS["other"])
+    assert ours.active_adapters == theirs.active_adapters == ["default"]
+    assert whole(ours)["requires_grad"] == whole(theirs)["requires_grad"] == {"default": True, "other": False}
+    ours.add_adapter(CONFIGS["third"], "third")  # transformers' order
+    assert ours.active_adapters == ["third"]
