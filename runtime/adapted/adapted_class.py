@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
+from peftc.grammar.diagnostics import UsageError, fail
 from peftc.passes.foreign import peft as contract
 from peftc.passes.foreign.transformers import USE_CACHE, forward_of
 from peftc.runtime.adapted.adapted_module import AdaptedModule, Root
@@ -57,6 +58,11 @@ def _adapted_class(base: type[nn.Module], root: type[Root]) -> type[Root]:
 
     def forward(self: AdaptedModule, *args: Any, **kwargs: Any) -> Any:
         state = self._adapter_state
+        if contract.BY_ROW in kwargs and contract.BY_ROW not in known:
+            help = 'call once for each adapter, or export programs with adapters="routed", which rows choose from'
+            fail(
+                UsageError, "E528", f"'{contract.BY_ROW}': rows of a call cannot have adapters of their own", help=help
+            )
         if makes_cache and self.training and self.is_gradient_checkpointing and is_recomputing():
             args, kwargs = (), without_cache(self._named(args, kwargs))
         if state.whole or any(name in kwargs for name in EXTRA_INPUTS) or (state.host.stored and _is_exporting()):

@@ -325,3 +325,12 @@ def test_what_is_added_as_peft_has_it_rests(way, tmp_path):
     assert whole(ours)["requires_grad"] == whole(theirs)["requires_grad"] == {"default": True, "other": False}
     ours.add_adapter(CONFIGS["third"], "third")  # transformers' order
     assert ours.active_adapters == ["third"]
+
+
+def test_rows_with_adapters_of_their_own_are_refused(tmp_path):
+    """PEFT has them, and to leave the names unread would give every row the active adapter."""
+    ours, _ = both(tmp_path, {name: CONFIGS[name] for name in ("default", "other")})
+    with pytest.raises(UsageError, match=r"E528.*adapter_names"):
+        ours(input_ids=IDS, adapter_names=["other"])
+    with pytest.raises(UsageError, match=r"E528.*adapter_names"):
+        ours.generate(input_ids=IDS, adapter_names=["other"], max_new_tokens=2)
