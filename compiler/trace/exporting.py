@@ -139,6 +139,9 @@ def refuse(kind: str, error: Exception) -> NoReturn:
     raise ModelError(diagnostic) from error
 
 
+_ADVISERS = ("torch.export", "torch.fx.experimental.symbolic_shapes")
+
+
 @contextmanager
 def apart(device: str) -> Iterator[None]:
     """Trace whatever the caller's mode: the graph serves calls inside and outside of autocast and inference mode.
@@ -147,14 +150,17 @@ def apart(device: str) -> Iterator[None]:
     """
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
-    exporter = logging.getLogger("torch.export")
-    before, exporter.disabled = exporter.disabled, True
+    loggers = [logging.getLogger(name) for name in _ADVISERS]
+    before = [each.disabled for each in loggers]
+    for each in loggers:
+        each.disabled = True
     try:
         with warnings.catch_warnings(), torch.inference_mode(False), torch.autocast(device, enabled=False):
             warnings.simplefilter("ignore")
             yield
     finally:
-        exporter.disabled = before
+        for each, was in zip(loggers, before, strict=True):
+            each.disabled = was
         transformers_logging.set_verbosity(level)
 
 

@@ -157,10 +157,10 @@ def _misfit(ground: Ground) -> object:
     return compiler.load(transformers.GPT2LMHeadModel(config), ground.checkpoint)
 
 
-def _merged_twice(ground: Ground) -> object:
+def _measured_when_merged(ground: Ground) -> object:
     adapted = ground.adapted()
     adapted.merge_adapter()
-    return adapted.merge_adapter()
+    return adapted.merge_drift()
 
 
 def _not_finite(ground: Ground) -> object:
@@ -347,7 +347,7 @@ CASES: dict[str, Case] = {
     "checkpoint_truncated": _truncated,
     "checkpoint_config_not_json": lambda g: g.write("checkpoint/adapter_config.json", "{'r': 2}").load(),
     "checkpoint_config_a_list": lambda g: g.write("checkpoint/adapter_config.json", "[]").load(),
-    "checkpoint_unknown_field": lambda g: g.config(lora_alhpa=4).load(),
+    "checkpoint_unknown_field": lambda g: g.config(lora_alhpa=4).load(strict=True),
     "checkpoint_wrong_type": lambda g: g.config(r="eight").load(),
     "checkpoint_unknown_method": lambda g: g.config(peft_type="LORRA").load(),
     "checkpoint_unsupported_field": lambda g: g.config(use_qalora=True).load(),
@@ -419,9 +419,9 @@ CASES: dict[str, Case] = {
     "adapter_taken": lambda g: g.adapted().add_adapter(SPEC),
     "adapter_not_a_spec": lambda g: g.adapted().add_adapter(42),
     "adapter_deleted_unknown": lambda g: g.adapted().delete_adapter("z"),
-    "merged_twice": _merged_twice,
+    "merge_measured_when_merged": _measured_when_merged,
     "merge_not_finite": _not_finite,
-    "save_pickle": lambda g: g.adapted().save_pretrained(g.directory / "out", safe_serialization=False),
+    "save_misspelt": lambda g: g.adapted().save_pretrained(g.directory / "out", selected_adapter=["a"]),
     "save_onto_a_file": lambda g: g.adapted().save_pretrained(g.checkpoint / "adapter_config.json"),
     # exports
     "export_unknown_format": lambda g: g.export(format="pt"),

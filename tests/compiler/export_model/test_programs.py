@@ -295,8 +295,8 @@ def test_a_name_that_is_a_directory(here, monkeypatch):
     monkeypatch.chdir(here)
     (here / "x=y").mkdir()
     done = peftc("export", "x=y", "nowhere", "-o", "out", "--json")
-    assert done.codes == ["E455"]
-    assert done.json["errors"][0]["file"] == "nowhere"
+    assert done.codes == ["E302"]
+    assert done.json["errors"][0]["file"] == "x=y"
 
 
 # --- what stands in the way ---

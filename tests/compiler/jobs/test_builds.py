@@ -137,7 +137,7 @@ def test_build_leaves_the_model_and_the_random_state(model, tmp_path):
 
 def test_an_adapter_called_default_has_its_directory(tmp_path):
     make(tmp_path / "b", "adapter default = lora(rank = 2) { on first }\nadapter other = lora(rank = 2) { on first }")
-    assert {each.name for each in (tmp_path / "b" / "adapters").iterdir()} == {"default", "other"}
+    assert {each.name for each in (tmp_path / "b" / "adapters").iterdir()} == {"README.md", "default", "other"}
 
 
 def test_without_graphviz_the_rest_is_written(tmp_path, monkeypatch):

@@ -151,7 +151,7 @@ def test_merging(names: list[str], three: Any, zoo: Any) -> None:
     with three.disable_adapter():
         torch.testing.assert_close(zoo.logits(three, batch), zoo.logits(base, batch), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(zoo.logits(three, batch), before, atol=1e-5, rtol=1e-5)
-    for refused in (lambda: three.merge_adapter(), lambda: three.delete_adapter("first")):
+    for refused in (lambda: three.merge_drift(), lambda: three.delete_adapter("first")):
         with pytest.raises(UsageError):
             refused()
     three.unmerge_adapter()

@@ -116,8 +116,8 @@ class AdapterRules(Watched):
             return
         theirs = self.theirs
         if merged and theirs.merged is not None:
-            if not theirs.enabled:
-                return
+            if not theirs.enabled or any(name not in theirs.merged for name, _ in theirs.active):
+                return  # active ones that are not merged would be merged too
             other = theirs.model
         else:
             other = theirs.served(theirs.active if merged else ()).model
