@@ -63,11 +63,6 @@ class PeftModel(AdaptedModel):
         config, name = config_and_name(adapter_name, peft_config)
         super().add_adapter(None, name, *more, peft_config=config, **options)
 
-    @property
-    def base_model(self) -> Any:
-        """The model without its head, as transformers has it; PEFT has a wrapper there, and its `model` is `self`."""
-        return self._inherited("base_model") if hasattr(self._base_class, "base_model") else self
-
 
 class PeftModelForCausalLM(PeftModel):
     """A model that writes text on."""

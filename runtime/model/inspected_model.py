@@ -1,6 +1,7 @@
 """What an adapted model tells of its adapters, by the names that PEFT's users know."""
 
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -20,6 +21,18 @@ from peftc.runtime.model.status import (
 )
 from peftc.runtime.peft_config.config_object import config_object
 from peftc.runtime.regions.partition import Partition
+
+_WHOLE: "WeakKeyDictionary[nn.Module, InspectedModel]" = WeakKeyDictionary()
+_CLASSES: dict[type[nn.Module], Any] = {}
+
+
+def _with_model(kind: type[nn.Module]) -> Any:
+    """A class of modules whose `model` is the adapted model that they are of."""
+    if kind not in _CLASSES:
+        found = property(lambda self: _WHOLE[self].get_base_model())
+        make: Any = type(kind)
+        _CLASSES[kind] = make(kind.__name__, (kind,), {"model": found, "__module__": kind.__module__})
+    return _CLASSES[kind]
 
 
 class InspectedModel(AdaptedModule):
@@ -114,6 +127,19 @@ class InspectedModel(AdaptedModule):
         """
         view: nn.Module = object.__new__(self._base_class)
         view.__dict__ = self.__dict__
+        return view
+
+    @property
+    def base_model(self) -> Any:
+        """The model without its head, as transformers has it; its `model`, which PEFT's users ask for, is all of it."""
+        if "base_model" in self._modules:
+            return self._modules["base_model"]
+        inner: nn.Module = self._inherited("base_model") if hasattr(self._base_class, "base_model") else self
+        if "model" in inner._modules:
+            return inner
+        view: nn.Module = object.__new__(_with_model(type(inner)))
+        view.__dict__ = inner.__dict__
+        _WHOLE[view] = self
         return view
 
     def base_fingerprint(self) -> str:

@@ -334,3 +334,15 @@ def test_rows_with_adapters_of_their_own_are_refused(tmp_path):
         ours(input_ids=IDS, adapter_names=["other"])
     with pytest.raises(ValueError, match="adapter_names"):  # transformers' own
         ours.generate(input_ids=IDS, adapter_names=["other"], max_new_tokens=2)
+
+
+def test_what_trainers_read_of_pefts_base(tmp_path):
+    """Label smoothing and NEFTune go through `base_model.model`; transformers itself through `base_model`."""
+    ours, theirs = both(tmp_path, {"default": CONFIGS["default"]})
+    whole_one = ours.base_model.model
+    assert type(whole_one) is type(theirs.base_model.model)
+    assert whole_one.get_input_embeddings() is ours.get_input_embeddings()
+    assert isinstance(ours.base_model, type(ours.model))
+    with torch.no_grad():
+        got, wanted = ours.base_model(IDS).last_hidden_state, theirs.base_model.model.model(IDS).last_hidden_state
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
