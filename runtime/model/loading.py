@@ -1,7 +1,7 @@
 """Loading an adapter in the PEFT format into a model: everything is checked before anything changes."""
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
@@ -120,7 +120,10 @@ def load_adapter(
         named = ", ".join(sorted(map(spelling.told, idle)))
         warnings.warn(f"{where}: left unread, since no output depends on it: {named}", stacklevel=3)
     own = read_values(plan, fitted, dict(state.base.own().tensors()))
-    fingerprint = base_of(state.base, own) if own else state.base.fingerprint()
+
+    def fingerprint() -> str:
+        return base_of(state.base, own) if own else state.base.fingerprint()
+
     _follow_manifest(model, directory, fingerprint, follows_regions=follows_regions)
 
     def values() -> Iterator[Values]:
@@ -189,7 +192,9 @@ def _planned(
         ) from error
 
 
-def _follow_manifest(model: AdaptedModule, directory: Path, fingerprint: str, *, follows_regions: bool) -> None:
+def _follow_manifest(
+    model: AdaptedModule, directory: Path, fingerprint: Callable[[], str], *, follows_regions: bool
+) -> None:
     manifest = read_manifest(directory)
     if manifest is None:
         return
@@ -200,7 +205,7 @@ def _follow_manifest(model: AdaptedModule, directory: Path, fingerprint: str, *,
     base.facts.regions = base.facts.regions or manifest.regions
     differences = compare(
         manifest,
-        fingerprint,
+        fingerprint(),
         base_class=base_class,
         base_id=base.facts.base_name,
         quantized=base.own().quantization(),
