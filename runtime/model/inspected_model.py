@@ -131,11 +131,14 @@ class InspectedModel(AdaptedModule):
 
     @property
     def base_model(self) -> Any:
-        """The model without its head, as transformers has it; its `model`, which PEFT's users ask for, is all of it."""
+        """The model without its head, as transformers has it; its `model`, which PEFT's users ask for, is all of it.
+
+        A model without a head is its own.
+        """
         if "base_model" in self._modules:
             return self._modules["base_model"]
         inner: nn.Module = self._inherited("base_model") if hasattr(self._base_class, "base_model") else self
-        if "model" in inner._modules:
+        if inner is self or "model" in inner._modules:  # transformers asks whether a model is its own
             return inner
         view: nn.Module = object.__new__(_with_model(type(inner)))
         view.__dict__ = inner.__dict__

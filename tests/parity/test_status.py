@@ -346,3 +346,8 @@ def test_what_trainers_read_of_pefts_base(tmp_path):
     with torch.no_grad():
         got, wanted = ours.base_model(IDS).last_hidden_state, theirs.base_model.model.model(IDS).last_hidden_state
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_without_a_head_is_its_own_base():
+    adapted = compiler.apply(hf.LlamaModel(hf.LlamaConfig(**SIZES)), "adapter a = lora { on q_proj }")
+    assert adapted.base_model is adapted
