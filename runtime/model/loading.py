@@ -107,11 +107,12 @@ def load_adapter(
         plan, fitted, masks = carried(plan, fitted, masks, earlier, survey, where)
     if known is not None:
         _check_same(plan, known.plan, where)
+        whole = read_tensors(directory / TRAINING) if known.allocator and (directory / TRAINING).is_file() else None
         put_values(model, known, fitted)
         if known.allocator is not None:
             known.allocator.restore(masks, known.tensor)
-            if (directory / TRAINING).is_file():
-                known.load_state_dict(read_tensors(directory / TRAINING))
+            if whole is not None:
+                known.load_state_dict(whole)
         if options.is_trainable:
             state.train([name], True)
         return IncompatibleKeys([], [])
@@ -145,8 +146,10 @@ def _check_same(plan: AdapterPlan, known: AdapterPlan, where: str) -> None:
     """Raise CheckpointError unless an adapter that is there computes what the file's would with the same tensors."""
 
     def facts(of: AdapterPlan) -> object:
-        sites = [(at.site.name, at.bound.weight, at.bound.bias, at.bound.prompt, at.bound.scalars) for at in of.sites]
-        return sites, [each.module for each in of.copies], [(each.module, each.ids) for each in of.rows]
+        bound = [(at.site.name, at.bound) for at in of.sites]
+        sites = [(site, each.weight, each.bias, each.prompt, each.scalars) for site, each in bound]
+        sizes = [(site, param.role, param.shape) for site, each in bound for param in each.params]
+        return sites, sizes, [each.module for each in of.copies], [(each.module, each.ids) for each in of.rows]
 
     if facts(plan) != facts(known):
         message = f"there already is an adapter {known.name!r}, and this is not one like it"

@@ -351,3 +351,15 @@ def test_what_trainers_read_of_pefts_base(tmp_path):
 def test_a_model_without_a_head_is_its_own_base():
     adapted = compiler.apply(hf.LlamaModel(hf.LlamaConfig(**SIZES)), "adapter a = lora { on q_proj }")
     assert adapted.base_model is adapted
+
+
+def test_a_file_of_another_rank_and_the_same_scale_goes_into_no_adapter(tmp_path):
+    """Nothing of it is written before that is found out."""
+    ours, _ = both(tmp_path / "a", {"default": peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])})
+    both(tmp_path / "b", {"default": peft.LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "v_proj"])})
+    before = ours(IDS).logits
+    with pytest.raises(ValueError, match="E594"):
+        ours.load_adapter(tmp_path / "b", "default")
+    assert torch.equal(ours(IDS).logits, before)
+    ours.load_adapter(tmp_path / "a", "default")
+    torch.testing.assert_close(ours(IDS).logits, before)
