@@ -8,6 +8,7 @@ import transformers
 from torch import nn
 
 from peftc.grammar.diagnostics import CheckpointError, fail
+from peftc.passes.foreign.peft import AUTO_CLASSES
 from peftc.peft.models import PeftModel
 from peftc.runtime.peft_format.adapter_files import CONFIG, locate, read_json
 
@@ -67,7 +68,7 @@ class AutoPeftModel:
         if cls.target:
             return getattr(transformers, cls.target)
         mapped = config.get("auto_mapping") or {}
-        name = mapped.get("base_model_class") or _AUTO.get(str(config.get("task_type")))
+        name = mapped.get("base_model_class") or AUTO_CLASSES.get(str(config.get("task_type")))
         found = getattr(transformers, name, None) if isinstance(name, str) else None
         if found is None or not hasattr(found, "from_pretrained"):
             help = "use the class for its task, such as AutoPeftModelForCausalLM"
@@ -81,47 +82,37 @@ class AutoPeftModel:
         return found
 
 
-_AUTO = {
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-    "FEATURE_EXTRACTION": "AutoModel",
-}
-
-
 class AutoPeftModelForCausalLM(AutoPeftModel):
     """For models that write text on."""
 
-    target = _AUTO["CAUSAL_LM"]
+    target = AUTO_CLASSES["CAUSAL_LM"]
 
 
 class AutoPeftModelForSeq2SeqLM(AutoPeftModel):
     """For models with an encoder and a decoder."""
 
-    target = _AUTO["SEQ_2_SEQ_LM"]
+    target = AUTO_CLASSES["SEQ_2_SEQ_LM"]
 
 
 class AutoPeftModelForSequenceClassification(AutoPeftModel):
     """For models that sort texts."""
 
-    target = _AUTO["SEQ_CLS"]
+    target = AUTO_CLASSES["SEQ_CLS"]
 
 
 class AutoPeftModelForTokenClassification(AutoPeftModel):
     """For models that sort tokens."""
 
-    target = _AUTO["TOKEN_CLS"]
+    target = AUTO_CLASSES["TOKEN_CLS"]
 
 
 class AutoPeftModelForQuestionAnswering(AutoPeftModel):
     """For models that find answers in a text."""
 
-    target = _AUTO["QUESTION_ANS"]
+    target = AUTO_CLASSES["QUESTION_ANS"]
 
 
 class AutoPeftModelForFeatureExtraction(AutoPeftModel):
     """For models that give hidden states."""
 
-    target = _AUTO["FEATURE_EXTRACTION"]
+    target = AUTO_CLASSES["FEATURE_EXTRACTION"]

@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from peftc.compiler.api import AdaptedModel, apply
-from peftc.grammar.diagnostics import ArgumentTypeError, CheckpointError, fail
+from peftc.grammar.diagnostics import CheckpointError, fail
 from peftc.passes.foreign import transformers as contract
 from peftc.peft.models import PeftModel, as_peft
 from peftc.runtime.base.share import share
-from peftc.runtime.model.state_dicts import set_peft_model_state_dict
+from peftc.runtime.model.state_dicts import checked, set_peft_model_state_dict
 from peftc.runtime.model.status import TunerLayerStatus, TunerModelStatus
 from peftc.runtime.peft_config.config_object import config_object
 from peftc.runtime.peft_format.adapter_files import locate, read_adapter
@@ -113,12 +113,12 @@ def hotswap_adapter(
 
 def get_layer_status(model: Any) -> list[TunerLayerStatus]:
     """The state of every adapted module: see `AdaptedModel.get_layer_status`."""
-    return _adapted(model).get_layer_status()
+    return checked(model).get_layer_status()
 
 
 def get_model_status(model: Any) -> TunerModelStatus:
     """The state of the model: see `AdaptedModel.get_model_status`."""
-    return _adapted(model).get_model_status()
+    return checked(model).get_model_status()
 
 
 def get_peft_config(config_dict: Mapping[str, Any]) -> Any:
@@ -137,16 +137,9 @@ def load_peft_weights(
 
 def initialize_kv_prefix_from_text(model: Any, tokenizer: Any, **options: Any) -> torch.Tensor:
     """Start a prefix as the keys and values of a text: see `AdaptedModel.initialize_kv_prefix_from_text`."""
-    return _adapted(model).initialize_kv_prefix_from_text(tokenizer, **options)
+    return checked(model).initialize_kv_prefix_from_text(tokenizer, **options)
 
 
 def initialize_kv_prefix_from_past_key_values(model: Any, **options: Any) -> torch.Tensor:
     """Start a prefix as keys and values: see `AdaptedModel.initialize_kv_prefix_from_past_key_values`."""
-    return _adapted(model).initialize_kv_prefix_from_past_key_values(**options)
-
-
-def _adapted(model: Any) -> AdaptedModel:
-    if not isinstance(model, AdaptedModel):
-        message = f"a {type(model).__name__} is not a model that peftc has adapted"
-        fail(ArgumentTypeError, "E595", message, help="adapt it with get_peft_model or PeftModel.from_pretrained")
-    return model
+    return checked(model).initialize_kv_prefix_from_past_key_values(**options)

@@ -1,6 +1,6 @@
 """Numbers that are drawn anew in every call while training: what adapters drop."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
@@ -15,22 +15,27 @@ T = TypeVar("T")
 def coins(scene: LoweringContext[T], _: Sequence[T], options: Sequence[Option]) -> T:
     """Ones, of which while training each is zero with a probability: `[size]`."""
     size, p = options
-    kind = scene.kind(scene.example)
-    if not scene.training:
-        return for_all(scene, scene.call(aten.ones.default, [size], **kind))
-    drawn = scene.call(aten.rand.default, [size], dtype=torch.float32, device=kind["device"])
-    return for_all(scene, scene.call(aten.to.dtype, scene.call(aten.ge.Scalar, drawn, p), kind["dtype"]))
+    return _marks(scene, size, lambda drawn: scene.call(aten.ge.Scalar, drawn, p))
 
 
 def thinned(scene: LoweringContext[T], _: Sequence[T], options: Sequence[Option]) -> T:
     """Ones, of which while training so many are zero: `[size]`."""
     size, zeros = options
+
+    def kept(drawn: T) -> T:
+        order = scene.call(aten.argsort.default, scene.call(aten.argsort.default, drawn))
+        return scene.call(aten.ge.Scalar, order, zeros)
+
+    return _marks(scene, size, kept)
+
+
+def _marks(scene: LoweringContext[T], size: Option, kept: Callable[[T], T]) -> T:
+    """Ones, and while training whether numbers that are drawn evenly from 0 to 1 are kept."""
     kind = scene.kind(scene.example)
     if not scene.training:
         return for_all(scene, scene.call(aten.ones.default, [size], **kind))
     drawn = scene.call(aten.rand.default, [size], dtype=torch.float32, device=kind["device"])
-    order = scene.call(aten.argsort.default, scene.call(aten.argsort.default, drawn))
-    return for_all(scene, scene.call(aten.to.dtype, scene.call(aten.ge.Scalar, order, zeros), kind["dtype"]))
+    return for_all(scene, scene.call(aten.to.dtype, kept(drawn), kind["dtype"]))
 
 
 def for_all(scene: LoweringContext[T], value: T) -> T:

@@ -245,6 +245,7 @@ class AdapterSet:
         for name in names:
             self.bank._modules.pop(name, None)
             self.base.facts.tasks.pop(name, None)
+            self.configs.pop(name, None)
         gone = set(names)
         for active in [each for each in self._prepared if not gone.isdisjoint(name for name, _ in each)]:
             del self._prepared[active]

@@ -10,8 +10,7 @@ from peftc.passes.plan.plan import ParamKey
 from peftc.runtime.adapted.adapted_module import AdaptedModule
 from peftc.runtime.adapters.bank import AdapterParameters
 from peftc.runtime.model.saving import adapter_tensors
-from peftc.runtime.peft_format.checkpoint import entries
-from peftc.runtime.peft_format.key_spelling import PREFIX
+from peftc.runtime.peft_format.checkpoint import entries, prefixed
 
 
 class IncompatibleKeys(NamedTuple):
@@ -36,7 +35,7 @@ def set_adapter_state(
     """
     adapter = model._adapter_state.adapter(adapter_name)
     expected = entries(adapter.plan)
-    named = {key if key in expected else PREFIX + key.removeprefix(PREFIX): key for key in tensors}
+    named = {key if key in expected else prefixed(key): key for key in tensors}
     found, wrong = dict[ParamKey, torch.Tensor](), list[str]()
     for key, entry in expected.items():
         if key not in named or entry.computed:
@@ -73,7 +72,7 @@ def get_peft_model_state_dict(
     They are the live ones, or those of a `state_dict` of the model. Raises UsageError for an unknown adapter,
     ArgumentTypeError for a model that peftc has not adapted.
     """
-    return adapter_tensors(_adapted(model), adapter_name, state_dict)
+    return adapter_tensors(checked(model), adapter_name, state_dict)
 
 
 def set_peft_model_state_dict(
@@ -90,11 +89,12 @@ def set_peft_model_state_dict(
     sizes differ, unless those are ignored; UsageError for an unknown adapter, or one that is merged.
     """
     return set_adapter_state(
-        _adapted(model), adapter_name, peft_model_state_dict, ignore_mismatched_sizes=ignore_mismatched_sizes
+        checked(model), adapter_name, peft_model_state_dict, ignore_mismatched_sizes=ignore_mismatched_sizes
     )
 
 
-def _adapted(model: Any) -> AdaptedModule:
+def checked(model: Any) -> Any:
+    """The model, if it is one of ours. Raises ArgumentTypeError for another."""
     if not isinstance(model, AdaptedModule):
         message = f"a {type(model).__name__} is not a model that peftc has adapted"
         fail(ArgumentTypeError, "E595", message, help="adapt it with apply or load, or use peft's own function")
