@@ -83,7 +83,8 @@ def load_adapter(
     plan = _planned(model, spec, ground, directory)
     if facts.ties:
         check_ties(plan, tied_names(model), where)
-    base = {earlier.before(name): tensor for name, tensor in state.base.own().tensors()}
+    today = dict(state.base.own().tensors())
+    base = {earlier.before(name): tensor for name, tensor in today.items()} if earlier else today
     shapes = {name: tuple(tensor.shape) for name, tensor in base.items()}
     tensors, spelling = spelled(plan, tensors, ground.universe.modules)
     idle: list[str] = []
@@ -120,7 +121,7 @@ def load_adapter(
     if idle:
         named = ", ".join(sorted(map(spelling.told, idle)))
         warnings.warn(f"{where}: left unread, since no output depends on it: {named}", stacklevel=3)
-    own = read_values(plan, fitted, dict(state.base.own().tensors()))
+    own = read_values(plan, fitted, today)
 
     def fingerprint() -> str:
         return base_of(state.base, own) if own else state.base.fingerprint()
