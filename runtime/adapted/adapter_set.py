@@ -183,6 +183,7 @@ class AdapterSet:
         """Whether gradients reach these, active or not. Raises UsageError, and changes nothing, for an unknown name."""
         for adapter in [self.adapter(name) for name in names]:
             adapter.train_only(trainable)
+            adapter.frozen = not trainable
         self.activate(self.active)
 
     def activate(self, active: Active, *, trainable: bool | None = None) -> None:
@@ -197,6 +198,8 @@ class AdapterSet:
         if trainable is not None:
             for name in self.names():
                 self.adapter(name).train_only(trainable and name in chosen)
+            for name in chosen:
+                self.adapter(name).frozen = not trainable
         if self.enabled and not self.displaced:
             can_train = any(self.adapter(name).is_trainable for name in chosen)
             if can_train != tenant.trainable:

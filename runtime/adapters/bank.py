@@ -23,6 +23,7 @@ class AdapterParameters(nn.Module):
         super().__init__()
         self.plan = plan
         self.planned = {at.site.name: at for at in plan.sites}
+        self.frozen = False  # kept from gradients on purpose, and not only while another adapter is active
         self._holders: dict[ParamKey, tuple[nn.Module, str]] = {}
         for key, tensor in tensors.items():
             holder: nn.Module | None = self

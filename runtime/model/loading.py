@@ -139,6 +139,7 @@ def load_adapter(
         None if state.active else ((name, 1.0),),
         trainable=options.is_trainable,
     )
+    state.adapter(name).frozen = not options.is_trainable
     state.base.facts.task_type = state.base.facts.task_type or facts.task_type
     return IncompatibleKeys([], [])
 

@@ -138,8 +138,9 @@ class AdaptedModel(SavedModel):
     ) -> None:
         """Remove one adapter, or several; `adapter_names` is what transformers calls them.
 
-        Where no active one is left, the first of the others by name is activated, with a warning, as in PEFT; one that
-        is frozen stays so. Raises UsageError, and removes none, for an unknown name and for an adapter that is merged.
+        Where no active one is left, the first of the others by name is activated, with a warning, as in PEFT. It is
+        trained if what was active was, unless it is frozen: loaded so, or by `set_requires_grad`. Raises UsageError,
+        and removes none, for an unknown name and for an adapter that is merged.
         """
         given = [each for each in (adapter_name, adapter_names) if each is not None]
         if len(given) != 1:

@@ -16,9 +16,11 @@ def remove(state: AdapterSet, names: Sequence[str]) -> None:
         message = f"adapter {merged[0]!r} cannot be deleted while it is merged"
         fail(UsageError, "E515", message, help="call unmerge_adapter first")
     had_active = bool(state.active)
+    trained = any(state.adapter(name).is_trainable for name, _ in state.active)
     for name in dict.fromkeys(names):
         state.remove(name)
     left = sorted(state.names())
     if had_active and not state.active and left:
         warnings.warn(f"what was active is deleted: {left[0]!r} is active now", stacklevel=3)
-        state.activate(((left[0], 1.0),))
+        trainable = True if trained and not state.adapter(left[0]).frozen else None
+        state.activate(((left[0], 1.0),), trainable=trainable)
