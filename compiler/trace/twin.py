@@ -33,11 +33,12 @@ class Twin:
             if held is not None:
                 memo[id(module)] = self._stand_in(held)
                 continue
-            for tensor in [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
-                if id(tensor) not in memo:
-                    fake = self.fake(tensor.detach())
-                    is_parameter = isinstance(tensor, nn.Parameter)
-                    memo[id(tensor)] = nn.Parameter(fake, requires_grad=False) if is_parameter else fake
+            for parameter in module.parameters(recurse=False):  # in a call of FSDP's, plain tensors
+                if id(parameter) not in memo:
+                    memo[id(parameter)] = nn.Parameter(self.fake(parameter.detach()), requires_grad=False)
+            for buffer in module.buffers(recurse=False):
+                if id(buffer) not in memo:
+                    memo[id(buffer)] = self.fake(buffer.detach())
         config = getattr(model, "config", None)
         if config is not None:
             memo[id(config)] = config
@@ -51,7 +52,10 @@ class Twin:
                 help="a module holds something deepcopy refuses (a lock, a file, a tensor with a history)",
             )
         make_plain(self.model)
-        for module in self.model.modules():  # what a graph keeps is decided when it runs
+        for module in self.model.modules():
+            for name in module._parameters.keys() & vars(module).keys():  # FSDP sets the same as attributes, in a call
+                del vars(module)[name]
+            # What a graph keeps is decided when it runs.
             if getattr(module, contract.CHECKPOINTING, False) is True:
                 setattr(module, contract.CHECKPOINTING, False)
 

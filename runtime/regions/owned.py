@@ -67,6 +67,7 @@ def _in_place(module: nn.Module, values: Mapping[str, torch.Tensor]) -> nn.Modul
             below.setdefault(child, {})[leaf] = value
         else:
             own[name] = value  # type: ignore[assignment]
+            vars(made).pop(name, None)  # an attribute comes before a parameter: FSDP and weight norms set such
     if below:
         vars(made)["_modules"] = dict(module._modules)
         for child, held in below.items():

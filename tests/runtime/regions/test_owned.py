@@ -128,3 +128,14 @@ def test_what_is_no_weight_is_refused() -> None:
     adapted = compiler.apply(Text(), "adapter a = lora(rank = 2) { on head tokens [1, 2] in embed }")
     with pytest.raises(ModelError, match=r"E465.*embed"):
         adapted(torch.tensor([[1, 2]]))
+
+
+def test_an_attribute_that_hides_the_parameter_is_adapted_too() -> None:
+    """FSDP sets what stands for a parameter as an attribute too, for the time of a call."""
+    base, x = Net().eval(), torch.randn(3, 4)
+    adapted = compiler.apply(base, SPEC).eval()
+    wanted = torch.func.functional_call(base, weights_of(adapted, base), (x,))
+    for each in adapted.blocks:
+        vars(each)["up"] = each.up.detach()
+    assert_close(adapted(x), wanted)
+    assert not torch.allclose(wanted, base(x))
