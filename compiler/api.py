@@ -261,6 +261,8 @@ def load(
     use: str | PathLike[str] | None = None,
     values: Mapping[str, Value] | None = None,
     key_mapping: Mapping[str, str] | None = None,
+    config: Any | None = None,
+    ignore_mismatched_sizes: bool = False,
     strict: bool = False,
     prepare_for_kbit_training: bool = True,
     regions: Regions | None = None,
@@ -273,7 +275,8 @@ def load(
         peft_model_id: A directory, or a repository on the Hub. Or a file of LoRA weights that diffusers or kohya's
             scripts wrote for a pipeline: what is in it for this model is read, and the rest is told in a warning.
         adapter_name: What the adapter is called here.
-        is_trainable: Whether to go on training it; otherwise nothing of the result has a gradient.
+        is_trainable: Whether to go on training it; otherwise nothing of the result has a gradient, and it is in
+            evaluation mode, as in PEFT.
         revision: Of the repository, as `subfolder`, `token`, `cache_dir` and `local_files_only`.
         subfolder: Where in the directory or repository the adapter lies.
         token: For a private repository.
@@ -288,6 +291,9 @@ def load(
             counted and returned as PEFT does.
         key_mapping: Regular expressions, and what takes the place of the first that is found in a key of the file, from
             which PEFT's prefix is left out: for a base whose modules are called otherwise by now.
+        config: A PEFT config, or its fields as a dict, in the place of the checkpoint's.
+        ignore_mismatched_sizes: Leave tensors whose sizes are not the adapter's out, with a warning that names them;
+            what they are for starts as on a fresh adapter.
         strict: Refuse fields of the config that are not known here, and tensors that no output depends on. Otherwise
             they are left unread, and a warning names them. What is known and not supported is always refused.
         prepare_for_kbit_training: As in `apply`, if the adapter `is_trainable`.
@@ -314,6 +320,8 @@ def load(
         use=use,
         values=values,
         key_mapping=key_mapping,
+        config=config,
+        ignore_mismatched_sizes=ignore_mismatched_sizes,
         strict=strict,
     )
     load_adapter(adapted, peft_model_id, adapter_name, options, follows_regions=regions is None)

@@ -29,10 +29,11 @@ DIFFERS = {
 METHODS = {
     "add_adapter": "takes a spec as well; in transformers' order, the config first, the new adapter is active",
     "active_adapters": "may also be called, as transformers' method of that name is",
-    "delete_adapter": "takes several names too; what is activated instead is not made trainable",
+    "delete_adapter": "takes several names too; what was frozen on purpose and is activated instead stays frozen",
     "disable_adapter": "what is merged rests too",
-    "from_pretrained": "`config` is refused: an adapter has its own; a pickled file needs `allow_pickle=True`",
+    "from_pretrained": "the `config` that is passed in is not changed; a pickled file needs `allow_pickle=True`",
     "get_base_model": "this very model as an object of the user's class; `unload` gives one without adapters",
+    "has_active_enabled_adapter": "false where no adapter is active, too",
     "get_layer_status": "modules without an adapter are not listed",
     "get_model_status": "`active_adapters` is never 'irregular': activation is the model's, not a layer's",
     "load_adapter": "an adapter that lacks something, or has too much, is refused; the first one becomes active",
@@ -43,7 +44,6 @@ METHODS = {
 NO_METHODS = {
     "get_prompt": "virtual tokens are nodes of the graph; `adapter_state_dict` has their tensors",
     "get_prompt_embedding_to_save": "`adapter_state_dict` has what is saved",
-    "has_active_enabled_adapter": "`active_adapters` and `get_model_status().enabled` say it",
     "modules_to_save": "`peft_config[name].modules_to_save` has the names",
     "prepare_model_for_gradient_checkpointing": "`gradient_checkpointing_enable` needs no preparation",
     "supports_lora_conversion": "there is no conversion to LoRA",

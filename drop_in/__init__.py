@@ -19,6 +19,7 @@ from peftc.peft.auto import (
 )
 from peftc.peft.configs import TaskType, named
 from peftc.peft.functions import (
+    get_base_model_state_dict,
     get_layer_status,
     get_model_status,
     get_peft_config,
@@ -29,6 +30,7 @@ from peftc.peft.functions import (
     inject_adapter_in_model,
     load_peft_weights,
     prepare_model_for_kbit_training,
+    set_base_model_state_dict,
 )
 from peftc.peft.models import (
     PeftMixedModel,
@@ -59,6 +61,7 @@ __all__ = [
     "PeftModelForSequenceClassification",
     "PeftModelForTokenClassification",
     "TaskType",
+    "get_base_model_state_dict",
     "get_layer_status",
     "get_model_status",
     "get_peft_config",
@@ -70,6 +73,7 @@ __all__ = [
     "inject_adapter_in_model",
     "load_peft_weights",
     "prepare_model_for_kbit_training",
+    "set_base_model_state_dict",
     "set_peft_model_state_dict",
 ]
 

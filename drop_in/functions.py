@@ -13,7 +13,7 @@ from peftc.grammar.diagnostics import CheckpointError, fail
 from peftc.passes.foreign import transformers as contract
 from peftc.peft.models import PeftModel, as_peft
 from peftc.runtime.base.share import share
-from peftc.runtime.model.state_dicts import checked, set_peft_model_state_dict
+from peftc.runtime.model.state_dicts import IncompatibleKeys, checked, set_peft_model_state_dict
 from peftc.runtime.model.status import TunerLayerStatus, TunerModelStatus
 from peftc.runtime.peft_config.config_object import config_object
 from peftc.runtime.peft_format.adapter_files import locate, read_adapter
@@ -119,6 +119,32 @@ def get_layer_status(model: Any) -> list[TunerLayerStatus]:
 def get_model_status(model: Any) -> TunerModelStatus:
     """The state of the model: see `AdaptedModel.get_model_status`."""
     return checked(model).get_model_status()
+
+
+def get_base_model_state_dict(model: Any) -> dict[str, torch.Tensor]:
+    """The base's tensors by its own names, without adapters', as PEFT's function of this name."""
+    found: dict[str, torch.Tensor] = checked(model).unload().state_dict()
+    return found
+
+
+def set_base_model_state_dict(
+    model: Any, state_dict: Mapping[str, torch.Tensor], strict: bool = True
+) -> IncompatibleKeys:
+    """Give the base of an adapted model other values, as PEFT's function of this name; keys are the base's own.
+
+    The user's model keeps its values: this one gets tensors of its own for what differs. Returns missing and unexpected
+    keys. Raises CheckpointError for such, and changes nothing, if `strict`.
+    """
+    known = checked(model).unload().state_dict()
+    told = IncompatibleKeys(
+        [each for each in known if each not in state_dict], [each for each in state_dict if each not in known]
+    )
+    wrong = [f"unexpected key {key!r}" for key in told.unexpected_keys]
+    wrong += [f"missing key {key!r}" for key in told.missing_keys]
+    if strict and wrong:
+        fail(CheckpointError, "E341", "\n".join(wrong[:8]), help="strict=False leaves these", where="the state_dict")
+    model.load_state_dict({key: value for key, value in state_dict.items() if key in known}, strict=False)
+    return told
 
 
 def get_peft_config(config_dict: Mapping[str, Any]) -> Any:

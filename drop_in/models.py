@@ -9,6 +9,7 @@ from torch import nn
 from peftc.compiler.api import AdaptedModel, apply, load
 from peftc.grammar.diagnostics import UsageError, fail
 from peftc.runtime.adapted.adapted_class import adapted_class
+from peftc.runtime.base.overlay import BANK
 from peftc.runtime.model.described import config_and_name
 
 
@@ -38,12 +39,10 @@ class PeftModel(AdaptedModel):
     ) -> "PeftModel":
         """The model with a saved adapter, as PEFT's method of this name; `options` are those of `compiler.load`.
 
-        Raises UsageError for a `config` (the file's is the one that was trained with) and for `ephemeral_gpu_offload`,
-        and as `compiler.load`.
+        An adapter is where what it adapts is: `device_map`, `torch_device` and the like are taken and change nothing,
+        as a base that was loaded with them is followed as it is. Raises UsageError for `ephemeral_gpu_offload`, and as
+        `compiler.load`.
         """
-        if config is not None:
-            help = "leave config out; values={...} of compiler.load says other hyperparameters"
-            fail(UsageError, "E598", "an adapter is loaded with its own config", help=help)
         loaded = load(
             model,
             model_id,
@@ -52,6 +51,7 @@ class PeftModel(AdaptedModel):
             autocast_adapter_dtype=autocast_adapter_dtype,
             low_cpu_mem_usage=low_cpu_mem_usage,
             key_mapping=key_mapping,
+            config=config,
             **_known(options | {"ephemeral_gpu_offload": ephemeral_gpu_offload}),
         )
         return as_peft(loaded, cls)
@@ -62,6 +62,17 @@ class PeftModel(AdaptedModel):
         """Add a fresh adapter, which rests, as PEFT's method of this name. Raises as `AdaptedModel.add_adapter`."""
         config, name = config_and_name(adapter_name, peft_config)
         super().add_adapter(None, name, *more, peft_config=config, **options)
+
+    def load_adapter(  # type: ignore[override]
+        self, model_id: str | PathLike[str], adapter_name: str = "default", *args: Any, **options: Any
+    ) -> Any:
+        """As `AdaptedModel.load_adapter`, with the options of PEFT's that say where tensors are to be."""
+        return super().load_adapter(model_id, adapter_name, *args, **_known(options))
+
+    @property
+    def prefix(self) -> str:
+        """What the names of the adapters' parameters have in them, and no other's."""
+        return BANK
 
 
 class PeftModelForCausalLM(PeftModel):
@@ -100,6 +111,9 @@ BY_TASK: dict[str, type[PeftModel]] = {
     "FEATURE_EXTRACTION": PeftModelForFeatureExtraction,
 }
 
+_PLACES = {"torch_device", "device_map", "max_memory", "offload_folder", "offload_dir", "offload_index"}
+"""Options of PEFT's that say where tensors are to be."""
+
 
 def as_peft(adapted: AdaptedModel, kind: type[PeftModel] = PeftModel) -> PeftModel:
     """An adapted model as one of PEFT's classes: that of its task, where none in particular is asked for."""
@@ -114,7 +128,7 @@ def as_peft(adapted: AdaptedModel, kind: type[PeftModel] = PeftModel) -> PeftMod
 
 def _known(options: Mapping[str, Any]) -> dict[str, Any]:
     """Options of PEFT's as ours. Raises UsageError for one that would change something here."""
-    left = dict(options)
+    left = {name: value for name, value in options.items() if name not in _PLACES}
     if left.pop("ephemeral_gpu_offload", False):
         fail(UsageError, "E598", "ephemeral_gpu_offload is not supported", help="leave it out")
     if left.get("revision") is None:

@@ -23,8 +23,6 @@ REFUSED = {
     "save_as_lora": "export or save the adapter as it is; a conversion to LoRA loses what it cannot say",
     "create_arrow_model": "a router over adapters is not supported; set_adapter mixes them with weights of your own",
     "find_kappa_target_modules": "name the modules: target_modules, or 'on' in a spec",
-    "get_base_model_state_dict": "unload().state_dict() is that of the base",
-    "set_base_model_state_dict": "load the state into the base before it is adapted, or into the adapted model",
     "get_eva_state_dict": 'use init_lora_weights="eva" and apply(..., calibration=batches)',
     "initialize_lora_eva_weights": 'use init_lora_weights="eva" and apply(..., calibration=batches)',
     "preprocess_loraga": 'use init_lora_weights="lora_ga" and apply(..., calibration=batches)',

@@ -232,7 +232,7 @@ class AdaptedModule(nn.Module):
         self._adapter_state.refresh()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        copied = self.__class__.__new__(self.__class__)
+        copied: Self = object.__new__(type(self))  # a class's own `__new__` may be for making another
         memo[id(self)] = copied
         for module in [*self.modules(), *self._adapter_state.displaced.values()]:
             held = packed(module) if isinstance(module, nn.Module) else None

@@ -51,6 +51,7 @@ class AdapterSet:
     regions: Regions = DEFAULT
     host: Host = field(init=False)
     configs: dict[str, tuple[AdapterPlan, Any]] = field(default_factory=dict)  # PEFT's, as they were asked for
+    shown_configs: dict[str, Any] = field(default_factory=dict)  # what `peft_config` gives: always this very one
     _holds: Holds | None = None  # whether the model is as graphs of the whole were made for
     _prepared: dict[Active, tuple[ActiveAdapters, Bindings]] = field(default_factory=dict)
     _placed: set[tuple[Specialisation, Regions]] = field(default_factory=set)  # whose modules are regions
@@ -249,6 +250,7 @@ class AdapterSet:
             self.bank._modules.pop(name, None)
             self.base.facts.tasks.pop(name, None)
             self.configs.pop(name, None)
+            self.shown_configs.pop(name, None)
         gone = set(names)
         for active in [each for each in self._prepared if not gone.isdisjoint(name for name, _ in each)]:
             del self._prepared[active]

@@ -127,6 +127,14 @@ def config_and_name(first: Any, second: Any, peft_config: Any = None) -> tuple[A
     return configs[0], texts[0] if texts else None
 
 
+def config_fields(said: Any) -> Mapping[str, Any]:
+    """The fields of a PEFT config, as adapter_config.json has them. Raises ArgumentTypeError (E519) for no config."""
+    found = _fields(said)
+    if found is None or fields.TYPE not in found:
+        _refuse(said)
+    return found
+
+
 def _reads_as_spec(text: str) -> bool:
     return "{" in text or "=" in text or names_file(text)
 

@@ -50,6 +50,11 @@ class InspectedModel(AdaptedModule):
         return Name(names[0]) if len(names) == 1 else names
 
     @property
+    def has_active_enabled_adapter(self) -> bool:
+        """Whether a call runs adapters: some are active, and they are not disabled."""
+        return self._adapter_state.enabled and bool(self._adapter_state.active)
+
+    @property
     def peft_config(self) -> dict[str, Any]:
         """Every adapter's configuration, by name: of PEFT's classes where it is installed and has the method.
 
@@ -62,7 +67,9 @@ class InspectedModel(AdaptedModule):
                 fields = adapter_config(self, state.adapter(name))
                 config = config_object(fields | {"inference_mode": not state.adapter(name).is_trainable})
                 state.configs[name] = plan, config
-        return {name: state.configs[name][1] for name in state.names()}
+        state.shown_configs.clear()
+        state.shown_configs.update({name: state.configs[name][1] for name in state.names()})
+        return state.shown_configs
 
     @property
     def active_peft_config(self) -> Any:
@@ -133,12 +140,13 @@ class InspectedModel(AdaptedModule):
     def base_model(self) -> Any:
         """The model without its head, as transformers has it; its `model`, which PEFT's users ask for, is all of it.
 
-        A model without a head is its own.
+        A model of transformers' without a head is its own.
         """
         if "base_model" in self._modules:
             return self._modules["base_model"]
         inner: nn.Module = self._inherited("base_model") if hasattr(self._base_class, "base_model") else self
-        if inner is self or "model" in inner._modules:  # transformers asks whether a model is its own
+        of_transformers = hasattr(self._base_class, "base_model")
+        if (inner is self and of_transformers) or "model" in inner._modules:  # which asks whether a model is its own
             return inner
         view: nn.Module = object.__new__(_with_model(type(inner)))
         view.__dict__ = inner.__dict__

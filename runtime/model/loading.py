@@ -22,6 +22,7 @@ from peftc.runtime.base.earlier import EarlierNames
 from peftc.runtime.base.idle import idle_names
 from peftc.runtime.init.tokens import check_ties, needed_vocabulary
 from peftc.runtime.model.adding import PlannedAdapters, Values, add_adapters
+from peftc.runtime.model.described import config_fields
 from peftc.runtime.model.embeddings import base_of, read_values
 from peftc.runtime.model.saving import TRAINING
 from peftc.runtime.model.state_dicts import IncompatibleKeys, put_values
@@ -54,6 +55,15 @@ def load_adapter(
 
     With `follows_regions` the model's regions begin where the checkpoint's spec said.
     """
+    told = _loaded(model, source, name, options, follows_regions=follows_regions)
+    if not options.is_trainable and model.training:
+        model.eval()
+    return told
+
+
+def _loaded(
+    model: AdaptedModule, source: str | PathLike[str], name: str, options: LoadOptions, *, follows_regions: bool
+) -> IncompatibleKeys:
     state = model._adapter_state
     known = state.adapter(name) if name in state.names() else None
     if known is None:
@@ -103,7 +113,16 @@ def load_adapter(
     if lost := lost_biases(plan, tensors):
         message = f"{where}: the adapter was trained with its biases, and the file has none: the model's own are used"
         warnings.warn(message, stacklevel=3)
-    fitted = fit(plan, tensors, where=where, as_spelled=spelling, base_shapes=shapes, base_tensors=base.get, lost=lost)
+    fitted = fit(
+        plan,
+        tensors,
+        where=where,
+        as_spelled=spelling,
+        base_shapes=shapes,
+        base_tensors=base.get,
+        lost=lost,
+        ignore_mismatched_sizes=options.ignore_mismatched_sizes,
+    )
     if earlier:
         plan, fitted, masks = carried(plan, fitted, masks, earlier, survey, where)
     if known is not None:
@@ -163,7 +182,8 @@ def _read(model: AdaptedModule, place: Path, options: LoadOptions) -> tuple[Mapp
     """The configuration and the tensors of a checkpoint, or of another library's file as PEFT would have them."""
     other = other_file(place)
     if other is None:
-        return read_adapter(place, allow_pickle=options.allow_pickle)
+        config, tensors = read_adapter(place, allow_pickle=options.allow_pickle)
+        return config if options.config is None else config_fields(options.config), tensors
     weights = {
         name.removesuffix(".weight"): tuple(tensor.shape)
         for name, tensor in model._adapter_state.base.own().tensors()

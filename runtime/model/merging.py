@@ -88,7 +88,7 @@ def _more(state: AdapterSet, names: Sequence[str] | None, merged: Active) -> Act
     if more:
         message = f"{', '.join(name for name, _ in more)} will be merged beside what is merged: {there}"
     else:
-        message = f"all of these adapters are merged already: {there}"
+        message = f"All adapters are already merged, nothing to do: {there}"
     warnings.warn(message, stacklevel=4)
     return more
 

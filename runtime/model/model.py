@@ -96,9 +96,13 @@ class AdaptedModel(SavedModel):
         use: str | PathLike[str] | None = None,
         values: Mapping[str, Value] | None = None,
         key_mapping: Mapping[str, str] | None = None,
+        config: Any | None = None,
+        ignore_mismatched_sizes: bool = False,
         strict: bool = False,
     ) -> IncompatibleKeys:
         """Load an adapter from a directory or the Hub beside the others; it becomes active if none is.
+
+        Unless it `is_trainable`, it has no gradient, and the whole model is put into evaluation mode, as in PEFT.
 
         Where there is an adapter of this name, the file's values are put into its tensors, in place, as a Trainer that
         resumes has it; the file has to be of an adapter like it. Returns missing and unexpected keys, as torch's
@@ -109,8 +113,9 @@ class AdaptedModel(SavedModel):
         float16 and bfloat16 adapters become float32 unless `autocast_adapter_dtype` is False, which gives them the
         base's type, as in PEFT; its `low_cpu_mem_usage` is accepted and changes nothing, as in `load`. `use` is an
         `.adapter` file with methods of your own; what peftc saved needs none, the definition is in the checkpoint.
-        `values` are hyperparameters to be other than the file says, such as `{"peft_compatible": True}`. `key_mapping`
-        is as in `load`. `torch_device` is taken and changes nothing: an adapter is where what it adapts is.
+        `values` are hyperparameters to be other than the file says, such as `{"peft_compatible": True}`. `key_mapping`,
+        `config` and `ignore_mismatched_sizes` are as in `load`. `torch_device` is taken and changes nothing: an adapter
+        is where what it adapts is.
         Fields of the config that are not known here, and tensors that no output depends on, are left unread with a
         warning; with `strict` they are refused.
         """
@@ -127,6 +132,8 @@ class AdaptedModel(SavedModel):
             use=use,
             values=values,
             key_mapping=key_mapping,
+            config=config,
+            ignore_mismatched_sizes=ignore_mismatched_sizes,
             strict=strict,
         )
         return load_adapter(self, peft_model_id, adapter_name, options)

@@ -4,8 +4,10 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from peftc.grammar.diagnostics import ArgumentTypeError, CheckpointError, UsageError, fail
+from peftc.passes.foreign.checkpoints import WRAPPERS
 from peftc.passes.plan.plan import ParamKey
 from peftc.runtime.adapted.adapted_module import AdaptedModule
 from peftc.runtime.adapters.bank import AdapterParameters
@@ -69,10 +71,18 @@ def get_peft_model_state_dict(
 ) -> dict[str, torch.Tensor]:
     """An adapter's tensors under the keys that PEFT saves them by, as PEFT's function of this name.
 
-    They are the live ones, or those of a `state_dict` of the model. Raises UsageError for an unknown adapter,
+    They are the live ones, or those of a `state_dict` of the model. Of a model that FSDP, DistributedDataParallel or
+    torch.compile has wrapped they are what the wrapper's `state_dict()` says. Raises UsageError for an unknown adapter,
     ArgumentTypeError for a model that peftc has not adapted.
     """
-    return adapter_tensors(checked(model), adapter_name, state_dict)
+    own = unwrapped(model)
+    if own is not model and state_dict is None:
+        state_dict = model.state_dict()
+    if state_dict is not None:
+        state_dict = {
+            ".".join(each for each in key.split(".") if each not in WRAPPERS): state_dict[key] for key in state_dict
+        }
+    return adapter_tensors(checked(own), adapter_name, state_dict)
 
 
 def set_peft_model_state_dict(
@@ -89,8 +99,16 @@ def set_peft_model_state_dict(
     sizes differ, unless those are ignored; UsageError for an unknown adapter, or one that is merged.
     """
     return set_adapter_state(
-        checked(model), adapter_name, peft_model_state_dict, ignore_mismatched_sizes=ignore_mismatched_sizes
+        checked(unwrapped(model)), adapter_name, peft_model_state_dict, ignore_mismatched_sizes=ignore_mismatched_sizes
     )
+
+
+def unwrapped(model: Any) -> Any:
+    """The adapted model that others have wrapped; a model that holds none is itself."""
+    inner = model
+    while isinstance(inner, nn.Module) and not isinstance(inner, AdaptedModule):
+        inner = next((inner._modules[name] for name in WRAPPERS if name in inner._modules), None)
+    return model if inner is None else inner
 
 
 def checked(model: Any) -> Any:

@@ -1,5 +1,6 @@
 """The tensors of a PEFT checkpoint: which key holds which parameter, and whether a file's tensors fit a plan."""
 
+import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -117,6 +118,7 @@ def fit(
     base_shapes: Mapping[str, tuple[int, ...]] | None = None,
     base_tensors: Callable[[str], Tensor | None] | None = None,
     lost: Collection[str] = (),
+    ignore_mismatched_sizes: bool = False,
 ) -> dict[ParamKey, Tensor]:
     """The plan's parameters out of a checkpoint's tensors, in the shape of use and the file's dtype.
 
@@ -131,6 +133,7 @@ def fit(
         base_shapes: Shapes of the model's own tensors by name.
         base_tensors: The model's own tensor of a name, to compare with those the file repeats.
         lost: Keys that the file may lack, beside those that any may.
+        ignore_mismatched_sizes: Leave out, with a warning, what has other sizes.
 
     Raises:
         CheckpointError: all that is wrong at once: missing and unexpected keys, wrong shapes, other base weights.
@@ -163,11 +166,16 @@ def fit(
         report.add("E340", f"missing key '{key}'", partial(_moved, key, unexpected))
     for key in unexpected:
         report.add("E341", f"unexpected key '{as_spelled.told(key)}'", partial(did_you_mean, prefixed(key), missing))
-    for key, tensor in found.items():
-        entry = expected[key]
-        if tuple(tensor.shape) != entry.shape:
-            message = f"'{key}' has shape {_size(tensor.shape)}, expected {_size(entry.shape)}"
-            report.add("E342", message, _reason(entry, tuple(tensor.shape)))
+    sizes = {key: tuple(each.shape) for key, each in found.items() if tuple(each.shape) != expected[key].shape}
+    other = {
+        key: f"'{key}' has shape {_size(size)}, expected {_size(expected[key].shape)}" for key, size in sizes.items()
+    }
+    if other and ignore_mismatched_sizes:
+        warnings.warn(f"{where}: left unread: {'; '.join(other.values())}", stacklevel=4)
+        found = {key: each for key, each in found.items() if key not in other}
+        other = {}
+    for key, message in other.items():
+        report.add("E342", message, _reason(expected[key], sizes[key]))
     report.finish()
     held = [key for key, entry in expected.items() if key in found and not entry.computed]
     return {expected[key].key: found[key].reshape(expected[key].used) for key in held}

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 from peftc.grammar.method.rule import Value
 
@@ -31,6 +32,8 @@ class LoadOptions:
     values: Mapping[str, Value] | None = None
     strict: bool = False
     key_mapping: Mapping[str, str] | None = None
+    config: Any | None = None
+    ignore_mismatched_sizes: bool = False
 
     def renamed(self, key: str) -> str:
         """A key of the file as `key_mapping` has it: by the first of its patterns that is found, without a prefix."""

@@ -209,7 +209,7 @@ def test_merged_again_is_said_and_changes_nothing(tmp_path):
     ours, _ = both(tmp_path, {"default": CONFIGS["default"]})
     ours.merge_adapter()
     held = list(ours.parameters())
-    with pytest.warns(UserWarning, match="merged already: default"):
+    with pytest.warns(UserWarning, match="already merged, nothing to do: default"):
         ours.merge_adapter()
     assert all(now is then for now, then in zip(ours.parameters(), held, strict=True))
 

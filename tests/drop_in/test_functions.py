@@ -1,0 +1,75 @@
+"""PEFT's functions over adapted models, compared with PEFT's."""
+
+import copy
+
+import peft
+import pytest
+import torch
+from torch import nn
+
+from peftc import peft as ours
+from peftc.compiler import CheckpointError
+
+X = torch.linspace(-1, 1, 8).view(2, 4)
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+
+
+def config(**fields):
+    return peft.LoraConfig(r=2, target_modules=["0"], init_lora_weights=False, **fields)
+
+
+@pytest.mark.parametrize("fields", [{}, {"modules_to_save": ["2"]}, {"bias": "all"}])
+def test_the_bases_tensors_are_taken_out_and_put_in(fields):
+    base = net().eval()
+    before = copy.deepcopy(base.state_dict())
+    model = ours.get_peft_model(base, config(**fields)).eval()
+    theirs = peft.get_peft_model(net(), config(**fields)).eval()
+    found = ours.get_base_model_state_dict(model)
+    wanted = peft.get_base_model_state_dict(theirs)
+    assert found.keys() == wanted.keys() == before.keys()
+    assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+    other = {key: each + 1 for key, each in before.items()}
+    told = ours.set_base_model_state_dict(model, other)
+    peft.set_base_model_state_dict(theirs, other)
+    assert (told.missing_keys, told.unexpected_keys) == ([], [])
+    assert all(torch.equal(each, other[key]) for key, each in ours.get_base_model_state_dict(model).items())
+    assert all(torch.equal(each, before[key]) for key, each in base.state_dict().items()), (
+        "the user's model is as it was"
+    )
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(model(X), base(X))
+    given = ours.get_peft_model_state_dict(model)
+    ours.set_peft_model_state_dict(model, given)
+    peft.set_peft_model_state_dict(theirs, given)
+    torch.testing.assert_close(model(X), theirs(X))
+
+
+def test_other_keys_than_the_bases():
+    model = ours.get_peft_model(net(), config()).eval()
+    before = {key: each.clone() for key, each in ours.get_base_model_state_dict(model).items()}
+    wrong = {"0.weight": torch.ones(4, 4), "no.such": torch.ones(1)}
+    with pytest.raises(CheckpointError, match=r"unexpected key 'no\.such'"):
+        ours.set_base_model_state_dict(model, wrong)
+    assert all(torch.equal(each, before[key]) for key, each in ours.get_base_model_state_dict(model).items())
+    told = ours.set_base_model_state_dict(model, wrong, strict=False)
+    assert told.unexpected_keys == ["no.such"]
+    assert set(told.missing_keys) == before.keys() - {"0.weight"}
+    assert torch.equal(ours.get_base_model_state_dict(model)["0.weight"], torch.ones(4, 4))
+
+
+def test_of_a_model_that_others_have_wrapped():
+    model = ours.get_peft_model(net(), config())
+    wanted = ours.get_peft_model_state_dict(model)
+    for wrapped in (torch.compile(model), nn.DataParallel(model)):
+        found = ours.get_peft_model_state_dict(wrapped)
+        assert found.keys() == wanted.keys()
+        assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+        told = ours.set_peft_model_state_dict(wrapped, {key: each * 0 for key, each in wanted.items()})
+        assert told.missing_keys == []
+    assert all(not each.any() for each in ours.get_peft_model_state_dict(model).values())
+    with pytest.raises(TypeError, match="DataParallel is not a model that peftc has adapted"):
+        ours.get_peft_model_state_dict(nn.DataParallel(net()))

@@ -1,0 +1,133 @@
+"""What PEFT's class of models has beside what every adapted model has, compared with PEFT's."""
+
+import copy
+import pickle
+
+import peft
+import pytest
+import torch
+from torch import nn
+
+from peftc import peft as ours
+from peftc.compiler import CheckpointError
+
+X = torch.linspace(-1, 1, 30).view(3, 10)
+
+
+class Net(nn.Module):
+    """Has dropout, and is in training mode as it is made."""
+
+    def __init__(self, words: int = 12):
+        super().__init__()
+        torch.manual_seed(0)
+        self.emb = nn.Embedding(words, 10)
+        self.lin0, self.drop, self.lin1 = nn.Linear(10, 20), nn.Dropout(0.5), nn.Linear(20, 2)
+
+    def forward(self, x):
+        return self.lin1(self.drop(torch.relu(self.lin0(x + self.emb(torch.tensor([1, 2, 3]))))))
+
+
+def config(**fields):
+    return peft.LoraConfig(**{"r": 2, "target_modules": ["lin0"], "init_lora_weights": False, **fields})
+
+
+@pytest.fixture
+def saved(tmp_path):
+    model = peft.get_peft_model(Net(), config(target_modules=["lin0", "emb"]))
+    model.save_pretrained(tmp_path, save_embedding_layers=False)
+    return tmp_path
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copied(copied):
+    model = ours.get_peft_model(Net(), config()).eval()
+    again = copied(model)
+    assert type(again) is type(model)
+    assert torch.equal(again(X), model(X))
+    with torch.no_grad():
+        next(again.adapter_bank.parameters()).add_(1)
+    assert not torch.equal(again(X), model(X))
+
+
+@pytest.mark.parametrize("is_trainable", [False, True])
+def test_a_loaded_model_is_in_evaluation_unless_it_is_to_be_trained(saved, is_trainable):
+    base = Net()
+    model = ours.PeftModel.from_pretrained(base, saved, is_trainable=is_trainable)
+    theirs = peft.PeftModel.from_pretrained(Net(), saved, is_trainable=is_trainable)
+    assert {name: each.training for name, each in base.named_modules()} == dict.fromkeys(
+        dict(base.named_modules()), True
+    )
+    assert model.training is model.drop.training is theirs.training is is_trainable
+    torch.testing.assert_close(model.eval()(X), theirs.eval()(X))
+    model.train().load_adapter(saved, "other", is_trainable=is_trainable)
+    theirs.train().load_adapter(saved, "other", is_trainable=is_trainable)
+    assert model.training is theirs.training is is_trainable
+
+
+def test_where_tensors_are_to_be_is_the_bases_say(saved):
+    model = ours.PeftModel.from_pretrained(Net(), saved, torch_device="cpu", device_map={"": "cpu"}, max_memory=None)
+    model.load_adapter(saved, "other", torch_device="cpu", device_map="auto")
+    assert model.active_adapters == ["default"]
+    with pytest.raises(ValueError, match="ephemeral_gpu_offload is not supported"):
+        model.load_adapter(saved, "third", ephemeral_gpu_offload=True)
+
+
+@pytest.mark.parametrize("said", [lambda config: config, lambda config: config.to_dict()])
+def test_another_config_than_the_files(saved, said):
+    asked = config(target_modules=["lin0", "emb"], lora_alpha=31)
+    before = copy.deepcopy(asked)
+    model = ours.PeftModel.from_pretrained(Net(), saved, config=said(asked))
+    theirs = peft.PeftModel.from_pretrained(Net(), saved, config=copy.deepcopy(asked))
+    assert model.peft_config["default"].lora_alpha == 31
+    torch.testing.assert_close(model(X), theirs(X))
+    assert asked == before
+    with pytest.raises(TypeError):
+        ours.PeftModel.from_pretrained(Net(), saved, config=3)
+
+
+def test_other_sizes_are_left_out_if_that_is_asked(saved):
+    with pytest.raises(CheckpointError, match=r"lora_embedding_A' has shape \[2, 12\], expected \[2, 15\]"):
+        ours.PeftModel.from_pretrained(Net(15), saved)
+    torch.manual_seed(1)
+    with pytest.warns(UserWarning, match="left unread: .*lora_embedding_A"):
+        model = ours.PeftModel.from_pretrained(Net(15), saved, ignore_mismatched_sizes=True)
+    theirs = peft.PeftModel.from_pretrained(Net(15), saved, ignore_mismatched_sizes=True)
+    mine, other = ours.get_peft_model_state_dict(model), peft.get_peft_model_state_dict(theirs)
+    kept = [key for key in mine if "lora_embedding_A" not in key]
+    assert len(kept) == 3
+    for key in kept:
+        torch.testing.assert_close(mine[key], other[key])
+    assert mine["base_model.model.emb.lora_embedding_A"].shape == (2, 15)
+
+
+def test_the_prefix_finds_the_adapters_parameters():
+    model = ours.get_peft_model(Net(), config())
+    theirs = peft.get_peft_model(Net(), config())
+    mine = [tuple(each.shape) for name, each in model.named_parameters() if model.prefix in name]
+    assert mine == [tuple(each.shape) for name, each in theirs.named_parameters() if theirs.prefix in name]
+    assert all(each.requires_grad == (model.prefix in name) for name, each in model.named_parameters())
+
+
+def test_whether_a_call_runs_adapters():
+    model = ours.get_peft_model(Net(), config())
+    assert model.has_active_enabled_adapter
+    with model.disable_adapter():
+        assert not model.has_active_enabled_adapter
+    model.delete_adapter("default")
+    assert not model.has_active_enabled_adapter
+
+
+def test_configs_are_one_dictionary_that_follows():
+    model = ours.get_peft_model(Net(), config())
+    held = model.peft_config
+    model.add_adapter("other", config(r=3))
+    assert model.peft_config is held
+    assert {name: each.r for name, each in held.items()} == {"default": 2, "other": 3}
+    model.delete_adapter("other")
+    assert list(held) == ["default"]
+
+
+def test_a_base_of_ones_own_is_found_by_pefts_path():
+    model = ours.get_peft_model(Net(), config())
+    assert model.base_model.model.lin0 is model.lin0
+    assert type(model.base_model.model) is Net
