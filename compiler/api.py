@@ -233,7 +233,7 @@ def apply(
         dense = model if dense is None else dense
     surveyed = state.engine.backend.survey()
     planned = plan_adapters(found.on(surveyed), surveyed, tokenizer)
-    found.check(planned.plans)
+    found.check(planned.plans, surveyed)
     if prepare_for_kbit_training:
         state.base.widen()
     options = FreshOptions(calibration, tokenizer, dense, upcast=autocast_adapter_dtype)
@@ -291,7 +291,7 @@ def load(
             counted and returned as PEFT does.
         key_mapping: Regular expressions, and what takes the place of the first that is found in a key of the file, from
             which PEFT's prefix is left out: for a base whose modules are called otherwise by now.
-        config: A PEFT config, or its fields as a dict, in the place of the checkpoint's.
+        config: A PEFT config, or its fields as a dict: what it says (what is not None) comes before the checkpoint's.
         ignore_mismatched_sizes: Leave tensors whose sizes are not the adapter's out, with a warning that names them;
             what they are for starts as on a fresh adapter.
         strict: Refuse fields of the config that are not known here, and tensors that no output depends on. Otherwise

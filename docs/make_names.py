@@ -37,6 +37,7 @@ METHODS = {
     "get_layer_status": "modules without an adapter are not listed",
     "get_model_status": "`active_adapters` is never 'irregular': activation is the model's, not a layer's",
     "load_adapter": "an adapter that lacks something, or has too much, is refused; the first one becomes active",
+    "prepare_model_for_gradient_checkpointing": "returns the model as it is: nothing has to be prepared",
     "peft_config": "made from the adapters when asked for: writing to it changes none",
     "save_pretrained": "an argument that nothing would read is refused; `path_initial_model_for_weight_conversion` too",
     "set_adapter": "takes several names, and weights by name; activating by several names mixes them",
@@ -44,9 +45,8 @@ METHODS = {
 NO_METHODS = {
     "get_prompt": "virtual tokens are nodes of the graph; `adapter_state_dict` has their tensors",
     "get_prompt_embedding_to_save": "`adapter_state_dict` has what is saved",
-    "modules_to_save": "`peft_config[name].modules_to_save` has the names",
-    "prepare_model_for_gradient_checkpointing": "`gradient_checkpointing_enable` needs no preparation",
     "supports_lora_conversion": "there is no conversion to LoRA",
+    "modules_to_save": "`peft_config[name].modules_to_save` has the names",
 }
 
 

@@ -13,7 +13,7 @@ from peftc.grammar.diagnostics import CheckpointError, fail
 from peftc.passes.foreign import transformers as contract
 from peftc.peft.models import PeftModel, as_peft
 from peftc.runtime.base.share import share
-from peftc.runtime.model.state_dicts import IncompatibleKeys, checked, set_peft_model_state_dict
+from peftc.runtime.model.state_dicts import IncompatibleKeys, check_unmerged, checked, set_peft_model_state_dict
 from peftc.runtime.model.status import TunerLayerStatus, TunerModelStatus
 from peftc.runtime.peft_config.config_object import config_object
 from peftc.runtime.peft_format.adapter_files import locate, read_adapter
@@ -98,7 +98,8 @@ def hotswap_adapter(
     Ranks may differ. Graphs of an adapter alike are used again, compiled ones too. Raises as `load_adapter`, and leaves
     everything as it was.
     """
-    state = model._adapter_state
+    state = checked(model)._adapter_state
+    check_unmerged(model, adapter_name)
     active, trained = state.active, state.adapter(adapter_name).is_trainable
     trial = next(
         f"hotswap_{number}" for number in range(len(state.names()) + 1) if f"hotswap_{number}" not in state.names()

@@ -14,7 +14,11 @@ from peftc.runtime.model.described import config_and_name
 
 
 class PeftModel(AdaptedModel):
-    """An adapted model as PEFT's users have it. What is added to it rests until `set_adapter`."""
+    """An adapted model as PEFT's users have it. What is added to it rests until `set_adapter`; an adapter that is not
+    called `default` is saved into a directory of its name, lone or not.
+    """
+
+    lone_is_default = False
 
     def __new__(cls, model: nn.Module, peft_config: Any, adapter_name: str = "default", **options: Any) -> "PeftModel":
         """The model with an adapter of this configuration: see `get_peft_model`."""
@@ -68,6 +72,10 @@ class PeftModel(AdaptedModel):
     ) -> Any:
         """As `AdaptedModel.load_adapter`, with the options of PEFT's that say where tensors are to be."""
         return super().load_adapter(model_id, adapter_name, *args, **_known(options))
+
+    def prepare_model_for_gradient_checkpointing(self, model: nn.Module) -> nn.Module:
+        """The model as it is: layers are computed again in a way that no input has to have a gradient for."""
+        return model
 
     @property
     def prefix(self) -> str:

@@ -8,10 +8,9 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
-from peftc.grammar.diagnostics import UsageError, fail
 from peftc.passes.foreign import peft as contract
 from peftc.passes.foreign.transformers import USE_CACHE, forward_of
-from peftc.runtime.adapted.adapted_module import AdaptedModule, Root
+from peftc.runtime.adapted.adapted_module import AdaptedModule, Root, refuse_by_row
 from peftc.runtime.adapted.base_weights import COMPILED_CALLS, base_view
 from peftc.runtime.execution.uncached import is_recomputing, without_cache
 from peftc.runtime.execution.virtual import EXTRA_INPUTS
@@ -58,11 +57,7 @@ def _adapted_class(base: type[nn.Module], root: type[Root]) -> type[Root]:
 
     def forward(self: AdaptedModule, *args: Any, **kwargs: Any) -> Any:
         state = self._adapter_state
-        if contract.BY_ROW in kwargs and contract.BY_ROW not in known:
-            help = 'call once for each adapter, or export programs with adapters="routed", which rows choose from'
-            fail(
-                UsageError, "E528", f"'{contract.BY_ROW}': rows of a call cannot have adapters of their own", help=help
-            )
+        refuse_by_row(kwargs, known)
         if makes_cache and self.training and self.is_gradient_checkpointing and is_recomputing():
             args, kwargs = (), without_cache(self._named(args, kwargs))
         if state.whole or any(name in kwargs for name in EXTRA_INPUTS) or (state.host.stored and _is_exporting()):

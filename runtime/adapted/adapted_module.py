@@ -3,7 +3,7 @@
 import copy
 import inspect
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Self, TypeVar
 
 import torch
@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from peftc.grammar.diagnostics import UsageError, did_you_mean, fail
+from peftc.passes.foreign import peft as contract
 from peftc.passes.quantized.schemes.known import packed
 from peftc.runtime.adapted.adapter_set import AdapterSet
 from peftc.runtime.adapted.base_weights import COMPILED_CALLS, STATE
@@ -33,6 +34,7 @@ class AdaptedModule(nn.Module):
     """
 
     supports_gradient_checkpointing = True
+    lone_is_default = True  # whether a lone adapter is saved as the one called `default` is, whatever its name
     _adapter_state: AdapterSet
     _base_class: type[nn.Module]
     _root_class: "type[AdaptedModule]"
@@ -204,6 +206,7 @@ class AdaptedModule(nn.Module):
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
         """As transformers, for `generate`; what adapters take of a call is no mistake."""
+        refuse_by_row(model_kwargs, ())
         own = {name: value for name, value in model_kwargs.items() if name not in EXTRA_INPUTS}
         self._inherited("_validate_model_kwargs")(own)
 
@@ -275,6 +278,14 @@ class EntryPoint:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._module, name)
+
+
+def refuse_by_row(arguments: Mapping[str, Any], known: Collection[str]) -> None:
+    """Raise UsageError if a call wants an adapter for each row, and the user's class has no argument called so."""
+    if contract.BY_ROW in arguments and contract.BY_ROW not in known:
+        message = f"'{contract.BY_ROW}': rows of a call cannot have adapters of their own"
+        help = 'call once for each adapter, or export programs with adapters="routed", which rows choose from'
+        fail(UsageError, "E528", message, help=help)
 
 
 def _unshare(model: nn.Module, state_dict: Mapping[str, Any] | None) -> None:

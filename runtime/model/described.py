@@ -16,6 +16,7 @@ from peftc.passes.plan.plan import AdapterPlan
 from peftc.passes.plan.resolve import ModelSurvey, usual_targets
 from peftc.runtime.peft_config.fresh_config import check_sizes
 from peftc.runtime.peft_config.peft_config import ConfigFacts, read_config
+from peftc.runtime.peft_config.unmatched import check_names
 
 _ACCEPTED = (
     "pass a spec (a path, its text, a Spec or AdapterSpec), a PEFT config or its fields as a dict, "
@@ -45,11 +46,18 @@ class Described:
         rule = adapter.rule
         return adapter.name in self.facts and not adapter.on and bool(adapter.train) and rule.prompt is None
 
-    def check(self, plans: Sequence[AdapterPlan]) -> None:
-        """Raise CheckpointError where a config tells sizes of the model that it has not."""
+    def check(self, plans: Sequence[AdapterPlan], survey: ModelSurvey) -> None:
+        """Raise CheckpointError where a config tells sizes of the model that it has not, or names a weight twice.
+
+        What it names and the model has not is told in warnings.
+        """
+        told = list[str]()
         for plan in plans:
             if plan.name in self.facts:
                 check_sizes(self.facts[plan.name].sizes, plan)
+                told += check_names(self.facts[plan.name].config, plan, survey)
+        for message in told:
+            warnings.warn(message, RuntimeWarning, stacklevel=3)
 
     def trains(self) -> bool:
         """Whether what is active is to be trained: a config for inference alone is not."""

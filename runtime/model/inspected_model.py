@@ -27,11 +27,22 @@ _CLASSES: dict[type[nn.Module], Any] = {}
 
 
 def _with_model(kind: type[nn.Module]) -> Any:
-    """A class of modules whose `model` is the adapted model that they are of."""
+    """A class of modules whose `model` is the adapted model that they are of, and which have what that has."""
     if kind not in _CLASSES:
-        found = property(lambda self: _WHOLE[self].get_base_model())
+
+        def found(self: Any, name: str) -> Any:
+            try:
+                return kind.__getattr__(self, name)
+            except AttributeError:
+                whole = _WHOLE.get(self)
+                if whole is None or name.startswith("_"):
+                    raise
+                return getattr(whole, name)
+
+        model = property(lambda self: _WHOLE[self].get_base_model())
         make: Any = type(kind)
-        _CLASSES[kind] = make(kind.__name__, (kind,), {"model": found, "__module__": kind.__module__})
+        namespace = {"model": model, "__getattr__": found, "__module__": kind.__module__}
+        _CLASSES[kind] = make(kind.__name__, (kind,), namespace)
     return _CLASSES[kind]
 
 

@@ -183,7 +183,8 @@ def _read(model: AdaptedModule, place: Path, options: LoadOptions) -> tuple[Mapp
     other = other_file(place)
     if other is None:
         config, tensors = read_adapter(place, allow_pickle=options.allow_pickle)
-        return config if options.config is None else config_fields(options.config), tensors
+        said = {} if options.config is None else config_fields(options.config)
+        return {**config, **{name: value for name, value in said.items() if value is not None}}, tensors
     weights = {
         name.removesuffix(".weight"): tuple(tensor.shape)
         for name, tensor in model._adapter_state.base.own().tensors()

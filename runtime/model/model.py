@@ -70,7 +70,7 @@ class AdaptedModel(SavedModel):
         state.check_name(active[0][0], help="choose another name")
         state.engine.backend.check_base(one.spec.base)
         planned = plan_adapters(one.on(surveyed), surveyed, tokenizer)
-        one.check(planned.plans)
+        one.check(planned.plans, surveyed)
         options = FreshOptions(calibration, tokenizer, dense, upcast=autocast_adapter_dtype)
         rests = bool(state.active) and (peft_config is not None or (name is not None and name is adapter_config))
         add_fresh(self, planned, None if rests else active, options, trainable=one.trains() and not rests)

@@ -64,7 +64,8 @@ def _adapter(plan: AdapterPlan) -> CardAdapter:
     adapted = [at.site.module for at in plan.sites]
     adapted += [each.module for each in plan.copies] + [each.module for each in plan.rows]
     places = dict.fromkeys(name.rpartition(".")[2] for name in adapted if name and not is_adapters(name))
-    return CardAdapter(plan.name, spec.rule.name, said, list(places), plan.parameter_count)
+    kinds = [spec.rule.peft_type.lower()] if spec.rule.peft_type else []
+    return CardAdapter(plan.name, spec.rule.name, said, list(places), plan.parameter_count, kinds)
 
 
 @dataclass(frozen=True)

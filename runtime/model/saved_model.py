@@ -33,12 +33,13 @@ class SavedModel(InspectedModel):
     ) -> None:
         """Write adapters, not the base, in the format `peft` and transformers load, and a model card.
 
-        As PEFT does, the adapter called `default`, or a lone one, goes into the directory itself and every other into
-        a subdirectory of its name. A manifest with the spec and the base's fingerprint lies beside each. Values come
-        from `state_dict` (of this model) if one is given. In a Trainer's checkpoint (a directory called
-        `checkpoint-<step>`) the adapters' part of the state dict is saved too where PEFT is not installed, from which
-        the Trainer then resumes. What transformers and accelerate give beside these (`save_function`,
-        `max_shard_size`, `token`) changes nothing: an adapter is one small file, written by this process.
+        As PEFT does, the adapter called `default` (or a lone one, but not of `peftc.peft`) goes into the directory
+        itself and every other into a subdirectory of its name. A manifest with the spec and the base's fingerprint lies
+        beside each. Values come from `state_dict` (of this model) if one is given. In a Trainer's checkpoint (a
+        directory called `checkpoint-<step>`) the adapters' part of the state dict is saved too where PEFT is not
+        installed, from which the Trainer then resumes. What transformers and accelerate give beside these
+        (`save_function`, `max_shard_size`, `token`) changes nothing: an adapter is one small file, written by this
+        process.
 
         With `safe_serialization=False` the tensors are pickled, into `adapter_model.bin`. README.md is made where there
         is none; of one that is there only the metadata changes.

@@ -54,7 +54,7 @@ def save_adapters(
         fail(UsageError, "E541", f"{root} is a file", help="give a directory")
     resumable = bool(_TRAINER_CHECKPOINT.fullmatch(root.name))
     for adapter in adapters:
-        name = "default" if len(state.names()) == 1 else adapter.plan.name
+        name = "default" if model.lone_is_default and len(state.names()) == 1 else adapter.plan.name
         _save(model, adapter, adapter_directory(root, name), state_dict, checked(embeddings), safe)
         if resumable and adapter.allocator is not None:
             whole = {key: value.detach().cpu().contiguous() for key, value in adapter.state_dict().items()}

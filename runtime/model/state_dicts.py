@@ -55,13 +55,17 @@ def set_adapter_state(
     return IncompatibleKeys(missing, [key for name, key in named.items() if name not in expected])
 
 
+def check_unmerged(model: AdaptedModule, adapter_name: str) -> None:
+    """Raise UsageError if the adapter is merged, so that other values would not be what the model computes with."""
+    if any(adapter_name == merged for merged, _ in model._adapter_state.base.merged_adapters):
+        message = f"adapter {adapter_name!r} is merged: other values would not reach the weights"
+        fail(UsageError, "E593", message, help="call unmerge_adapter first")
+
+
 @torch.no_grad()
 def put_values(model: AdaptedModule, adapter: AdapterParameters, values: Mapping[ParamKey, torch.Tensor]) -> None:
     """Write these into an adapter's tensors, in their types. Raises UsageError if the adapter is merged."""
-    name = adapter.plan.name
-    if any(name == merged for merged, _ in model._adapter_state.base.merged_adapters):
-        message = f"adapter {name!r} is merged: other values would not reach the weights"
-        fail(UsageError, "E593", message, help="call unmerge_adapter first")
+    check_unmerged(model, adapter.plan.name)
     for key, value in values.items():
         adapter.tensor(key).copy_(value)
 

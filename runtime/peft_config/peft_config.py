@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from peftc.grammar.diagnostics import CheckpointError, did_you_mean, fail
@@ -57,6 +57,7 @@ class ConfigFacts:
     sizes: Mapping[str, object] = field(default_factory=dict)  # of the place it is for, as far as they are told
     ties: bool = False  # whether what is tied in the base is to be adapted as one
     warnings: tuple[str, ...] = ()
+    config: Mapping[str, object] = field(default_factory=dict)  # the fields, of a fresh adapter
 
 
 def read_config(
@@ -109,7 +110,8 @@ def read_config(
         tokens=_tokens(reader, rule),
         strict=False,
     )
-    return _facts(reader, spec)
+    facts = _facts(reader, spec)
+    return replace(facts, config=reader.config) if fresh else facts
 
 
 def _heads(reader: FieldReader, rule: MethodRule) -> tuple[str, ...]:

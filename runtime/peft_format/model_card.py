@@ -25,6 +25,7 @@ class CardAdapter:
     values: Mapping[str, object]
     places: Sequence[str]  # the ends of the names of what is adapted
     parameters: int
+    kinds: Sequence[str] = ()  # what the method is a kind of: the Hub runs what is tagged `lora`
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def updated_card(text: str | None, facts: CardFacts) -> str:
 
 def _tags(facts: CardFacts) -> list[str]:
     base = [f"base_model:adapter:{facts.base_model}"] if facts.base_model else []
-    return [*base, *(each.method for each in facts.adapters), OURS]
+    return [*base, *(tag for each in facts.adapters for tag in (each.method, *each.kinds)), OURS]
 
 
 def _fresh(facts: CardFacts) -> str:

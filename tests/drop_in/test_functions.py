@@ -73,3 +73,16 @@ def test_of_a_model_that_others_have_wrapped():
     assert all(not each.any() for each in ours.get_peft_model_state_dict(model).values())
     with pytest.raises(TypeError, match="DataParallel is not a model that peftc has adapted"):
         ours.get_peft_model_state_dict(nn.DataParallel(net()))
+
+
+def test_what_is_merged_is_not_swapped(tmp_path):
+    model = ours.get_peft_model(net(), config()).eval()
+    model.save_pretrained(tmp_path)
+    model.add_adapter("other", config())
+    model.merge_adapter(["default"])
+    before = model(X)
+    with pytest.raises(ValueError, match="adapter 'default' is merged"):
+        ours.hotswap_adapter(model, tmp_path, "default")
+    assert torch.equal(model(X), before)
+    ours.hotswap_adapter(model, tmp_path, "other")
+    assert torch.equal(model(X), before)

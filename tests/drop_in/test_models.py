@@ -6,6 +6,7 @@ import pickle
 import peft
 import pytest
 import torch
+import transformers as hf
 from torch import nn
 
 from peftc import peft as ours
@@ -131,3 +132,58 @@ def test_a_base_of_ones_own_is_found_by_pefts_path():
     model = ours.get_peft_model(Net(), config())
     assert model.base_model.model.lin0 is model.lin0
     assert type(model.base_model.model) is Net
+
+
+def test_what_the_base_has_is_found_behind_base_model():
+    sizes = {
+        "vocab_size": 20,
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    base = hf.LlamaForCausalLM(hf.LlamaConfig(**sizes))
+    model = ours.get_peft_model(base, peft.LoraConfig(target_modules=["q_proj"]))
+    assert model.base_model.lm_head is model.lm_head
+    assert model.base_model.model.model.layers is model.model.layers
+    assert not hasattr(model.base_model, "no_such_module")
+    with pytest.raises(AttributeError, match="no_such_module"):
+        model.base_model.no_such_module  # noqa: B018
+
+
+@pytest.mark.parametrize("name", ["default", "mine"])
+def test_an_adapter_is_saved_where_peft_saves_it(name, tmp_path):
+    ours.get_peft_model(Net(), config(), adapter_name=name).save_pretrained(tmp_path / "ours")
+    peft.get_peft_model(Net(), config(), adapter_name=name).save_pretrained(tmp_path / "theirs")
+    where = [
+        sorted(str(each.parent.relative_to(tmp_path / side)) for each in (tmp_path / side).rglob("adapter_config.json"))
+        for side in ("ours", "theirs")
+    ]
+    assert where[0] == where[1] == ["." if name == "default" else "mine"]
+
+
+def test_what_peft_scripts_ask_before_training():
+    model = ours.get_peft_model(Net(), config())
+    assert model.prepare_model_for_gradient_checkpointing(model) is model
+
+
+def test_rows_of_generate_have_no_adapters_of_their_own():
+    sizes = {
+        "vocab_size": 20,
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    base = hf.LlamaForCausalLM(hf.LlamaConfig(**sizes))
+    model = ours.get_peft_model(base, peft.LoraConfig(target_modules=["q_proj"])).eval()
+    for call in (model, model.generate):
+        with pytest.raises(ValueError, match="E528"):
+            call(input_ids=torch.ones(2, 2, dtype=torch.long), adapter_names=["default", "default"])
+
+
+def test_a_config_that_leaves_things_unsaid_leaves_them_to_the_file(saved):
+    asked = peft.LoraConfig(r=2, lora_alpha=31)
+    model = ours.PeftModel.from_pretrained(Net(), saved, config=asked)
+    assert model.peft_config["default"].lora_alpha == 31
+    assert set(model.peft_config["default"].target_modules) == {"lin0", "emb"}

@@ -191,6 +191,12 @@ DROPPED = {
     "boft": lambda: peft.BOFTConfig(**_all(boft_block_size=4, boft_dropout=0.4)),
     "boft, less than a block": lambda: peft.BOFTConfig(**_all(boft_block_size=4, boft_dropout=0.1)),
     "oft": lambda: peft.OFTConfig(**_all(oft_block_size=4, r=0, module_dropout=0.5)),
+    "delora": lambda: peft.DeloraConfig(**_all(r=4, module_dropout=0.3)),
+    "hira": lambda: peft.HiraConfig(**_all(r=4, hira_dropout=0.3)),
+    "miss": lambda: peft.MissConfig(**_all(r=4, miss_dropout=0.3)),
+    "miss, not divided": lambda: peft.MissConfig(**_all(r=5, miss_dropout=0.3)),
+    "miss mini": lambda: peft.MissConfig(**{**_all(r=4, mini_r=6, miss_dropout=0.3), "init_weights": "mini"}),
+    "randlora": lambda: peft.RandLoraConfig(**_all(r=4, randlora_dropout=0.3)),
 }
 
 

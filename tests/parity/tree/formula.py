@@ -99,6 +99,7 @@ class Reference:
         self.model: Any = copy.deepcopy(base).requires_grad_(False)
         self.adapters: dict[str, Adapter] = {}
         self.trained: set[str] = set()
+        self.frozen: set[str] = set()  # not to be trained, which is more than not trained now
         self.active: Active = ()
         self.enabled = True
         self.merged: Mapping[str, tuple[float, Adapter]] | None = None
@@ -156,6 +157,7 @@ class Reference:
         else:
             self.trained -= {name}
             self.trained |= {name} if trained else set()
+            self.frozen |= set() if trained else {name}
             if not self.active:
                 self.activate(((name, 1.0),), trained)
         self.refresh()
@@ -164,7 +166,9 @@ class Reference:
         """Have these active; `trained` None leaves which are trained as it is."""
         self.active = active
         if trained is not None:
-            self.trained = {name for name, _ in active} if trained else set()
+            names = {name for name, _ in active}
+            self.trained = names if trained else set()
+            self.frozen = self.frozen - names if trained else self.frozen | names
         self.refresh()
 
     def merge(self, names: Sequence[str] | None) -> None:
@@ -182,12 +186,19 @@ class Reference:
         self.refresh()
 
     def remove(self, name: str) -> None:
-        """Take an adapter away; where none is active any more that was, the first of the others by name is."""
+        """Take an adapter away; where none is active any more that was, the first of the others by name is.
+
+        It is trained if what was active was, unless it is frozen.
+        """
+        trained = any(each in self.trained for each, _ in self.active)
         del self.adapters[name]
         self.trained.discard(name)
+        self.frozen.discard(name)
         left = tuple(each for each in self.active if each[0] != name)
         if self.active and not left and self.adapters:
-            left = ((min(self.adapters), 1.0),)
+            first = min(self.adapters)
+            self.activate(((first, 1.0),), True if trained and first not in self.frozen else None)
+            return
         self.active = left
         self.refresh()
 

@@ -1,0 +1,81 @@
+"""What a PEFT configuration names and a model has not, which PEFT says in a warning, or leaves unsaid."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from peftc.grammar.diagnostics import CheckpointError, did_you_mean, fail
+from peftc.grammar.method.rule import MethodRule
+from peftc.grammar.spec.select import Universe, select_modules
+from peftc.grammar.syntax import tree
+from peftc.passes.foreign import peft as fields
+from peftc.passes.plan.plan import AdapterPlan
+from peftc.passes.plan.resolve import ModelSurvey
+from peftc.runtime.peft_config.peft_rule import mask_field, pattern_fields
+from peftc.runtime.peft_format.peft_names import ending_selector, pattern_key_selector, suffix_selector
+
+_MODULES, _PARAMETERS, _TRAINED = "target_modules", "target_parameters", "modules_to_save"
+_EXCLUDED = "exclude_modules"
+_HEADS = {each for names in fields.TASK_HEADS.values() for each in names}  # PEFT writes all of a task's into a config
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """One thing that a configuration names: the field, the text, and what the text chooses."""
+
+    field: str
+    text: str
+    selector: tree.Selector
+
+
+def check_names(config: Mapping[str, object], plan: AdapterPlan, survey: ModelSurvey) -> tuple[str, ...]:
+    """What is to be told of the names in a configuration that chose nothing.
+
+    Raises CheckpointError (E325) where one weight is named as a module and as a parameter: PEFT adapts none twice.
+    """
+    if plan.spec.rule.prompt is not None:
+        return ()
+    modules, adapted = survey.universe.modules, tuple(dict.fromkeys(at.site.module for at in plan.sites))
+    parameters = {each.weight: each.name for each in survey.sites}
+    entries = list(_entries(config, plan.spec.rule))
+    both = {each for entry in entries if entry.field == _MODULES for each in _chosen(entry, modules)}
+    for entry in entries:
+        for weight in _chosen(entry, parameters) if entry.field == _PARAMETERS else ():
+            if weight.rpartition(".")[0] in both:
+                message = f"'{weight}' is named by '{_PARAMETERS}', and its module by '{_MODULES}'"
+                fail(CheckpointError, "E325", message, help="leave one of the two out", where="the PEFT config")
+    told = []
+    known = {_MODULES: modules, _TRAINED: modules, _EXCLUDED: modules, _PARAMETERS: tuple(parameters)}
+    for entry in entries:
+        names = known.get(entry.field, adapted)
+        if not _chosen(entry, names):
+            what = "parameter" if entry.field == _PARAMETERS else "module" if entry.field in known else "adapted module"
+            guess = did_you_mean(
+                entry.text, [each if entry.field == _PARAMETERS else each.rpartition(".")[2] for each in names]
+            )
+            hint = f" ({guess})" if guess else ""
+            told.append(f"the PEFT config: field '{entry.field}': no {what} is called {entry.text!r}{hint}")
+    return tuple(told)
+
+
+def _chosen(entry: _Entry, names: Mapping[str, str] | Sequence[str]) -> tuple[str, ...]:
+    return select_modules(entry.selector, Universe((), tuple(names)))
+
+
+def _entries(config: Mapping[str, object], rule: MethodRule) -> Iterator[_Entry]:
+    spelled: dict[str, Callable[[str], tree.Selector]] = {
+        _MODULES: suffix_selector,
+        _PARAMETERS: suffix_selector,
+        _EXCLUDED: suffix_selector,
+        _TRAINED: ending_selector,
+    }
+    heads = {(_TRAINED, each) for each in _HEADS}
+    for name, selector in spelled.items():
+        value = config.get(name)
+        for text in value if isinstance(value, list) else ():
+            if isinstance(text, str) and (name, text) not in heads:
+                yield _Entry(name, text, selector(text))
+    for name in dict.fromkeys(("rank_pattern", "alpha_pattern", *pattern_fields(rule).values())):
+        value = config.get(name)
+        if isinstance(value, Mapping) and name != mask_field(rule):
+            for text in value:
+                yield _Entry(name, text, pattern_key_selector(text))
