@@ -293,7 +293,7 @@ def load(
             which PEFT's prefix is left out: for a base whose modules are called otherwise by now.
         config: A PEFT config, or its fields as a dict: what it says (what is not None) comes before the checkpoint's.
         ignore_mismatched_sizes: Leave tensors whose sizes are not the adapter's out, with a warning that names them;
-            what they are for starts as on a fresh adapter.
+            what they are for starts as on a fresh adapter. Embeddings that are saved beside an adapter have to fit.
         strict: Refuse fields of the config that are not known here, and tensors that no output depends on. Otherwise
             they are left unread, and a warning names them. What is known and not supported is always refused.
         prepare_for_kbit_training: As in `apply`, if the adapter `is_trainable`.

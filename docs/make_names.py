@@ -24,6 +24,9 @@ DIFFERS = {
     "PeftMixedModel": "the same class as `PeftModel`: adapters of several methods may be active in any model",
     "PeftModel": "an object of the user's class too; no module is wrapped, and `base_model` is transformers' own",
     "get_peft_model_state_dict": "`save_embedding_layers` is an argument of `save_pretrained` alone",
+    "get_base_model_state_dict": "without what is merged",
+    "set_base_model_state_dict": "refused while adapters are merged; the model that was adapted keeps its values",
+    "hotswap_adapter": "takes any method, and other ranks and targets; refused while the adapter is merged",
     "load_peft_weights": "a pickled file is read only with `allow_pickle=True`",
 }
 METHODS = {

@@ -51,9 +51,11 @@ class AutoPeftModel:
                 help=help,
                 where=str(directory),
             )
-        own = {
+        own: dict[str, Any] = {
             name: options.pop(name) for name in ("autocast_adapter_dtype", "key_mapping", "config") if name in options
         }
+        if options.get("ignore_mismatched_sizes"):  # of the base and of the adapter
+            own["ignore_mismatched_sizes"] = True
         base: nn.Module = cls._class(config, directory).from_pretrained(
             named, revision=config.get("revision"), **options
         )

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from peftc.compiler.api import AdaptedModel, apply
-from peftc.grammar.diagnostics import CheckpointError, fail
+from peftc.grammar.diagnostics import ArgumentTypeError, CheckpointError, UsageError, fail
 from peftc.passes.foreign import transformers as contract
 from peftc.peft.models import PeftModel, as_peft
 from peftc.runtime.base.share import share
@@ -95,20 +95,29 @@ def hotswap_adapter(
 ) -> None:
     """Put a saved adapter in the place of one that is there, under its name, and active as it is.
 
-    Ranks may differ. Graphs of an adapter alike are used again, compiled ones too. Raises as `load_adapter`, and leaves
-    everything as it was.
+    Ranks may differ. Graphs of an adapter alike are used again, compiled ones too. What is trained is trained on, and
+    the model stays in training or in evaluation. Raises as `load_adapter`, UsageError if the adapter is merged, and
+    leaves everything as it was.
     """
     state = checked(model)._adapter_state
     check_unmerged(model, adapter_name)
-    active, trained = state.active, state.adapter(adapter_name).is_trainable
+    if "is_trainable" in options:
+        help = "leave it out; set_requires_grad changes it"
+        fail(ArgumentTypeError, "E589", "what is swapped in is trained as what it replaces was", help=help)
+    active, replaced = state.active, state.adapter(adapter_name)
+    trained, frozen = replaced.is_trainable, replaced.frozen
     trial = next(
         f"hotswap_{number}" for number in range(len(state.names()) + 1) if f"hotswap_{number}" not in state.names()
     )
-    model.load_adapter(model_name_or_path, trial, **options)  # refused here, if it is
+    # As one to be trained, which leaves the model's mode alone.
+    model.load_adapter(model_name_or_path, trial, is_trainable=True, **options)  # refused here, if it is
     state.remove(trial)
     state.activate(tuple(each for each in active if each[0] != adapter_name))
     state.remove(adapter_name)
-    model.load_adapter(model_name_or_path, adapter_name, is_trainable=trained, **options)
+    model.load_adapter(model_name_or_path, adapter_name, is_trainable=True, **options)
+    made = state.adapter(adapter_name)
+    made.train_only(trained)
+    made.frozen = frozen
     state.activate(active)
 
 
@@ -123,7 +132,7 @@ def get_model_status(model: Any) -> TunerModelStatus:
 
 
 def get_base_model_state_dict(model: Any) -> dict[str, torch.Tensor]:
-    """The base's tensors by its own names, without adapters', as PEFT's function of this name."""
+    """The base's tensors by its own names, without adapters' and without what is merged into them."""
     found: dict[str, torch.Tensor] = checked(model).unload().state_dict()
     return found
 
@@ -134,9 +143,13 @@ def set_base_model_state_dict(
     """Give the base of an adapted model other values, as PEFT's function of this name; keys are the base's own.
 
     The user's model keeps its values: this one gets tensors of its own for what differs. Returns missing and unexpected
-    keys. Raises CheckpointError for such, and changes nothing, if `strict`.
+    keys. Raises CheckpointError, and changes nothing, for such if `strict`, and for tensors of other sizes; UsageError
+    while adapters are merged, which have their place in the base's tensors.
     """
-    known = checked(model).unload().state_dict()
+    if checked(model)._adapter_state.base.merged_adapters:
+        message = "adapters are merged into the base's tensors"
+        fail(UsageError, "E593", message, help="call unmerge_adapter first")
+    known = model.unload().state_dict()
     told = IncompatibleKeys(
         [each for each in known if each not in state_dict], [each for each in state_dict if each not in known]
     )
@@ -144,6 +157,13 @@ def set_base_model_state_dict(
     wrong += [f"missing key {key!r}" for key in told.missing_keys]
     if strict and wrong:
         fail(CheckpointError, "E341", "\n".join(wrong[:8]), help="strict=False leaves these", where="the state_dict")
+    sizes = [
+        f"'{key}' has shape {list(value.shape)}, expected {list(known[key].shape)}"
+        for key, value in state_dict.items()
+        if key in known and value.shape != known[key].shape
+    ]
+    if sizes:
+        fail(CheckpointError, "E342", "\n".join(sizes[:8]), where="the state_dict")
     model.load_state_dict({key: value for key, value in state_dict.items() if key in known}, strict=False)
     return told
 

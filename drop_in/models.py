@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from peftc.compiler.api import AdaptedModel, apply, load
-from peftc.grammar.diagnostics import UsageError, fail
+from peftc.grammar.diagnostics import ArgumentTypeError, UsageError, fail
 from peftc.runtime.adapted.adapted_class import adapted_class
 from peftc.runtime.base.overlay import BANK
 from peftc.runtime.model.described import config_and_name
@@ -68,10 +68,16 @@ class PeftModel(AdaptedModel):
         super().add_adapter(None, name, *more, peft_config=config, **options)
 
     def load_adapter(  # type: ignore[override]
-        self, model_id: str | PathLike[str], adapter_name: str = "default", *args: Any, **options: Any
+        self, model_id: Any = None, adapter_name: str = "default", *args: Any, peft_model_id: Any = None, **options: Any
     ) -> Any:
-        """As `AdaptedModel.load_adapter`, with the options of PEFT's that say where tensors are to be."""
-        return super().load_adapter(model_id, adapter_name, *args, **_known(options))
+        """As `AdaptedModel.load_adapter`, with the options of PEFT's that say where tensors are to be.
+
+        `peft_model_id` is what transformers calls `model_id`.
+        """
+        where = model_id if peft_model_id is None else peft_model_id
+        if where is None or (model_id is not None and peft_model_id is not None):
+            fail(ArgumentTypeError, "E589", "load_adapter takes a directory or repository, once", help="name one")
+        return super().load_adapter(where, adapter_name, *args, **_known(options))
 
     def prepare_model_for_gradient_checkpointing(self, model: nn.Module) -> nn.Module:
         """The model as it is: layers are computed again in a way that no input has to have a gradient for."""

@@ -158,7 +158,8 @@ class AdapterSet:
         Raises UsageError if a name is taken, and as `activate`.
         """
         before = self.active
-        trained = {} if trainable is None else {name: self.adapter(name).is_trainable for name in self.names()}
+        known = () if trainable is None else [self.adapter(name) for name in self.names()]
+        trained = [(each, each.is_trainable, each.frozen) for each in known]
         added: list[str] = []
         try:
             for adapter in adapters:
@@ -169,8 +170,9 @@ class AdapterSet:
                 self.activate(active, trainable=trainable)
         except BaseException:
             self._forget(added)
-            for name, is_trained in trained.items():
-                self.adapter(name).train_only(is_trained)
+            for adapter, is_trained, frozen in trained:
+                adapter.train_only(is_trained)
+                adapter.frozen = frozen
             self.activate(before)
             raise
 

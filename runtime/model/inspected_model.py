@@ -35,15 +35,27 @@ def _with_model(kind: type[nn.Module]) -> Any:
                 return kind.__getattr__(self, name)
             except AttributeError:
                 whole = _WHOLE.get(self)
-                if whole is None or name.startswith("_"):
+                hidden = name.startswith("_") or _is_users_property(type(whole), name)
+                if whole is None or hidden or name not in dir(whole):
                     raise
                 return getattr(whole, name)
 
-        model = property(lambda self: _WHOLE[self].get_base_model())
+        def model(self: Any) -> nn.Module:
+            whole = _WHOLE.get(self)
+            if whole is None:  # a copy
+                raise AttributeError(f"{kind.__name__!r} object has no attribute 'model'")
+            return whole.get_base_model()
+
         make: Any = type(kind)
-        namespace = {"model": model, "__getattr__": found, "__module__": kind.__module__}
+        namespace = {"model": property(model), "__getattr__": found, "__module__": kind.__module__}
         _CLASSES[kind] = make(kind.__name__, (kind,), namespace)
     return _CLASSES[kind]
+
+
+def _is_users_property(kind: type, name: str) -> bool:
+    """Whether an attribute is a property of a user's class, which may ask its `base_model` in turn."""
+    owner = next((each for each in kind.__mro__ if name in vars(each)), None)
+    return owner is not None and isinstance(vars(owner)[name], property) and not owner.__module__.startswith("peftc.")
 
 
 class InspectedModel(AdaptedModule):

@@ -20,6 +20,7 @@ from peftc.runtime.adapted.adapted_module import AdaptedModule
 from peftc.runtime.adapted.base_weights import base_view
 from peftc.runtime.base.earlier import EarlierNames
 from peftc.runtime.base.idle import idle_names
+from peftc.runtime.base.overlay import BANK
 from peftc.runtime.init.tokens import check_ties, needed_vocabulary
 from peftc.runtime.model.adding import PlannedAdapters, Values, add_adapters
 from peftc.runtime.model.described import config_fields
@@ -33,7 +34,7 @@ from peftc.runtime.peft_config.peft_rule import with_values
 from peftc.runtime.peft_config.spec_config import check_growth, known_methods
 from peftc.runtime.peft_format.adapter_files import locate, read_adapter, read_tensors
 from peftc.runtime.peft_format.carry import carried
-from peftc.runtime.peft_format.checkpoint import fit, unpruned
+from peftc.runtime.peft_format.checkpoint import entries, fit, unpruned
 from peftc.runtime.peft_format.found_tensors import named_earlier, spelled, without_idle
 from peftc.runtime.peft_format.key_spelling import AS_IT_IS
 from peftc.runtime.peft_format.load_options import LoadOptions
@@ -56,9 +57,15 @@ def load_adapter(
     With `follows_regions` the model's regions begin where the checkpoint's spec said.
     """
     told = _loaded(model, source, name, options, follows_regions=follows_regions)
-    if not options.is_trainable and model.training:
+    if not options.is_trainable and _trains(model):
         model.eval()
     return told
+
+
+def _trains(model: AdaptedModule) -> bool:
+    """Whether the model, or a module of its base, is in training mode; there may be thousands of adapters."""
+    parts = [part for name, part in model.named_children() if name != BANK]
+    return model.training or any(each.training for part in parts for each in part.modules())
 
 
 def _loaded(
@@ -150,6 +157,7 @@ def _loaded(
     def values() -> Iterator[Values]:
         yield Values(given=fitted, masks=masks, upcast=options.autocast_adapter_dtype)
 
+    missing = [key for key, entry in entries(plan).items() if entry.key not in fitted and not entry.computed]
     add_adapters(
         model,
         PlannedAdapters((plan,), tokens, drawn=False),
@@ -160,7 +168,7 @@ def _loaded(
     )
     state.adapter(name).frozen = not options.is_trainable
     state.base.facts.task_type = state.base.facts.task_type or facts.task_type
-    return IncompatibleKeys([], [])
+    return IncompatibleKeys(missing if options.ignore_mismatched_sizes else [], [])
 
 
 def _check_same(plan: AdapterPlan, known: AdapterPlan, where: str) -> None:
@@ -180,20 +188,21 @@ def _check_same(plan: AdapterPlan, known: AdapterPlan, where: str) -> None:
 
 def _read(model: AdaptedModule, place: Path, options: LoadOptions) -> tuple[Mapping[str, object], dict[str, Tensor]]:
     """The configuration and the tensors of a checkpoint, or of another library's file as PEFT would have them."""
+    said = {} if options.config is None else config_fields(options.config)
     other = other_file(place)
     if other is None:
         config, tensors = read_adapter(place, allow_pickle=options.allow_pickle)
-        said = {} if options.config is None else config_fields(options.config)
-        return {**config, **{name: value for name, value in said.items() if value is not None}}, tensors
-    weights = {
-        name.removesuffix(".weight"): tuple(tensor.shape)
-        for name, tensor in model._adapter_state.base.own().tensors()
-        if name.endswith(".weight") and tensor.dim() > 1
-    }
-    found = as_peft(other, weights, type(model).__name__)
-    for message in found.warnings:
-        warnings.warn(message, stacklevel=4)
-    return found.config, dict(found.tensors)
+    else:
+        weights = {
+            name.removesuffix(".weight"): tuple(tensor.shape)
+            for name, tensor in model._adapter_state.base.own().tensors()
+            if name.endswith(".weight") and tensor.dim() > 1
+        }
+        found = as_peft(other, weights, type(model).__name__)
+        for message in found.warnings:
+            warnings.warn(message, stacklevel=4)
+        config, tensors = dict(found.config), dict(found.tensors)
+    return {**config, **{name: value for name, value in said.items() if value is not None}}, tensors
 
 
 def _planned(

@@ -55,7 +55,7 @@ class AdaptedModel(SavedModel):
 
         `adapter_config`, or `peft_config`, is a spec (a path, the text itself, a `Spec` or `AdapterSpec` with one
         adapter) or a PEFT config (an object, or its fields as a dict). PEFT's order, the name first, and its keyword
-        mean what they mean there: beside an active adapter the new one rests, frozen, until `set_adapter`.
+        mean what they mean there: beside an active adapter the new one rests until `set_adapter`.
         `calibration` are the batches that a method needs which starts from data, as in `apply`; the base runs on them.
         `tokenizer` is for tokens that a spec names by their text, for new ones, and for a method that starts from a
         text. `dense` is what a quantized base was made from, as in `apply`, where `autocast_adapter_dtype` and
@@ -74,6 +74,7 @@ class AdaptedModel(SavedModel):
         options = FreshOptions(calibration, tokenizer, dense, upcast=autocast_adapter_dtype)
         rests = bool(state.active) and (peft_config is not None or (name is not None and name is adapter_config))
         add_fresh(self, planned, None if rests else active, options, trainable=one.trains() and not rests)
+        state.adapter(active[0][0]).frozen = not one.trains()
         state.base.facts.told(one.facts)
         if not rests:
             self._unmerge_for_others(stacklevel=3)
@@ -106,7 +107,8 @@ class AdaptedModel(SavedModel):
 
         Where there is an adapter of this name, the file's values are put into its tensors, in place, as a Trainer that
         resumes has it; the file has to be of an adapter like it. Returns missing and unexpected keys, as torch's
-        `load_state_dict` does: none, since an adapter that lacks something is refused.
+        `load_state_dict` does: none, since an adapter that lacks something is refused, but for what
+        `ignore_mismatched_sizes` leaves out.
 
         Everything is checked before anything changes: the config, every key and shape, the base. Raises
         CheckpointError or UsageError. A manifest of another base only warns: the shapes fit, the user may know better.

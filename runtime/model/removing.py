@@ -22,5 +22,6 @@ def remove(state: AdapterSet, names: Sequence[str]) -> None:
     left = sorted(state.names())
     if had_active and not state.active and left:
         warnings.warn(f"what was active is deleted: {left[0]!r} is active now", stacklevel=3)
-        trainable = True if trained and not state.adapter(left[0]).frozen else None
-        state.activate(((left[0], 1.0),), trainable=trainable)
+        if trained and not state.adapter(left[0]).frozen:
+            state.adapter(left[0]).train_only(True)
+        state.activate(((left[0], 1.0),))

@@ -1,6 +1,6 @@
 """An adapter's tensors taken out of a model, and others put into the very parameters that optimizers hold."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +11,7 @@ from peftc.passes.foreign.checkpoints import WRAPPERS
 from peftc.passes.plan.plan import ParamKey
 from peftc.runtime.adapted.adapted_module import AdaptedModule
 from peftc.runtime.adapters.bank import AdapterParameters
+from peftc.runtime.base.overlay import BANK
 from peftc.runtime.model.saving import adapter_tensors
 from peftc.runtime.peft_format.checkpoint import entries, prefixed
 
@@ -82,10 +83,8 @@ def get_peft_model_state_dict(
     own = unwrapped(model)
     if own is not model and state_dict is None:
         state_dict = model.state_dict()
-    if state_dict is not None:
-        state_dict = {
-            ".".join(each for each in key.split(".") if each not in WRAPPERS): state_dict[key] for key in state_dict
-        }
+    if own is not model and state_dict is not None:
+        state_dict = dict(_of_adapters(state_dict))
     return adapter_tensors(checked(own), adapter_name, state_dict)
 
 
@@ -105,6 +104,15 @@ def set_peft_model_state_dict(
     return set_adapter_state(
         checked(unwrapped(model)), adapter_name, peft_model_state_dict, ignore_mismatched_sizes=ignore_mismatched_sizes
     )
+
+
+def _of_adapters(state_dict: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The adapters' tensors by their own names, without what wrappers put before and, underlined, into these."""
+    for key, value in state_dict.items():
+        _, found, rest = key.partition(f"{BANK}.")
+        if found:
+            own = [each for each in rest.split(".") if each not in WRAPPERS or not each.startswith("_")]
+            yield f"{BANK}.{'.'.join(own)}", value
 
 
 def unwrapped(model: Any) -> Any:

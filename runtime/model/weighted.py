@@ -54,7 +54,8 @@ def add_weighted_adapter(
     """Add an adapter made of others, each with a weight, as PEFT's method of that name.
 
     The adapters stay as they are. The new one adapts every site of any of them; where one of them is not, the
-    others are combined. It is at rest and frozen until `set_adapter`, and saved, merged and loaded like any other.
+    others are combined. It is at rest, without gradients, until `set_adapter`, and saved, merged and loaded like any
+    other.
 
     Adapters whose `W' = W + s * (B @ A)` (LoRA, and what starts otherwise and is LoRA from then on) are combined
     into one of scale one, of a single rank. With `w` the weights, and a negative one takes away:

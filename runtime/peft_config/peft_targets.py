@@ -12,7 +12,7 @@ from peftc.runtime.peft_format.peft_names import (
 )
 
 # target_modules never reaches a raw parameter, though one of the same name may exist beside the modules.
-_MODULE = tree.Unary("not", tree.Name("parameter"))
+MODULE = tree.Unary("not", tree.Name("parameter"))
 _LINEAR = tree.Name("linear")
 _WEIGHT = ".weight"
 _PARAMETER = tree.Binary("or", tree.Name("parameter"), tree.Name("multihead_attention"))
@@ -36,12 +36,12 @@ def targets(reader: FieldReader, *, fresh: bool) -> tuple[Target, ...]:
         if modules.lower() == fields.ALL_LINEAR:
             targets.append(Target((tree.AllSelector("linear"),)))
         elif modules != fields.NO_MODULES and reader.pattern("target_modules", modules):
-            targets.append(Target((tree.PatternSelector(modules),), where=_MODULE))
+            targets.append(Target((tree.PatternSelector(modules),), where=MODULE))
     elif modules and layers:
         limited = layered_selector(sorted(set(modules)), layers, _layers_patterns(reader))
-        targets.append(Target((limited,), where=_MODULE))
+        targets.append(Target((limited,), where=MODULE))
     elif modules:
-        targets.append(Target(tuple(suffix_selector(each) for each in sorted(set(modules))), where=_MODULE))
+        targets.append(Target(tuple(suffix_selector(each) for each in sorted(set(modules))), where=MODULE))
     elif not parameters and not (fresh and modules is None):
         _check_untargeted(reader, modules)
     if parameters:

@@ -5,12 +5,13 @@ from dataclasses import dataclass
 
 from peftc.grammar.diagnostics import CheckpointError, did_you_mean, fail
 from peftc.grammar.method.rule import MethodRule
-from peftc.grammar.spec.select import Universe, select_modules
+from peftc.grammar.spec.select import Universe, select, select_modules
 from peftc.grammar.syntax import tree
 from peftc.passes.foreign import peft as fields
 from peftc.passes.plan.plan import AdapterPlan
 from peftc.passes.plan.resolve import ModelSurvey
 from peftc.runtime.peft_config.peft_rule import mask_field, pattern_fields
+from peftc.runtime.peft_config.peft_targets import MODULE
 from peftc.runtime.peft_format.peft_names import ending_selector, pattern_key_selector, suffix_selector
 
 _MODULES, _PARAMETERS, _TRAINED = "target_modules", "target_parameters", "modules_to_save"
@@ -34,17 +35,12 @@ def check_names(config: Mapping[str, object], plan: AdapterPlan, survey: ModelSu
     """
     if plan.spec.rule.prompt is not None:
         return ()
-    modules, adapted = survey.universe.modules, tuple(dict.fromkeys(at.site.module for at in plan.sites))
-    parameters = {each.weight: each.name for each in survey.sites}
-    entries = list(_entries(config, plan.spec.rule))
-    both = {each for entry in entries if entry.field == _MODULES for each in _chosen(entry, modules)}
-    for entry in entries:
-        for weight in _chosen(entry, parameters) if entry.field == _PARAMETERS else ():
-            if weight.rpartition(".")[0] in both:
-                message = f"'{weight}' is named by '{_PARAMETERS}', and its module by '{_MODULES}'"
-                fail(CheckpointError, "E325", message, help="leave one of the two out", where="the PEFT config")
+    _check_once(plan, survey)
+    modules, parameters = survey.universe.modules, tuple(each.weight for each in survey.sites)
+    adapted = tuple(dict.fromkeys(name for at in plan.sites for name in (at.site.module, at.site.weight, at.site.name)))
+    entries = _entries(config, plan.spec.rule)
     told = []
-    known = {_MODULES: modules, _TRAINED: modules, _EXCLUDED: modules, _PARAMETERS: tuple(parameters)}
+    known = {_MODULES: modules, _TRAINED: modules, _EXCLUDED: modules, _PARAMETERS: parameters}
     for entry in entries:
         names = known.get(entry.field, adapted)
         if not _chosen(entry, names):
@@ -57,7 +53,21 @@ def check_names(config: Mapping[str, object], plan: AdapterPlan, survey: ModelSu
     return tuple(told)
 
 
-def _chosen(entry: _Entry, names: Mapping[str, str] | Sequence[str]) -> tuple[str, ...]:
+def _check_once(plan: AdapterPlan, survey: ModelSurvey) -> None:
+    """Raise CheckpointError if what is chosen as a module, by a name or a pattern, is chosen as a parameter too."""
+    chosen: dict[bool, dict[str, None]] = {True: {}, False: {}}
+    for target in plan.spec.on:
+        for selector in target.selectors:
+            found = [each.name for each in select(selector, target.where, survey.universe)]
+            chosen[target.where in (None, MODULE)].update(dict.fromkeys(found))
+    adapted = {at.site.name for at in plan.sites}
+    twice = [name for name in chosen[True] if name in chosen[False] and name in adapted]
+    if twice:
+        message = f"the weight of '{twice[0]}' is named by '{_PARAMETERS}', and its module by '{_MODULES}'"
+        fail(CheckpointError, "E325", message, help="leave one of the two out", where="the PEFT config")
+
+
+def _chosen(entry: _Entry, names: Sequence[str]) -> tuple[str, ...]:
     return select_modules(entry.selector, Universe((), tuple(names)))
 
 

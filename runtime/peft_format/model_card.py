@@ -41,6 +41,7 @@ class CardFacts:
     tags: Sequence[str] = ()
     quantized: str | None = None
     metrics: Mapping[str, object] = field(default_factory=dict)
+    folder: str = ""  # beside the card, where the first of the adapters lies; empty where it lies there itself
 
 
 def updated_card(text: str | None, facts: CardFacts) -> str:
@@ -84,6 +85,7 @@ def _fresh(facts: CardFacts) -> str:
 
 def _loading(facts: CardFacts) -> list[str]:
     base = f"base = {facts.base_class}.from_pretrained({facts.base_model or '...'!r})"
+    where = f', subfolder="{facts.folder}"' if facts.folder else ""
     if facts.library == PEFT:
-        return ["from peft import PeftModel", "", base, 'model = PeftModel.from_pretrained(base, "...")']
-    return ["from peftc import compiler", "", base, 'model = compiler.load(base, "...")']
+        return ["from peft import PeftModel", "", base, f'model = PeftModel.from_pretrained(base, "..."{where})']
+    return ["from peftc import compiler", "", base, f'model = compiler.load(base, "..."{where})']

@@ -86,3 +86,56 @@ def test_what_is_merged_is_not_swapped(tmp_path):
     assert torch.equal(model(X), before)
     ours.hotswap_adapter(model, tmp_path, "other")
     assert torch.equal(model(X), before)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_swapping_changes_values_and_nothing_else(training, tmp_path):
+    model = ours.get_peft_model(net(), config()).train(training)
+    model.add_adapter("other", config(), autocast_adapter_dtype=False)
+    ours.get_peft_model(net(), config()).save_pretrained(tmp_path)
+    for name in ("default", "other"):
+        ours.hotswap_adapter(model, tmp_path, name)
+    assert all(each.training is training for name, each in model.named_modules() if "adapter_bank" not in name)
+    assert model.active_adapters == ["default"]
+    trained = [name for name, each in model.named_parameters() if each.requires_grad]
+    assert trained
+    assert all("default" in name for name in trained)
+    with pytest.raises(TypeError, match="E589"):
+        ours.hotswap_adapter(model, tmp_path, "other", is_trainable=True)
+    assert set(model.peft_config) == {"default", "other"}
+    model.delete_adapter("default")
+    assert [name for name, each in model.named_parameters() if each.requires_grad], "it only rested"
+
+
+def test_a_base_is_not_set_half_or_below_what_is_merged():
+    model = ours.get_peft_model(net(), config()).eval()
+    before = {key: each.clone() for key, each in ours.get_base_model_state_dict(model).items()}
+    wrong = {key: each + 1 for key, each in before.items()} | {"2.weight": torch.ones(3, 3)}
+    with pytest.raises(CheckpointError, match=r"E342.*'2\.weight' has shape \[3, 3\], expected \[2, 4\]"):
+        ours.set_base_model_state_dict(model, wrong)
+    assert all(torch.equal(each, before[key]) for key, each in ours.get_base_model_state_dict(model).items())
+    model.merge_adapter()
+    merged = model(X)
+    with pytest.raises(ValueError, match="E593"):
+        ours.set_base_model_state_dict(model, before)
+    assert torch.equal(model(X), merged)
+    assert all(torch.equal(each, before[key]) for key, each in ours.get_base_model_state_dict(model).items())
+
+
+def test_a_given_state_is_read_whatever_modules_and_adapters_are_called():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.module = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.module(x)
+
+    fields = peft.LoraConfig(r=2, target_modules=["module"], init_lora_weights=False)
+    model = ours.get_peft_model(Odd(), fields, adapter_name="module")
+    zeros = {key: each * 0 for key, each in model.state_dict().items()}
+    assert not any(each.any() for each in ours.get_peft_model_state_dict(model, zeros, "module").values())
+    wrapped = nn.DataParallel(model)
+    zeros = {key: each * 0 for key, each in wrapped.state_dict().items()}
+    assert not any(each.any() for each in ours.get_peft_model_state_dict(wrapped, zeros, "module").values())
+    assert all(each.any() for each in ours.get_peft_model_state_dict(wrapped, adapter_name="module").values())

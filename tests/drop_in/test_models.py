@@ -12,6 +12,7 @@ from torch import nn
 from peftc import peft as ours
 from peftc.compiler import CheckpointError
 
+SIZES = {"vocab_size": 20, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
 X = torch.linspace(-1, 1, 30).view(3, 10)
 
 
@@ -135,14 +136,7 @@ def test_a_base_of_ones_own_is_found_by_pefts_path():
 
 
 def test_what_the_base_has_is_found_behind_base_model():
-    sizes = {
-        "vocab_size": 20,
-        "hidden_size": 8,
-        "intermediate_size": 8,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-    }
-    base = hf.LlamaForCausalLM(hf.LlamaConfig(**sizes))
+    base = hf.LlamaForCausalLM(hf.LlamaConfig(**SIZES))
     model = ours.get_peft_model(base, peft.LoraConfig(target_modules=["q_proj"]))
     assert model.base_model.lm_head is model.lm_head
     assert model.base_model.model.model.layers is model.model.layers
@@ -168,14 +162,7 @@ def test_what_peft_scripts_ask_before_training():
 
 
 def test_rows_of_generate_have_no_adapters_of_their_own():
-    sizes = {
-        "vocab_size": 20,
-        "hidden_size": 8,
-        "intermediate_size": 8,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-    }
-    base = hf.LlamaForCausalLM(hf.LlamaConfig(**sizes))
+    base = hf.LlamaForCausalLM(hf.LlamaConfig(**SIZES))
     model = ours.get_peft_model(base, peft.LoraConfig(target_modules=["q_proj"])).eval()
     for call in (model, model.generate):
         with pytest.raises(ValueError, match="E528"):
@@ -187,3 +174,58 @@ def test_a_config_that_leaves_things_unsaid_leaves_them_to_the_file(saved):
     model = ours.PeftModel.from_pretrained(Net(), saved, config=asked)
     assert model.peft_config["default"].lora_alpha == 31
     assert set(model.peft_config["default"].target_modules) == {"lin0", "emb"}
+
+
+class Delegating(hf.LlamaForCausalLM):
+    @property
+    def delegated(self):
+        return self.base_model.delegated
+
+
+def test_a_property_that_asks_the_base_does_not_go_round_in_circles():
+    model = ours.get_peft_model(Delegating(hf.LlamaConfig(**SIZES)), peft.LoraConfig(target_modules=["q_proj"]))
+    assert not hasattr(model, "delegated")
+    assert not hasattr(model.base_model, "delegated")
+    assert model.base_model.has_active_enabled_adapter
+    assert not hasattr(copy.deepcopy(model.base_model), "model")
+
+
+def test_a_part_in_training_mode_is_put_into_evaluation_too(saved):
+    base = Net().eval()
+    base.drop.train()
+    assert not ours.PeftModel.from_pretrained(base, saved).drop.training
+    assert base.drop.training
+
+
+def test_what_is_for_inference_only_is_not_trained_once_it_is_alone():
+    model = ours.get_peft_model(Net(), config())
+    model.add_adapter("other", config(inference_mode=True))
+    model.add_adapter("third", config())
+    model.set_requires_grad(["third"], True)
+    model.delete_adapter("default")
+    assert model.active_adapters == ["other"]
+    assert {name.split(".")[1] for name, each in model.named_parameters() if each.requires_grad} == {"third"}
+
+
+def test_the_card_of_an_adapter_in_a_directory_says_so(tmp_path):
+    ours.get_peft_model(Net(), config(), adapter_name="mine").save_pretrained(tmp_path)
+    card = next(tmp_path.rglob("README.md")).read_text()
+    assert 'subfolder="mine"' in card
+    ours.PeftModel.from_pretrained(Net(), tmp_path, subfolder="mine")
+
+
+def test_load_adapter_by_either_name(saved):
+    model = ours.get_peft_model(Net(), config())
+    model.load_adapter(peft_model_id=saved, adapter_name="one")
+    model.load_adapter(model_id=saved, adapter_name="two")
+    assert list(model.peft_config) == ["default", "one", "two"]
+    for wrong in ({}, {"model_id": saved, "peft_model_id": saved}):
+        with pytest.raises(TypeError, match="E589"):
+            model.load_adapter(adapter_name="three", **wrong)
+
+
+def test_what_does_not_fit_is_said_to_be_missing(saved):
+    model = ours.get_peft_model(Net(15), config())
+    with pytest.warns(UserWarning, match="left unread"):
+        told = model.load_adapter(saved, "other", ignore_mismatched_sizes=True)
+    assert told.missing_keys == ["base_model.model.emb.lora_embedding_A"]

@@ -33,6 +33,7 @@ NEEDS = (
     "scipy",
 )  # what the tests import, beside the project's own extra
 SIDES = ("peft", "peftc")
+SUITES = "suites"  # below the folder
 
 
 def main() -> None:
@@ -46,16 +47,9 @@ def main() -> None:
     options = parser.parse_args()
     folder = options.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    python = options.python or environment(folder / "env")
+    python = environment(folder / "env") if options.python is None else options.python.absolute()
     tests = source(folder, python)
-    made = [
-        sys.executable if python is None else str(python),
-        "-m",
-        "tests.peft_suite.prepared",
-        str(tests),
-        str(folder),
-    ]
-    run(made, check=True)
+    run([str(python), "-m", "tests.peft_suite.prepared", str(tests), str(folder)], check=True)
     for side in options.side:
         for file in options.files:
             suite(folder, python, side, file, options)
@@ -81,7 +75,7 @@ def source(folder: Path, python: Path) -> Path:
         with tarfile.open(folder / f"peft-{version}.tar.gz") as packed:
             packed.extractall(folder, filter="data")
     for side in SIDES:
-        shutil.rmtree(folder / side, ignore_errors=True)
+        shutil.rmtree(folder / SUITES / side, ignore_errors=True)
     return tests
 
 
@@ -90,7 +84,7 @@ def suite(folder: Path, python: Path, side: str, file: str, options: argparse.Na
     command = [str(python), "-m", "pytest", "-q", "-n", str(options.workers), "-p", "tests.peft_suite.plugin"]
     command += ["-p", "no:cacheprovider", "-c", os.devnull, "--rootdir", ".", "-W", "ignore", "--tb", "no"]
     command += ["--results", str(folder / f"{side}.jsonl"), "--every", str(options.every), f"peft_tests/{file}.py"]
-    run(command, cwd=folder / side, check=False, HF_HOME=str(folder / "hub"))
+    run(command, cwd=folder / SUITES / side, check=False, HF_HOME=str(folder / "hub"))
 
 
 def run(command: list[str], *, check: bool, cwd: Path = ROOT, **variables: str) -> None:

@@ -49,6 +49,6 @@ def prepare(source: Path, target: Path, ours: frozenset[str] | None) -> None:
 
 if __name__ == "__main__":
     tests, folder = map(Path, sys.argv[1:])
-    prepare(tests, folder / "peft" / "peft_tests", None)
-    prepare(tests, folder / "peftc" / "peft_tests", frozenset(public.__all__))
+    prepare(tests, folder / "suites" / "peft" / "peft_tests", None)
+    prepare(tests, folder / "suites" / "peftc" / "peft_tests", frozenset(public.__all__))
     make(folder / "hub")

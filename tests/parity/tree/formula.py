@@ -197,8 +197,8 @@ class Reference:
         left = tuple(each for each in self.active if each[0] != name)
         if self.active and not left and self.adapters:
             first = min(self.adapters)
-            self.activate(((first, 1.0),), True if trained and first not in self.frozen else None)
-            return
+            self.trained |= {first} if trained and first not in self.frozen else set()
+            left = ((first, 1.0),)
         self.active = left
         self.refresh()
 

@@ -1,5 +1,6 @@
 """A name in a PEFT config that chooses nothing is told, and a weight that is named twice is refused."""
 
+import copy
 import functools
 import warnings
 
@@ -7,9 +8,12 @@ import peft
 import pytest
 import torch
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from peftc import compiler
 from peftc.compiler import CheckpointError
+
+SIZES = {"vocab_size": 20, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
 class Net(nn.Module):
@@ -52,7 +56,7 @@ def test_it_is_told_once(name, added):
     fields, told = UNMATCHED[name]
     model = compiler.apply(Net(), config())
     adapt = functools.partial(model.add_adapter, "other") if added else functools.partial(compiler.apply, Net())
-    with pytest.warns(UserWarning, match=f"the PEFT config: field {told}") as caught:
+    with pytest.warns(RuntimeWarning, match=f"the PEFT config: field {told}") as caught:
         adapt(config(**fields))
     assert len([each for each in caught if "the PEFT config: field" in str(each.message)]) == 1
 
@@ -78,7 +82,32 @@ def test_nothing_is_told_of_what_is_there(fields):
 
 def test_a_weight_is_not_named_twice():
     twice = config(target_parameters=["linear.weight"])
-    with pytest.raises(ValueError, match="not also targeted with target_modules"):
+    with pytest.raises(ValueError, match="not also targeted with `target_modules`"):
         peft.get_peft_model(Net(), twice)
-    with pytest.raises(CheckpointError, match=r"E325.*'linear.weight' is named by 'target_parameters'"):
-        compiler.apply(Net(), twice)
+    for modules in (["linear"], ".*linear"):
+        with pytest.raises(CheckpointError, match=r"E325.*the weight of 'linear' is named by 'target_parameters'"):
+            compiler.apply(Net(), config(target_modules=modules, target_parameters=["linear.weight"]))
+
+
+def test_a_module_that_is_left_out_may_be_named_by_its_weight():
+    base = LlamaForCausalLM(LlamaConfig(**SIZES))
+    fields = dict(target_parameters=["layers.0.self_attn.q_proj.weight"], target_modules=["q_proj"])
+    for more in ({"exclude_modules": ["layers.0.self_attn.q_proj"]}, {"layers_to_transform": [1]}):
+        asked = config(**fields, **more)
+        theirs = peft.get_peft_model(copy.deepcopy(base), asked)
+        wanted = {key.partition(".self_attn")[0] for key, each in theirs.named_parameters() if each.requires_grad}
+        assert len(wanted) == 2
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            adapted = compiler.apply(base, asked)
+        found = {at.site.name.partition(".self_attn")[0] for at in adapted.adapter_plan("default").sites}
+        assert {f"base_model.model.{each}" for each in found} >= wanted - {"base_model.model.model.layers.0"}
+
+
+def test_a_parameters_rank_is_no_modules():
+    base = Net()
+    asked = config(target_modules=[], target_parameters=["lone"], rank_pattern={"lone": 1})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        adapted = compiler.apply(base, asked)
+    assert next(iter(adapted.adapter_bank.parameters())).shape[0] == 1
