@@ -14,6 +14,7 @@ from peftc.grammar.spec.spec import AdapterSpec, Spec
 from peftc.passes.foreign import peft as fields
 from peftc.passes.plan.plan import AdapterPlan
 from peftc.passes.plan.resolve import ModelSurvey, usual_targets
+from peftc.runtime.init.tokens import check_ties
 from peftc.runtime.peft_config.fresh_config import check_sizes
 from peftc.runtime.peft_config.peft_config import ConfigFacts, read_config
 from peftc.runtime.peft_config.unmatched import check_names
@@ -47,7 +48,8 @@ class Described:
         return adapter.name in self.facts and not adapter.on and bool(adapter.train) and rule.prompt is None
 
     def check(self, plans: Sequence[AdapterPlan], survey: ModelSurvey) -> None:
-        """Raise CheckpointError where a config tells sizes of the model that it has not, or names a weight twice.
+        """Raise CheckpointError where a config tells sizes of the model that it has not, names a weight twice, or wants
+        adapters tied that are not.
 
         What it names and the model has not is told in warnings.
         """
@@ -56,6 +58,8 @@ class Described:
             if plan.name in self.facts:
                 check_sizes(self.facts[plan.name].sizes, plan)
                 told += check_names(self.facts[plan.name].config, plan, survey)
+                if self.facts[plan.name].ties:
+                    check_ties(plan, survey.ties, "the PEFT config")
         for message in told:
             warnings.warn(message, RuntimeWarning, stacklevel=3)
 

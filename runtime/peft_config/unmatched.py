@@ -15,7 +15,7 @@ from peftc.runtime.peft_config.peft_targets import MODULE
 from peftc.runtime.peft_format.peft_names import ending_selector, pattern_key_selector, suffix_selector
 
 _MODULES, _PARAMETERS, _TRAINED = "target_modules", "target_parameters", "modules_to_save"
-_EXCLUDED = "exclude_modules"
+_EXCLUDED, _TIES = "exclude_modules", "ensure_weight_tying"
 _HEADS = {each for names in fields.TASK_HEADS.values() for each in names}  # PEFT writes all of a task's into a config
 
 
@@ -50,6 +50,10 @@ def check_names(config: Mapping[str, object], plan: AdapterPlan, survey: ModelSu
             )
             hint = f" ({guess})" if guess else ""
             told.append(f"the PEFT config: field '{entry.field}': no {what} is called {entry.text!r}{hint}")
+    tied = any(at.site.tied for at in plan.sites) or any(each.tied for each in plan.copies)
+    tied = tied or any(each.tied for each in plan.rows)
+    if config.get(_TIES) is True and not tied:
+        told.append(f"the PEFT config: field '{_TIES}': nothing that is adapted or trained is tied")
     return tuple(told)
 
 

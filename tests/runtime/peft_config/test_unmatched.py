@@ -80,6 +80,31 @@ def test_nothing_is_told_of_what_is_there(fields):
         compiler.apply(Net(), config(**fields))
 
 
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("trained", [False, True])
+def test_ties_that_are_asked_for_are_there_or_told(tied, trained):
+    base = LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=tied))
+    asked = config(target_modules=["q_proj"], ensure_weight_tying=True)
+    asked.modules_to_save = ["embed_tokens"] if trained else None
+    if tied and trained:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            adapted = compiler.apply(base, asked)
+        theirs = peft.get_peft_model(copy.deepcopy(base), asked)
+        assert adapted.get_nb_trainable_parameters()[0] == theirs.get_nb_trainable_parameters()[0]
+    else:
+        with pytest.warns(RuntimeWarning, match="'ensure_weight_tying': nothing that is adapted or trained is tied"):
+            compiler.apply(base, asked)
+
+
+@pytest.mark.parametrize("modules", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]])
+def test_adapters_of_tied_modules_are_not_tied_without_a_word(modules):
+    base = LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=True))
+    with pytest.raises(CheckpointError, match="E364"):
+        compiler.apply(base, config(target_modules=modules, ensure_weight_tying=True))
+    compiler.apply(base, config(target_modules=modules))
+
+
 def test_a_weight_is_not_named_twice():
     twice = config(target_parameters=["linear.weight"])
     with pytest.raises(ValueError, match="not also targeted with `target_modules`"):
