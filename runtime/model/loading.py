@@ -157,7 +157,9 @@ def _loaded(
     def values() -> Iterator[Values]:
         yield Values(given=fitted, masks=masks, upcast=options.autocast_adapter_dtype)
 
-    missing = [key for key, entry in entries(plan).items() if entry.key not in fitted and not entry.computed]
+    missing = list[str]()
+    if options.ignore_mismatched_sizes:
+        missing = [key for key, entry in entries(plan).items() if entry.key not in fitted and not entry.computed]
     add_adapters(
         model,
         PlannedAdapters((plan,), tokens, drawn=False),
@@ -168,7 +170,7 @@ def _loaded(
     )
     state.adapter(name).frozen = not options.is_trainable
     state.base.facts.task_type = state.base.facts.task_type or facts.task_type
-    return IncompatibleKeys(missing if options.ignore_mismatched_sizes else [], [])
+    return IncompatibleKeys(missing, [])
 
 
 def _check_same(plan: AdapterPlan, known: AdapterPlan, where: str) -> None:
