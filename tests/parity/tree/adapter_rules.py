@@ -27,6 +27,8 @@ class AdapterRules(Watched):
         self.ours.load_adapter(files(self.subject) / name, name, is_trainable=trained)
         adapter = from_file(self.subject, name, self.dtype)
         self.theirs.add(name, adapter, active=False, trained=trained)
+        if not trained:
+            self.theirs.model.eval()
 
     @precondition(lambda self: self.missing())
     @rule(data=st.data(), trained=st.booleans())
