@@ -14,7 +14,7 @@ from peftc.passes.foreign import peft as contract
 from peftc.passes.plan.plan import AdapterPlan
 from peftc.runtime.adapted.adapted_module import AdaptedModule
 from peftc.runtime.base.overlay import is_adapters
-from peftc.runtime.model.saving import folder_of, versions
+from peftc.runtime.model.saving import saved_name, versions
 from peftc.runtime.peft_format.adapter_files import write_files
 from peftc.runtime.peft_format.model_card import FILE, OURS, PEFT, CardAdapter, CardFacts, updated_card
 
@@ -54,7 +54,7 @@ def _facts(model: AdaptedModule, names: Sequence[str], metrics: Mapping[str, obj
         tags=[*(["transformers"] if hasattr(model, "config") else []), *own, *tags],
         quantized=state.base.own().quantization(),
         metrics=metrics,
-        folder=folder_of(model, names[0]) if names else "",
+        saved_as=saved_name(model, names[0]) if names else "default",
     )
 
 

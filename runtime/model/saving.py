@@ -22,7 +22,7 @@ from peftc.runtime.model.embeddings import SaveEmbeddings, base_of, checked, emb
 from peftc.runtime.peft_config.peft_config import write_config
 from peftc.runtime.peft_config.peft_rule import mask_field
 from peftc.runtime.peft_config.spec_config import spec_text
-from peftc.runtime.peft_format.adapter_files import write_adapter, write_files
+from peftc.runtime.peft_format.adapter_files import adapter_directory, write_adapter, write_files
 from peftc.runtime.peft_format.checkpoint import Entry, entries, kept_masks
 from peftc.runtime.peft_format.manifest import AdapterFacts, Manifest, spec_digest, write_manifest
 from peftc.runtime.peft_format.saved_value import settled_value
@@ -54,21 +54,21 @@ def save_adapters(
         fail(UsageError, "E541", f"{root} is a file", help="give a directory")
     resumable = bool(_TRAINER_CHECKPOINT.fullmatch(root.name))
     for adapter in adapters:
-        directory_of = root / folder_of(model, adapter.plan.name)
-        _save(model, adapter, directory_of, state_dict, checked(embeddings), safe)
+        place = adapter_directory(root, saved_name(model, adapter.plan.name))
+        _save(model, adapter, place, state_dict, checked(embeddings), safe)
         if resumable and adapter.allocator is not None:
             whole = {key: value.detach().cpu().contiguous() for key, value in adapter.state_dict().items()}
-            write_files(directory_of, {TRAINING: partial(save_file, whole)})
+            write_files(place, {TRAINING: partial(save_file, whole)})
     if resumable and not fields.is_installed():
         given = model.state_dict() if state_dict is None else state_dict
         own = {key: value.detach().cpu().contiguous() for key, value in given.items() if is_adapters(key)}
         write_files(root, {TRAINER_STATE: lambda path: save_file(own, path, metadata={"format": "pt"})})
 
 
-def folder_of(model: AdaptedModule, name: str) -> str:
-    """Where in a directory an adapter is saved: in it, or in a directory of its name."""
+def saved_name(model: AdaptedModule, name: str) -> str:
+    """The name that an adapter is saved by, which says where: a lone one may be saved as the one called `default`."""
     lone = model.lone_is_default and len(model._adapter_state.names()) == 1
-    return "" if lone or name == "default" else name
+    return "default" if lone else name
 
 
 def adapter_tensors(model: AdaptedModule, name: str, state_dict: StateDict | None) -> dict[str, torch.Tensor]:

@@ -41,7 +41,7 @@ class CardFacts:
     tags: Sequence[str] = ()
     quantized: str | None = None
     metrics: Mapping[str, object] = field(default_factory=dict)
-    folder: str = ""  # beside the card, where the first of the adapters lies; empty where it lies there itself
+    saved_as: str = "default"  # the name of the first, which lies in a directory called so, if it is not this one
 
 
 def updated_card(text: str | None, facts: CardFacts) -> str:
@@ -85,7 +85,7 @@ def _fresh(facts: CardFacts) -> str:
 
 def _loading(facts: CardFacts) -> list[str]:
     base = f"base = {facts.base_class}.from_pretrained({facts.base_model or '...'!r})"
-    where = f', subfolder="{facts.folder}"' if facts.folder else ""
+    where = "" if facts.saved_as == "default" else f', subfolder="{facts.saved_as}"'
     if facts.library == PEFT:
         return ["from peft import PeftModel", "", base, f'model = PeftModel.from_pretrained(base, "..."{where})']
     return ["from peftc import compiler", "", base, f'model = compiler.load(base, "..."{where})']

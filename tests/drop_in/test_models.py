@@ -229,3 +229,11 @@ def test_what_does_not_fit_is_said_to_be_missing(saved):
     with pytest.warns(UserWarning, match="left unread"):
         told = model.load_adapter(saved, "other", ignore_mismatched_sizes=True)
     assert told.missing_keys == ["base_model.model.emb.lora_embedding_A"]
+
+
+def test_an_adapters_name_leads_nowhere_else(tmp_path):
+    outside = tmp_path / "outside"
+    model = ours.get_peft_model(Net(), config(), adapter_name=str(outside).replace(".", "_"))
+    with pytest.raises(CheckpointError, match="E310"):
+        model.save_pretrained(tmp_path / "inside")
+    assert not outside.exists()
