@@ -167,8 +167,8 @@ class InspectedModel(AdaptedModule):
         """
         if "base_model" in self._modules:
             return self._modules["base_model"]
-        inner: nn.Module = self._inherited("base_model") if hasattr(self._base_class, "base_model") else self
         of_transformers = hasattr(self._base_class, "base_model")
+        inner: nn.Module = self._inherited("base_model") if of_transformers else self
         if (inner is self and of_transformers) or "model" in inner._modules:  # which asks whether a model is its own
             return inner
         view: nn.Module = object.__new__(_with_model(type(inner)))

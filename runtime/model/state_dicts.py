@@ -81,10 +81,8 @@ def get_peft_model_state_dict(
     ArgumentTypeError for a model that peftc has not adapted.
     """
     own = unwrapped(model)
-    if own is not model and state_dict is None:
-        state_dict = model.state_dict()
-    if own is not model and state_dict is not None:
-        state_dict = dict(_of_adapters(state_dict))
+    if own is not model:
+        state_dict = dict(_of_adapters(model.state_dict() if state_dict is None else state_dict))
     return adapter_tensors(checked(own), adapter_name, state_dict)
 
 

@@ -50,11 +50,15 @@ def check_names(config: Mapping[str, object], plan: AdapterPlan, survey: ModelSu
             )
             hint = f" ({guess})" if guess else ""
             told.append(f"the PEFT config: field '{entry.field}': no {what} is called {entry.text!r}{hint}")
-    tied = any(at.site.tied for at in plan.sites) or any(each.tied for each in plan.copies)
-    tied = tied or any(each.tied for each in plan.rows)
-    if config.get(_TIES) is True and not tied:
+    if config.get(_TIES) is True and not _ties(plan):
         told.append(f"the PEFT config: field '{_TIES}': nothing that is adapted or trained is tied")
     return tuple(told)
+
+
+def _ties(plan: AdapterPlan) -> bool:
+    """Whether anything is adapted or trained that is tied."""
+    adapted = any(at.site.tied for at in plan.sites)
+    return adapted or any(each.tied for each in plan.copies) or any(each.tied for each in plan.rows)
 
 
 def _check_once(plan: AdapterPlan, survey: ModelSurvey) -> None:
