@@ -8,7 +8,6 @@ What comes of each test is kept in FOLDER/peft.jsonl and FOLDER/peftc.jsonl; a t
 
 import argparse
 import os
-import shutil
 import subprocess
 import sys
 import tarfile
@@ -49,7 +48,8 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     python = environment(folder / "env") if options.python is None else options.python.absolute()
     tests = source(folder, python)
-    run([str(python), "-m", "tests.peft_suite.prepared", str(tests), str(folder)], check=True)
+    places = [str(each) for each in (tests, folder / SUITES, folder / "hub")]
+    run([str(python), "-m", "tests.peft_suite.prepared", *places], check=True)
     for side in options.side:
         for file in options.files:
             suite(folder, python, side, file, options)
@@ -74,8 +74,6 @@ def source(folder: Path, python: Path) -> Path:
         run([*download, "-d", str(folder), f"peft=={version}"], check=True)
         with tarfile.open(folder / f"peft-{version}.tar.gz") as packed:
             packed.extractall(folder, filter="data")
-    for side in SIDES:
-        shutil.rmtree(folder / SUITES / side, ignore_errors=True)
     return tests
 
 

@@ -1,6 +1,7 @@
-"""PEFT's tests, with `peftc.peft` in the place of PEFT: `python -m tests.peft_suite.prepared TESTS FOLDER`."""
+"""PEFT's tests, with `peftc.peft` in the place of PEFT: `python -m tests.peft_suite.prepared TESTS SUITES HUB`."""
 
 import ast
+import shutil
 import sys
 from pathlib import Path
 
@@ -39,7 +40,8 @@ def _imports(node: ast.AST, ours: frozenset[str]) -> str:
 
 
 def prepare(source: Path, target: Path, ours: frozenset[str] | None) -> None:
-    """Copy the tests into a package `target`, for `peftc.peft` if `ours` are said, else for PEFT."""
+    """Copy the tests into a package `target`, anew, for `peftc.peft` if `ours` are said, else for PEFT."""
+    shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
     (target / "__init__.py").touch()
     for file in source.glob("*.py"):
@@ -48,7 +50,7 @@ def prepare(source: Path, target: Path, ours: frozenset[str] | None) -> None:
 
 
 if __name__ == "__main__":
-    tests, folder = map(Path, sys.argv[1:])
-    prepare(tests, folder / "suites" / "peft" / "peft_tests", None)
-    prepare(tests, folder / "suites" / "peftc" / "peft_tests", frozenset(public.__all__))
-    make(folder / "hub")
+    tests, suites, hub = map(Path, sys.argv[1:])
+    prepare(tests, suites / "peft" / "peft_tests", None)
+    prepare(tests, suites / "peftc" / "peft_tests", frozenset(public.__all__))
+    make(hub)
