@@ -106,10 +106,13 @@ class Compiler:
         """Whether the model can be given keys and values that attention sees beside the call's own."""
         return Tracer(base_view(self._model)).takes_cache(call)
 
-    def lower(self, graph: fx.Graph, *, autocast: bool, choice: Choice) -> Lowered:
-        """Copies of a specialised graph: for torch.compile to trace, and for Python to run as it is."""
+    def lower(self, graph: fx.Graph, *, autocast: bool, choice: Choice, by_row: bool = False) -> Lowered:
+        """Copies of a specialised graph: for torch.compile to trace, and for Python to run as it is.
+
+        With `by_row` every row has an adapter of its own; raises ModelError where an operator has no form for that.
+        """
         with self.step("making graphs fast"):
-            return lower(graph, autocast=autocast, choice=choice)
+            return lower(graph, autocast=autocast, choice=choice, by_row=by_row)
 
     def survey(self) -> ModelSurvey:
         """What there is to adapt, without what is merged; looked at again when a weight changed its shape or place."""

@@ -28,6 +28,7 @@ PAGES = (
     "docs/quantized.md",
     "docs/export.md",
     "docs/from-peft.md",
+    "docs/many-adapters.md",
     "docs/own-method.md",
     "docs/own-scheme.md",
     "docs/how-it-works.md",

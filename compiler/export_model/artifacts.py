@@ -18,9 +18,9 @@ from peftc.compiler.export_model.export_options import ExportFormat, ExportOptio
 from peftc.compiler.export_model.measuring import check_drift, measured
 from peftc.compiler.export_model.programs import BuiltProgram, alone, make, own_tensors
 from peftc.grammar.diagnostics import ModelError, UsageError, fail
-from peftc.passes.export.route import UnroutedError
 from peftc.passes.foreign import transformers as contract
 from peftc.passes.quantized.schemes.known import packed_modules
+from peftc.passes.route.laws import UnroutedError
 from peftc.runtime.files.tensor_file import Entry as TensorEntry
 from peftc.runtime.files.tensor_file import write_tensors
 from peftc.runtime.merge.repack import DEQUANTIZE

@@ -18,6 +18,7 @@ from peftc.passes.optimize.add_in_place import AddInPlace
 from peftc.passes.optimize.clean import Clean
 from peftc.passes.optimize.float_mask import FloatMask
 from peftc.passes.optimize.fuse_low_rank import FuseLowRank
+from peftc.passes.optimize.fuse_rows import FuseRows
 from peftc.passes.optimize.group_heads import GroupHeads
 from peftc.passes.optimize.hoist import Hoist
 from peftc.passes.optimize.join_cats import JoinCats
@@ -26,6 +27,8 @@ from peftc.passes.optimize.native import NativeCalls
 from peftc.passes.optimize.stop_early import StopEarly
 from peftc.passes.plan.structure import Structure
 from peftc.passes.quantized.schemes.known import Packed
+from peftc.passes.route.laws import UnroutedError
+from peftc.passes.route.route_rows import LanePieces, RouteRows
 from peftc.passes.virtual_tokens.insert_attention import InsertAttention
 from peftc.passes.virtual_tokens.insert_heads import InsertHeads
 from peftc.passes.virtual_tokens.insert_prefix import CarryPrompt, InsertPrefix
@@ -99,21 +102,33 @@ def _widening(traced: Traced, structure: Structure, slot_value: SlotValue, mode:
             return []
 
 
-def lower(graph: fx.Graph, *, autocast: bool, choice: Choice = PUSHED) -> Lowered:
+def lower(graph: fx.Graph, *, autocast: bool, choice: Choice = PUSHED, by_row: bool = False) -> Lowered:
     """Two copies of a specialised graph: for torch.compile to trace, and for Python to run as it is.
 
     The second is fused and calls operators the short way, both of which a compiler does by itself; what no activation
     goes into is taken out of it where nothing trains. Under autocast nothing is fused or kept: it does not cast what an
     in-place operator is given, and its type may change from call to call.
+
+    With `by_row` every row has an adapter of its own, and what it has of that is read from `routed`. Raises ModelError
+    where an operator has no form for that.
     """
+    lanes: tuple[LanePieces, ...] = ()
+    if by_row:
+        graph, route = copy_graph(graph), RouteRows()
+        try:
+            managed.run(graph, [route])
+        except UnroutedError as error:
+            message = f"rows cannot have adapters of their own at {error.site}: {error.reason}"
+            fail(ModelError, "E424", message, help="call once for each adapter, or choose other sites")
+        lanes = tuple(route.lanes)
     traceable = compilable(graph)
     plain = copy_graph(traceable)
-    steps: list[pass_manager.Pass] = [] if autocast else [FuseLowRank(), AddInPlace()]
+    steps: list[pass_manager.Pass] = [] if autocast else [FuseLowRank(), FuseRows(), AddInPlace()]
     if choice.frozen and not autocast:
         steps.append(Hoist(choice.dense))
     result = managed.run(plain, [*steps, NativeCalls()])
     hoisted = result.changes.get(Hoist.name)
-    return Lowered(traceable, plain, None if hoisted is None else hoisted.prologue)
+    return Lowered(traceable, plain, None if hoisted is None else hoisted.prologue, lanes)
 
 
 def compilable(graph: fx.Graph) -> fx.Graph:

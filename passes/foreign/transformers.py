@@ -39,6 +39,8 @@ USE_CACHE, LOGITS_TO_KEEP = "use_cache", "logits_to_keep"
 IMAGES, FEATURES = "pixel_values", "input_features"
 COUNTS = ("num_items_in_batch",)  # another number at each step
 
+_INPUTS = (TOKENS, _NAMES[Role.EMBEDDINGS], FEATURES, _NAMES[Role.SIGNAL], IMAGES)
+
 _CACHE_NAMES = ("cache", "past_key_values", "past_key_value", "cache_params")
 _CACHE_TYPE = re.compile(r"\w*Cache\b")
 
@@ -155,6 +157,13 @@ def name_of(role: Role, stack: Stack = Stack.ONLY) -> str:
 def traced_name(path: str) -> str:
     """What an argument is called while it is traced, and as the input of a program."""
     return _TRACED.get(path, path.replace(".", "_"))
+
+
+def rows_of(arguments: Mapping[str, Any]) -> int | None:
+    """How many rows a call has: of its tokens, or of what stands for them, or else of the first tensor."""
+    found = (arguments.get(f"{stack}{name}") for stack in (_DECODER, "") for name in _INPUTS)
+    tensors = (each for each in (*found, *arguments.values()) if hasattr(each, "shape") and len(each.shape))
+    return next((int(each.shape[0]) for each in tensors), None)
 
 
 def renamed_cache(arguments: Mapping[str, Any], forward: Forward, name: str) -> Mapping[str, Any]:

@@ -13,11 +13,11 @@ from peftc.passes.expression.convolve import Convolve, Patches, is_low_rank
 from peftc.passes.expression.materialise import Evaluator, to_logical, to_stored, unstack
 from peftc.passes.insert.uses import WeightUse, use_of
 from peftc.passes.ir.bodies import used_by
-from peftc.passes.ir.emit import Emit, Origin
+from peftc.passes.ir.emit import Emit, Origin, fake_like
 from peftc.passes.ir.pass_manager import Change, Miss
 from peftc.passes.ir.stages import Stage
 from peftc.passes.plan.site import Site
-from peftc.passes.plan.structure import AdaptedSite, Structure, Term, site_slot, slot_role
+from peftc.passes.plan.structure import MEMBER, AdaptedSite, Structure, Term, site_slot, slot_role
 
 aten = torch.ops.aten
 
@@ -31,6 +31,7 @@ class InsertDelta:
 
     Where the weight is used in a way no law covers, and at the sites of `dense`, the weight itself is replaced:
     f(W, b) -> f(W', b'). So it is at a convolution, unless something has to meet the activation alone.
+    Where rows have adapters of their own, y -> where(member, apply(W', x) + b', y) for each lane.
     """
 
     structure: Structure
@@ -59,6 +60,8 @@ class InsertDelta:
         ours = [user for user in weight.users if "peftc" not in user.meta and not _is_adapted(user, adapted.site)]
         # A functional use by another module is not this site's: PEFT reaches what the named module computes.
         uses = [user for user in ours if adapted.site.kind == "parameter" or adapted.site.user in used_by(user, weight)]
+        if adapted.lanes:
+            return sum(self._by_row(graph, each, weight, adapted) for each in uses)
         terms = [_primes(term) for term in adapted.terms]
         made = 0
         replaced: fx.Node | None = None
@@ -82,6 +85,22 @@ class InsertDelta:
             else:
                 each.replace_input_with(weight, replaced)
         return made
+
+    def _by_row(self, graph: fx.Graph, node: fx.Node, weight: fx.Node, adapted: AdaptedSite) -> int:
+        use = self.check(node, weight, adapted.site)
+        if isinstance(use, Miss):
+            raise UnfitError(adapted.site, f"rows have adapters of their own, and {use.reason}")
+        emit = Emit(graph, use.node.next, Origin(self.name, adapted.site.name), like=use.node)
+        total, kind = use.node, use.node.meta["val"].dtype
+        for terms in adapted.by_lane():
+            primes = compose([_primes(term) for term in terms], use.bias is not None)
+            slot = f"{site_slot(terms[0].position, adapted.site.name)}.{MEMBER}"
+            member = emit.slot(slot, fake_like((), torch.bool, weight), terms[0].position, MEMBER)
+            apply = self._apply(emit, weight, replace(adapted, terms=terms, lanes=()), use)
+            made = apply.cast(_total(apply, primes, use, total), kind)
+            total = emit.call(aten.where.self, member, made, total)
+        use.node.replace_all_uses_with(total, delete_user_cb=lambda user: user not in emit.made)
+        return len(emit.made)
 
     def _is_dense(self, use: WeightUse, matrix: algebra.Matrix, adapted: AdaptedSite) -> bool:
         """Whether to compute W' for the operator that is there, rather than to add to what it gives.
@@ -117,19 +136,7 @@ class InsertDelta:
     def _rewrite(self, graph: fx.Graph, use: WeightUse, weight: fx.Node, primes: Primes, adapted: AdaptedSite) -> int:
         emit = Emit(graph, use.node.next, Origin(self.name, adapted.site.name), like=use.node)
         apply = self._apply(emit, weight, adapted, use)
-        parts = deltas(primes[0])
-        added = () if primes[1] is None else deltas(primes[1], algebra.Bias())
-        if parts is not None and added is not None:
-            total = use.node
-            for part in parts:
-                total = emit.call(aten.add.Tensor, total, _applied(apply, apply.whole(part), use))
-            for part in added:
-                total = emit.call(aten.add.Tensor, total, _spread(apply, apply.value(part), use))
-        else:
-            total = _applied(apply, primes[0], use)
-            bias = use.bias if primes[1] is None else apply.value(primes[1])
-            if bias is not None:
-                total = emit.call(aten.add.Tensor, total, _spread(apply, bias, use))
+        total = _total(apply, primes, use, use.node)
         total = apply.cast(total, use.node.meta["val"].dtype)
         use.node.replace_all_uses_with(total, delete_user_cb=lambda user: user not in emit.made)
         if not use.node.users:
@@ -170,6 +177,21 @@ class InsertDelta:
         apply = Apply(emit, values, base, sizes, (site.out_features, site.in_features), site, self.training)
         values.weight = lambda: to_logical(emit, apply.promoted(weight), site)
         return apply
+
+
+def _total(apply: Apply, primes: Primes, use: WeightUse, total: fx.Node) -> fx.Node:
+    """What the adapted weight and bias give; where they are the base's plus something, `total` plus that."""
+    parts = deltas(primes[0])
+    added = () if primes[1] is None else deltas(primes[1], algebra.Bias())
+    if parts is not None and added is not None:
+        for part in parts:
+            total = apply.emit.call(aten.add.Tensor, total, _applied(apply, apply.whole(part), use))
+        for part in added:
+            total = apply.emit.call(aten.add.Tensor, total, _spread(apply, apply.value(part), use))
+        return total
+    total = _applied(apply, primes[0], use)
+    bias = use.bias if primes[1] is None else apply.value(primes[1])
+    return total if bias is None else apply.emit.call(aten.add.Tensor, total, _spread(apply, bias, use))
 
 
 def _applied(apply: Apply, matrix: algebra.Matrix, use: WeightUse) -> fx.Node:

@@ -22,6 +22,8 @@ NATIVE: dict[Callable[..., Any], Callable[..., Any]] = {
     aten.addmm.default: torch.addmm,
     aten.addmm_.default: torch.Tensor.addmm_,
     aten.arange.default: torch.arange,
+    aten.baddbmm.default: torch.baddbmm,
+    aten.baddbmm_.default: torch.Tensor.baddbmm_,
     aten.bmm.default: torch.bmm,
     aten.cat.default: torch.cat,
     aten.contiguous.default: torch.Tensor.contiguous,

@@ -5,7 +5,7 @@ Adapters of equal structure differ only in tensors and scalar values, which live
 
 import keyword
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -19,6 +19,7 @@ from peftc.passes.plan.site import Site
 FLOAT = "float__"  # in front of a scalar's name: the same value as a plain number
 LOG_WEIGHT = "log__weight"  # the scalar that weighs attention to what stands in front of the cache
 STORED = "packed"  # where graphs read what modules store packed
+MEMBER = "member"  # the scalar that says whether a row has a lane
 WEIGHT = "weight"  # the scalar that carries an adapter's activation weight, where no other can
 
 
@@ -49,10 +50,22 @@ class Term:
 
 @dataclass(frozen=True)
 class AdaptedSite:
-    """A site and the terms of the active adapters there, in order of activation."""
+    """A site and the terms of the active adapters there, in order of activation.
+
+    Where rows of a call have adapters of their own, `lanes` says how many of the terms, in order, are a row's at once:
+    a row has those of one lane, or none.
+    """
 
     site: Site
     terms: tuple[Term, ...]
+    lanes: tuple[int, ...] = ()
+
+    def by_lane(self) -> Iterator[tuple[Term, ...]]:
+        """The terms of each lane."""
+        start = 0
+        for count in self.lanes:
+            yield self.terms[start : start + count]
+            start += count
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Mapping
+from functools import wraps
 from typing import Any
 
 import torch
@@ -9,8 +10,8 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 from peftc.passes.foreign import peft as contract
-from peftc.passes.foreign.transformers import USE_CACHE, forward_of
-from peftc.runtime.adapted.adapted_module import AdaptedModule, Root, refuse_by_row
+from peftc.passes.foreign.transformers import USE_CACHE, forward_of, rows_of
+from peftc.runtime.adapted.adapted_module import AdaptedModule, Root
 from peftc.runtime.adapted.base_weights import COMPILED_CALLS, base_view
 from peftc.runtime.execution.uncached import is_recomputing, without_cache
 from peftc.runtime.execution.virtual import EXTRA_INPUTS
@@ -50,27 +51,45 @@ def _adapted_class(base: type[nn.Module], root: type[Root]) -> type[Root]:
             if name in arguments:
                 raise TypeError(f"{base.__name__}.forward got two values for {name!r}")
             earlier_name = takes_cache and isinstance(value, Cache)
-            if name not in known and not takes_more and name not in EXTRA_INPUTS and not earlier_name:
+            ours = name in EXTRA_INPUTS or name == contract.BY_ROW
+            if name not in known and not takes_more and not ours and not earlier_name:
                 raise TypeError(f"{base.__name__}.forward has no argument {name!r}")
             arguments[name] = value
         return arguments
 
     def forward(self: AdaptedModule, *args: Any, **kwargs: Any) -> Any:
         state = self._adapter_state
-        refuse_by_row(kwargs, known)
+        if contract.BY_ROW in kwargs and not self._takes_names:
+            return self._by_row(self.forward, args, kwargs, rows_of(self._named(args, kwargs)))
         if makes_cache and self.training and self.is_gradient_checkpointing and is_recomputing():
             args, kwargs = (), without_cache(self._named(args, kwargs))
+        if state.rows.is_on:
+            return by_row(self, args, kwargs)
         if state.whole or any(name in kwargs for name in EXTRA_INPUTS) or (state.host.stored and _is_exporting()):
             return state.run_whole("", self._named(args, kwargs))
         if not torch.compiler.is_compiling():
             state.settle()
-        # A container goes through everything that it holds, and is not to meet the adapters there.
-        plain = base_view(self) if isinstance(self, CONTAINERS) else self
         with state.host.pinned() as tenant:
-            output = base.forward(plain, *args, **kwargs)
+            output = plain(self, args, kwargs)
         if self.training:
             state.engine.penalise(output, tenant)
         return output
+
+    def by_row(self: AdaptedModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """A call whose rows have adapters of their own, which are pinned by now."""
+        state = self._adapter_state
+        if torch.compiler.is_compiling():
+            return plain(self, args, kwargs)
+        state.settle()
+        output = plain(self, args, kwargs)
+        if self.training and state.host.now.mixed is not None:
+            state.engine.penalise(output, state.host.now)
+        return output
+
+    def plain(self: AdaptedModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """The user's own forward, whose modules are regions."""
+        # A container goes through everything that it holds, and is not to meet the adapters there.
+        return base.forward(base_view(self) if isinstance(self, CONTAINERS) else self, *args, **kwargs)
 
     forward.__signature__ = signature  # type: ignore[attr-defined]
     forward.__doc__ = base.forward.__doc__
@@ -83,13 +102,29 @@ def _adapted_class(base: type[nn.Module], root: type[Root]) -> type[Root]:
         "forward": forward,
         "__reduce_ex__": reduce,
         "_named": named,
+        "_takes_names": contract.BY_ROW in known,
         "_base_class": base,
         "_root_class": root,
         "__module__": base.__module__,
         "__doc__": base.__doc__,
     }
+    if hasattr(base, "generate"):
+        namespace["generate"] = _generate(base)
     made: type[Root] = _kind_of(type(base))(base.__name__, (root, base), namespace)
     return made
+
+
+def _generate(base: Any) -> Any:
+    """Generation, whose `adapter_names` hold for every call of the model in it."""
+
+    @wraps(base.generate)
+    def generate(self: AdaptedModule, *args: Any, **kwargs: Any) -> Any:
+        if contract.BY_ROW not in kwargs:
+            return self._inherited("generate")(*args, **kwargs)
+        count = rows_of({f"argument {place}": each for place, each in enumerate(args)} | kwargs)
+        return self._by_row(self._inherited("generate"), args, kwargs, count, generating=True)
+
+    return generate
 
 
 def _kind_of(kind: type) -> Any:

@@ -3,15 +3,18 @@
 import copy
 import inspect
 import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Self, TypeVar
 
 import torch
 from torch import nn
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
+from torch._dynamo.eval_frame import skip_code
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from peftc.grammar.diagnostics import UsageError, did_you_mean, fail
 from peftc.passes.foreign import peft as contract
+from peftc.passes.foreign.transformers import rows_of
 from peftc.passes.quantized.schemes.known import packed
 from peftc.runtime.adapted.adapter_set import AdapterSet
 from peftc.runtime.adapted.base_weights import COMPILED_CALLS, STATE
@@ -38,6 +41,7 @@ class AdaptedModule(nn.Module):
     _adapter_state: AdapterSet
     _base_class: type[nn.Module]
     _root_class: "type[AdaptedModule]"
+    _takes_names: bool  # whether the user's class has an argument called `adapter_names`
     _named: Callable[[tuple[Any, ...], Mapping[str, Any]], dict[str, Any]]  # a call's arguments, by name
 
     @property
@@ -204,9 +208,37 @@ class AdaptedModule(nn.Module):
 
     # --- what torch and transformers call themselves ---
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the model. With `adapter_names` every row of the call has an adapter of its own: see `RowAdapters`."""
+        if contract.BY_ROW not in kwargs and not self._adapter_state.rows.is_on:
+            return super().__call__(*args, **kwargs)
+        return self._by_row(super().__call__, args, kwargs, rows_of(self._named(args, kwargs)))
+
+    def _by_row(
+        self,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        count: int | None,
+        *,
+        generating: bool = False,
+    ) -> Any:
+        """Call something whose rows have the adapters that `adapter_names` says."""
+        rows = self._adapter_state.rows
+        if self._takes_names:
+            return function(*args, **kwargs)
+        names = kwargs.pop(contract.BY_ROW, None)
+        compiling = get_eval_frame_callback() is not None or self._compiled_call_impl is not None
+        if names is None and not rows.is_on:
+            return function(*args, **kwargs)
+        before = rows.enter(names, count, compiling=compiling, generating=generating)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            rows.leave(before)
+
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
         """As transformers, for `generate`; what adapters take of a call is no mistake."""
-        refuse_by_row(model_kwargs, ())
         own = {name: value for name, value in model_kwargs.items() if name not in EXTRA_INPUTS}
         self._inherited("_validate_model_kwargs")(own)
 
@@ -258,6 +290,11 @@ class AdaptedModule(nn.Module):
         return getattr(super(classes[classes.index(self._base_class) - 1], self), name)
 
 
+# A compiler begins with the forward: which adapters the rows have is nothing that it is to make a graph for.
+skip_code(AdaptedModule.__call__.__code__)
+skip_code(AdaptedModule._by_row.__code__)
+
+
 class EntryPoint:
     """A submodule of an adapted model, called through its graph; everything else is the submodule's own."""
 
@@ -278,14 +315,6 @@ class EntryPoint:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._module, name)
-
-
-def refuse_by_row(arguments: Mapping[str, Any], known: Collection[str]) -> None:
-    """Raise UsageError if a call wants an adapter for each row, and the user's class has no argument called so."""
-    if contract.BY_ROW in arguments and contract.BY_ROW not in known:
-        message = f"'{contract.BY_ROW}': rows of a call cannot have adapters of their own"
-        help = 'call once for each adapter, or export programs with adapters="routed", which rows choose from'
-        fail(UsageError, "E528", message, help=help)
 
 
 def _unshare(model: nn.Module, state_dict: Mapping[str, Any] | None) -> None:

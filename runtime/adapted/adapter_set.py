@@ -1,6 +1,5 @@
 """The adapters of one model: which there are, which are active."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -10,14 +9,14 @@ import torch
 from torch import fx, nn
 
 from peftc.grammar.diagnostics import ModelError, UsageError, did_you_mean, fail
-from peftc.grammar.method.rule import COMPATIBLE
 from peftc.grammar.spec.spec import Regions
 from peftc.passes.foreign import transformers as contract
 from peftc.passes.ir.emit import fake_like
 from peftc.passes.plan.plan import IDS, ORDER, ROWS, AdapterPlan, ParamKey
-from peftc.passes.plan.site import WHOLE
-from peftc.passes.plan.structure import structure_of, weighted
+from peftc.passes.plan.structure import structure_of
 from peftc.runtime.adapted.base_weights import Active, BaseWeights, base_view
+from peftc.runtime.adapted.by_row import RowAdapters
+from peftc.runtime.adapted.together import check_together
 from peftc.runtime.adapters.bank import AdapterParameters
 from peftc.runtime.adapters.slots import Binding, sources
 from peftc.runtime.base.overlay import BANK
@@ -50,6 +49,7 @@ class AdapterSet:
     enabled: bool = True
     regions: Regions = DEFAULT
     host: Host = field(init=False)
+    rows: RowAdapters = field(init=False)
     configs: dict[str, tuple[AdapterPlan, Any]] = field(default_factory=dict)  # PEFT's, as they were asked for
     shown_configs: dict[str, Any] = field(default_factory=dict)  # what `peft_config` gives: always this very one
     _holds: Holds | None = None  # whether the model is as graphs of the whole were made for
@@ -58,6 +58,7 @@ class AdapterSet:
 
     def __post_init__(self) -> None:
         self.host = Host(self.engine)
+        self.rows = RowAdapters(self)
         self.engine.when_reset.append(self.host.reset)
         self.host.renew = self._renew
 
@@ -195,7 +196,7 @@ class AdapterSet:
         Raises UsageError, before anything changes, for an unknown name, a name twice, a weight its method cannot
         carry, or two adapters that train a copy of the same tensor.
         """
-        tenant, bindings = self._prepared.get(active) or self._prepare(active)
+        _, bindings = self._prepared.get(active) or self._prepare(active)
         chosen = {name for name, _ in active}
         self.active = active
         if trainable is not None:
@@ -204,15 +205,18 @@ class AdapterSet:
             for name in chosen:
                 self.adapter(name).frozen = not trainable
         if self.enabled and not self.displaced:
-            can_train = any(self.adapter(name).is_trainable for name in chosen)
-            if can_train != tenant.trainable:
-                tenant = self._retrained(active, can_train)
-            self.engine.activate(tenant, bindings)
+            self.engine.activate(self.tenant(active), bindings)
             if self.whole or self.host.compiled:
                 self.engine.bind()
         else:
             self.engine.activate(self.engine.plain)
         self.host.enter()
+
+    def tenant(self, active: Active) -> ActiveAdapters:
+        """What calls are served with while these are active. Raises UsageError as `activate`."""
+        tenant, _ = self._prepared.get(active) or self._prepare(active)
+        can_train = any(self.adapter(name).is_trainable for name, _ in active)
+        return tenant if can_train == tenant.trainable else self._retrained(active, can_train)
 
     def check(self, active: Active) -> None:
         """Raise UsageError where these adapters cannot be activated; nothing is changed."""
@@ -226,6 +230,7 @@ class AdapterSet:
         self.engine.storage.refresh()
         self._prepared.clear()
         self._placed.clear()
+        self.rows.clear()
         self.activate(self.active)
 
     def enable(self, enabled: bool) -> None:
@@ -258,6 +263,7 @@ class AdapterSet:
             del self._prepared[active]
         if gone:
             self.engine.slots.clear()
+            self.rows.clear()
 
     def _retrained(self, active: Active, trainable: bool) -> ActiveAdapters:
         """The same adapters where they can, or can no longer, be trained: another choice of lowerings."""
@@ -268,7 +274,7 @@ class AdapterSet:
 
     def _prepare(self, active: Active) -> tuple[ActiveAdapters, Bindings]:
         adapters = [self.adapter(name) for name, _ in active]
-        _check(active, adapters)
+        check_together(active, adapters)
         weights = [weight for _, weight in active]
         structure = structure_of([(each.plan, each.dtypes()) for each in adapters], weights)
         specialisation = self.engine.specialisation(structure)
@@ -304,93 +310,3 @@ class AdapterSet:
         )
         self._prepared[active] = tenant, cache(lambda: self.engine.slots.bindings(weighed))
         return self._prepared[active]
-
-
-def _check(active: Active, adapters: Sequence[AdapterParameters]) -> None:
-    names = [name for name, _ in active]
-    for name in names:
-        if names.count(name) > 1:
-            fail(UsageError, "E512", f"adapter {name!r} is activated twice", help="give it one weight")
-    _check_fronts(active, adapters)
-    copied: dict[str, str] = {}
-    for (name, weight), adapter in zip(active, adapters, strict=True):
-        for at in adapter.plan.sites:
-            in_cache = at.site.kind == "cache"
-            if weight != 1.0 and not in_cache and weighted(at.bound.weight, at.bound.bias)[1] is None:
-                message = f"method {at.bound.rule.name!r} of adapter {name!r} cannot be weighted"
-                fail(UsageError, "E513", message, help="activate it with weight 1")
-        for copy in adapter.plan.copies:
-            if copy.read:
-                continue
-            if weight != 1.0:
-                message = f"adapter {name!r} trains {copy.module} as a whole, which cannot be weighted"
-                fail(UsageError, "E513", message, help="activate it with weight 1")
-            for tensor, _, _ in copy.tensors:
-                for full in copy.names(tensor):
-                    if full in copied:
-                        message = f"adapters {copied[full]!r} and {name!r} both train their own {full}"
-                        fail(UsageError, "E514", message, help="activate one of them at a time")
-                    copied[full] = name
-    _check_read(adapters)
-    _check_rows(active, adapters, copied)
-
-
-def _check_read(adapters: Sequence[AdapterParameters]) -> None:
-    """Raise UsageError where adapters hold other tensors of the base, and not the same."""
-    held: dict[str, tuple[str, torch.Tensor]] = {}
-    for adapter in adapters:
-        name = adapter.plan.name
-        for copy in adapter.plan.copies:
-            for tensor, _, _ in copy.tensors if copy.read else ():
-                own = adapter.tensor(ParamKey(name, copy.module, tensor))
-                for full in copy.names(tensor):
-                    other, before = held.setdefault(full, (name, own))
-                    if before is not own and not torch.equal(before, own):
-                        message = f"adapters {other!r} and {name!r} were each made for another {full}"
-                        fail(UsageError, "E514", message, help="activate one of them at a time")
-
-
-def _check_rows(active: Active, adapters: Sequence[AdapterParameters], copied: Mapping[str, str]) -> None:
-    trained: dict[tuple[str, int], str] = {}
-    for (name, weight), adapter in zip(active, adapters, strict=True):
-        for rows in adapter.plan.rows:
-            if weight != 1.0:
-                message = f"adapter {name!r} trains tokens of {rows.module}, whose rows cannot be weighted"
-                fail(UsageError, "E513", message, help="activate it with weight 1")
-            for module in rows.modules:
-                other = copied.get(f"{module}.weight")
-                if other is not None:
-                    message = f"adapter {name!r} trains tokens of {module}, and {other!r} the whole of it"
-                    fail(UsageError, "E559", message, help="activate one of them at a time")
-                shared = [each for each in rows.ids if (module, each) in trained]
-                if shared:
-                    what = f"token{'s' * (len(shared) > 1)} {', '.join(map(str, shared[:8]))}"
-                    what += ", ..." if len(shared) > 8 else ""
-                    other = trained[module, shared[0]]
-                    message = f"adapters {other!r} and {name!r} both train {what} of {module}"
-                    fail(UsageError, "E558", message, help="activate one of them at a time")
-                trained |= {(module, each): name for each in rows.ids}
-
-
-def _check_fronts(active: Active, adapters: Sequence[AdapterParameters]) -> None:
-    """Raise UsageError where virtual tokens of different kinds, or counted in different ways, would stand in a row."""
-    first: dict[str, tuple[str, bool]] = {}
-    for (name, weight), adapter in zip(active, adapters, strict=True):
-        for at in adapter.plan.sites:
-            if at.bound.prompt is None or at.site.kind not in WHOLE:
-                continue
-            compatible = bool(dict(at.bound.values).get(COMPATIBLE, False))
-            for kind, (other, counted) in first.items():
-                message = f"adapters {other!r} and {name!r} both put virtual tokens in front"
-                if kind != at.site.kind:
-                    help = "which of them comes first is not said: activate one of them at a time"
-                    fail(UsageError, "E564", f"{message}, one of the cache and one of the text", help=help)
-                if counted is not compatible:
-                    fail(UsageError, "E564", f"{message}, and differ in '{COMPATIBLE}'", help="give both the same")
-            first.setdefault(at.site.kind, (name, compatible))
-            if at.site.kind == "cache" and not 0 <= weight < math.inf:
-                message = f"attention to the prefix of adapter {name!r} cannot be multiplied by {weight:g}"
-                fail(UsageError, "E513", message, help="activate it with a weight from 0 on")
-            if at.site.kind != "cache" and weight != 1.0:
-                message = f"adapter {name!r} puts virtual tokens in front, which cannot be weighted"
-                fail(UsageError, "E513", message, help="activate it with weight 1")

@@ -26,6 +26,8 @@ from peftc.runtime.execution.program import Lowered, Program
 from peftc.runtime.execution.segments import Recompute
 from peftc.runtime.execution.storage import Storage
 from peftc.runtime.execution.virtual import Virtual
+from peftc.runtime.mixed_batch.batch import MixedBatch
+from peftc.runtime.mixed_batch.row_pieces import RowPieces
 
 
 class CompilerProtocol(Protocol):
@@ -53,8 +55,11 @@ class CompilerProtocol(Protocol):
         """
         ...
 
-    def lower(self, graph: fx.Graph, *, autocast: bool, choice: Choice) -> Lowered:
-        """Copies of a specialised graph: for torch.compile to trace, and for Python to run as it is."""
+    def lower(self, graph: fx.Graph, *, autocast: bool, choice: Choice, by_row: bool = False) -> Lowered:
+        """Copies of a specialised graph: for torch.compile to trace, and for Python to run as it is.
+
+        With `by_row` every row has an adapter of its own; raises ModelError where an operator has no form for that.
+        """
         ...
 
     def trace_region(self, module: nn.Module, call: Any) -> Any:
@@ -123,6 +128,8 @@ class ActiveAdapters:
     sources: Callable[[], Sources] = dict
     holders: Callable[[], Sequence[nn.Module]] = tuple  # the modules that hold the adapters' tensors
     regions: dict[str, Any] = field(default_factory=dict)  # what modules by themselves run with these adapters
+    mixed: MixedBatch | None = None  # which of them each row has, where rows have adapters of their own
+    compiled: list[RowPieces] = field(default_factory=list)  # what graphs that a compiler has read of these
 
 
 class Engine:

@@ -12,6 +12,7 @@ from torch import fx, nn
 
 from peftc.passes.ir.traced import Traced
 from peftc.passes.optimize.hoist import PIECES
+from peftc.passes.route.route_rows import LanePieces
 from peftc.runtime.adapters.slots import Kept
 from peftc.runtime.execution import caches, nest, virtual
 from peftc.runtime.execution.call import Call
@@ -22,11 +23,15 @@ Constants = Mapping[str, torch.Tensor | nn.Module]
 
 @dataclass(frozen=True)
 class Lowered:
-    """A graph in the forms that run: for torch.compile, for Python, and what computes the pieces the latter reads."""
+    """A graph in the forms that run: for torch.compile, for Python, and what computes the pieces the latter reads.
+
+    `lanes` compute what both read where rows have adapters of their own.
+    """
 
     traceable: fx.Graph
     plain: fx.Graph
     prologue: fx.Graph | None = None
+    lanes: tuple[LanePieces, ...] = ()
 
 
 class Program:

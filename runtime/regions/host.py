@@ -15,18 +15,19 @@ from peftc.grammar.diagnostics import AdapterError, ModelError, fail
 from peftc.passes.cost.cost import Choice
 from peftc.passes.plan.plain import plain_class
 from peftc.passes.plan.structure import Structure
+from peftc.passes.route.route_rows import ROUTED
 from peftc.runtime.execution import nest
 from peftc.runtime.execution.engine import COMPILED, ActiveAdapters, Engine, Specialisation
 from peftc.runtime.execution.outside import outside
-from peftc.runtime.execution.program import Lowered, graph_module
+from peftc.runtime.execution.program import Finder, Lowered, graph_module
 from peftc.runtime.execution.segments import Recompute
 from peftc.runtime.regions.arguments import Arguments
 from peftc.runtime.regions.code import watch_code
 from peftc.runtime.regions.kinds import split_by
-from peftc.runtime.regions.local import Local, Recipe, Shared, finder, where_kept
+from peftc.runtime.regions.local import Local, LocalRows, Recipe, Shared, finder, where_kept
 from peftc.runtime.regions.owned import has_more, owned_tensors
 from peftc.runtime.regions.region import KEPT, Bound, Inlined, Region, RegionCall, RegionTrace, Split
-from peftc.runtime.regions.template import Template
+from peftc.runtime.regions.template import Template, row_pieces
 from peftc.runtime.regions.traces import Traces
 from peftc.runtime.regions.watch import Facts, Holds, watch, while_attached
 from peftc.runtime.regions.within import HEAD, Part, is_within, moved, part_of, standing
@@ -63,9 +64,22 @@ class Host:
         finally:
             self._pinned.tenant = before
 
+    def pin(self, tenant: ActiveAdapters | None) -> ActiveAdapters | None:
+        """From now on, and in this thread, modules are served with these; None: with those that are active. Returns
+        what they were served with before.
+        """
+        before: ActiveAdapters | None = getattr(self._pinned, "tenant", None)
+        self._pinned.tenant = tenant
+        return before
+
+    @property
+    def now(self) -> ActiveAdapters:
+        """What modules are served with in this thread."""
+        return getattr(self._pinned, "tenant", None) or self.engine.active
+
     def local(self, path: str) -> Local:
         """What the active adapters have inside of a module."""
-        tenant: ActiveAdapters = getattr(self._pinned, "tenant", None) or self.engine.active
+        tenant = self.now
         found: Local | None = tenant.regions.get(path)
         if found is None or found.shared.version != self._version:
             found = tenant.regions[path] = Local(self._shared(tenant.specialisation, path), tenant)
@@ -137,9 +151,11 @@ class Host:
         self.stored.update(modules)
         self.packed.update(regions)
 
-    def enter(self) -> None:
-        """Let regions know whether the active adapters adapt weights of their own: what compilers ask."""
-        specialisation = self.engine.active.specialisation
+    def enter(self, specialisation: Specialisation | None = None) -> None:
+        """Let regions know whether the active adapters, or those of another structure, adapt weights of their own: what
+        compilers ask.
+        """
+        specialisation = specialisation or self.engine.active.specialisation
         if specialisation is self._entered:
             return
         number = self._numbers.setdefault(specialisation, len(self._numbers) + 1)
@@ -172,11 +188,33 @@ class Host:
         with _LOCK, outside():
             local = self.local(region.path)
             trace = self._traced_from(region, local, form, names)
-            self.compiled = True
-            self.engine.bind()
             lowered = self._lowered(trace, local, False, COMPILED, region.module)
-            graph = graph_module(lowered.traceable, trace.traced.constants, finder(self.engine, region.module, local))
+            find = finder(self.engine, region.module, local)
+            self.compiled = True
+            if local.tenant.mixed is None:
+                if local.tenant is not self.engine.active:
+                    message = f"a compiler came to {region.path} while the rows of a call had all the same adapter"
+                    fail(ModelError, "E424", message, help="compile the model, or call it once with what is active")
+                self.engine.bind()
+            else:
+                find = self._found_by_row(lowered, region.module, local, find)
+            graph = graph_module(lowered.traceable, trace.traced.constants, find)
             return Inlined(graph, trace.traced.outputs)  # type: ignore[arg-type]
+
+    def _found_by_row(self, lowered: Lowered, module: nn.Module, local: Local, find: Finder) -> Finder:
+        """Where a graph for a compiler finds what it reads: what the rows have, too, which calls refresh."""
+        assert local.tenant.mixed is not None
+        pieces = row_pieces(lowered, LocalRows(self.engine, module, local, local.tenant.mixed))
+        pieces.refresh()
+        local.tenant.compiled.append(pieces)
+        routed = nn.Module()
+        routed._buffers = pieces.values  # type: ignore[assignment]
+        return lambda owner: routed if owner == ROUTED else find(owner)
+
+    def refresh_rows(self, tenant: ActiveAdapters) -> None:
+        """Let graphs that a compiler has read what rows have now."""
+        for each in tenant.compiled:
+            each.refresh()
 
     def _traced_from(self, region: Region, local: Local, form: Any, names: tuple[str, ...]) -> RegionTrace:
         """The trace of a module that takes tensors of this form and no other arguments."""
@@ -226,7 +264,7 @@ class Host:
         if local.shared.own is None:
             local.shared.own = owned_tensors(module, local.part.structure), self.is_refused(region, local.part)
         names, refused = local.shared.own
-        if refused:
+        if refused or (names and local.tenant.mixed is not None):
             message = f"{region.path or 'the model'} holds adapted weights and has no graph: {reason}"
             fail(ModelError, "E465", message, help="choose other sites")
         if not names:
@@ -271,7 +309,12 @@ class Host:
         if found is None or not found.holds():
             template = self._templates.get(key)
             if template is None:
-                lowered = self._lowered(trace, local, autocast, choice, module)
+                try:
+                    lowered = self._lowered(trace, local, autocast, choice, module)
+                except AdapterError as error:
+                    if local.tenant.mixed is None:
+                        raise
+                    return Split(error.diagnostics[0].message, watch(module, trace.facts))  # it may fit further in
                 template = self._templates[key] = Template(lowered, trace.traced.constants)
             found = recipes[key] = Recipe(key, template, trace, watch(module, trace.facts), choice)
         return found
@@ -280,7 +323,9 @@ class Host:
         """What a recipe gives with the tensors of the active adapters."""
         found = local.bound.get(recipe.key)
         if found is None or found.holds is not recipe.holds:
-            trace, code = recipe.trace, recipe.template.bind(where_kept(self.engine, module, local))
+            trace, mixed, kept = recipe.trace, local.tenant.mixed, where_kept(self.engine, module, local)
+            rows = None if mixed is None else LocalRows(self.engine, module, local, mixed)
+            code = recipe.template.bind(kept, rows)
             form: nest.Form = trace.traced.outputs  # type: ignore[assignment]
             found = Bound(code, form, form[0] == nest.TENSOR, bool(trace.updates), recipe.holds, trace)
             local.bound[recipe.key] = found
@@ -307,10 +352,12 @@ class Host:
         except ModelError as error:  # names are those within the region
             told = (replace(each, message=_named(each.message, part)) for each in error.diagnostics)
             raise ModelError(*told) from error.__cause__
-        return self.engine.backend.lower(graph, autocast=autocast, choice=choice)
+        return self.engine.backend.lower(graph, autocast=autocast, choice=choice, by_row=tenant.mixed is not None)
 
     def _choice(self, arguments: Arguments, local: Local) -> Choice:
         assert local.part is not None
+        if local.tenant.mixed is not None:
+            return COMPILED
         choice, path = self.engine.choice(arguments.tokens, arguments.device, local.tenant), local.part.path
         return Choice(_below(choice.dense, path), _below(choice.kept, path), choice.frozen)
 

@@ -2,16 +2,17 @@
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 from torch import nn
 
 from peftc.passes.cost.cost import Choice
 from peftc.passes.foreign import transformers as contract
-from peftc.passes.plan.structure import storage_slot
+from peftc.passes.plan.structure import copy_slot, slot_role, storage_slot
 from peftc.runtime.execution.engine import STORED, ActiveAdapters, Engine, Specialisation
 from peftc.runtime.execution.program import Finder, Held, held_by
+from peftc.runtime.mixed_batch.batch import Chosen, MixedBatch
 from peftc.runtime.regions.arguments import Arguments
 from peftc.runtime.regions.region import Bound, Programs, RegionTrace, Split
 from peftc.runtime.regions.template import Template
@@ -73,6 +74,50 @@ def where_kept(engine: Engine, module: nn.Module, local: Local) -> Held:
         return sources.get((part.owner(owner), leaf)) or (held_by(find(owner), leaf), leaf)
 
     return held
+
+
+@dataclass(frozen=True, eq=False)
+class LocalRows:
+    """What the rows of a call have inside of one module."""
+
+    engine: Engine
+    module: nn.Module
+    local: Local
+    batch: MixedBatch
+
+    def slots(self, own: frozenset[str]) -> frozenset[str]:
+        """The slots of the model that these of the module are."""
+        part = self.local.part
+        assert part is not None
+        return frozenset(map(part.owner, own))
+
+    def everyone(self, own: frozenset[str]) -> bool:
+        """Whether there is a value of these slots for whatever a row has: a trained copy stands for a base's tensor."""
+        return own <= {owner for owner, _ in self._copied}
+
+    def held(self, chosen: Chosen | None) -> Held:
+        """Where graphs find what they read of one choice."""
+        part, find = self.local.part, finder(self.engine, self.module, self.local)
+        assert part is not None
+
+        def held(owner: str, leaf: str) -> tuple[dict[str, Any], str]:
+            slot = part.owner(owner)
+            if chosen is not None and self.batch.has(chosen, (slot,)):
+                return self.batch.kept(chosen, slot, leaf)
+            owner, leaf = self._copied.get((owner, leaf), (owner, leaf))
+            return held_by(find(owner), leaf), leaf
+
+        return held
+
+    @cached_property
+    def _copied(self) -> dict[tuple[str, str], tuple[str, str]]:
+        """The slots of copies and the names in them, and the base's tensors that they stand for."""
+        assert self.local.part is not None
+        found = {}
+        for copy in self.local.part.structure.copies:
+            owner, _, leaf = copy.target.rpartition(".")
+            found[copy_slot(copy.position, copy.module), slot_role(copy.tensor)] = (owner, leaf)
+        return found
 
 
 def finder(engine: Engine, module: nn.Module, local: Local) -> Finder:

@@ -3,7 +3,7 @@
 import warnings
 import zlib
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -17,6 +17,7 @@ from peftc.passes.ir.traced import Traced
 from peftc.runtime.execution import nest
 from peftc.runtime.execution.program import Guard, guard_of
 from peftc.runtime.execution.segments import Recompute
+from peftc.runtime.mixed_batch.row_pieces import RowPieces
 from peftc.runtime.regions.arguments import Arguments, OpaqueError, taken
 from peftc.runtime.regions.kinds import indices
 from peftc.runtime.regions.owned import run_with
@@ -121,6 +122,8 @@ class Bound:
         """Run it, and put the output together as the module would have."""
         code = self.code
         if code.pieces is not None:
+            if isinstance(code.pieces, RowPieces):
+                code.pieces.check(arguments.tensors)
             code.pieces.refresh()
         if self.cached:
             leaves = code.function(code.root, *arguments.tensors, arguments.cache)
@@ -316,10 +319,11 @@ class Region:
         """The user's own forward; what it calls again in the backward pass is served with the adapters of now."""
         if recompute is None:
             return plain(*args, **kwargs)
-        count, names = len(args), tuple(kwargs)
+        count, names, mixed = len(args), tuple(kwargs), local.tenant.mixed
+        rows = () if mixed is None else mixed.rows
 
         def again(*values: Any) -> Any:
-            with self.host.pinned(local.tenant):
+            with self.host.pinned(local.tenant), nullcontext() if mixed is None else mixed.having(rows):
                 return plain(*values[:count], **dict(zip(names, values[count:], strict=True)))
 
         return recompute.run(again, (*args, *kwargs.values()))

@@ -1,17 +1,22 @@
 """A graph as Python code that modules alike share, and the code bound to one of them."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import fx, nn
 
 from peftc.passes.optimize.hoist import PIECES
+from peftc.passes.route.route_rows import ROUTED, LanePieces
 from peftc.runtime.adapters.slots import Kept
 from peftc.runtime.execution.program import Alias, Held, HoistedConstants, Lowered, constant_name, namespace_of
 from peftc.runtime.execution.segments import Namespace, python_function, writes_outside
+from peftc.runtime.mixed_batch.batch import Chosen, MixedBatch
+from peftc.runtime.mixed_batch.row_pieces import Lane, RowPieces
+
+OURS = (PIECES, ROUTED)  # what is computed beforehand, and not read from modules
 
 Constants = Mapping[str, torch.Tensor | nn.Module]
 
@@ -25,21 +30,70 @@ class Template:
     writes: bool = field(init=False)  # to what it does not make
     _main: "_Reader" = field(init=False)
     _prologue: "_Reader | None" = field(init=False)
+    _lanes: "list[_Reader]" = field(init=False)
 
     def __post_init__(self) -> None:
         prologue = self.lowered.prologue
         self.writes = writes_outside(self.lowered.plain)
         self._main = _Reader(self.lowered.plain, self.constants)
         self._prologue = None if prologue is None else _Reader(prologue, {})
+        self._lanes = [_Reader(each.prologue, {}) for each in self.lowered.lanes]
 
-    def bind(self, held: Held) -> "Code":
-        """The function over live modules."""
+    def bind(self, held: Held, rows: "Rows | None" = None) -> "Code":
+        """The function over live modules; `rows` say what every row has of adapters, where each has its own."""
+        if rows is not None:
+            own = _row_pieces(self.lowered.lanes, self._lanes, rows)
+            return Code(self._main.code, self._main.root(held, own.values), own, self.writes)
         pieces = None
         if self._prologue is not None:
             root = self._prologue.root(held, {})
             pieces = HoistedConstants(self._prologue.sources(held), partial(self._prologue.code, root))
         root = self._main.root(held, {} if pieces is None else pieces.values)
         return Code(self._main.code, root, pieces, self.writes)
+
+
+class Rows(Protocol):
+    """What the rows of a call have inside of one module."""
+
+    @property
+    def batch(self) -> MixedBatch:
+        """Which adapters the rows have."""
+        ...
+
+    @property
+    def module(self) -> nn.Module:
+        """The module."""
+        ...
+
+    def slots(self, own: frozenset[str]) -> frozenset[str]:
+        """The slots of the model that these of the module are."""
+        ...
+
+    def everyone(self, own: frozenset[str]) -> bool:
+        """Whether there is a value of these slots for whatever a row has: the base's, if nothing else."""
+        ...
+
+    def held(self, chosen: Chosen | None) -> Held:
+        """Where graphs find what they read of one choice."""
+        ...
+
+
+def row_pieces(lowered: Lowered, rows: Rows) -> RowPieces:
+    """What a lowered graph reads of the rows of a call. Takes the graphs that compute it over."""
+    return _row_pieces(lowered.lanes, [_Reader(each.prologue, {}) for each in lowered.lanes], rows)
+
+
+def _row_pieces(lanes: Sequence[LanePieces], readers: "Sequence[_Reader]", rows: Rows) -> RowPieces:
+    made = [
+        Lane(lane, rows.slots(lane.slots), partial(_computed, reader, rows), rows.everyone(lane.slots))
+        for lane, reader in zip(lanes, readers, strict=True)
+    ]
+    return RowPieces(rows.batch, made, rows.module)
+
+
+def _computed(reader: "_Reader", rows: Rows, chosen: Chosen | None) -> tuple[torch.Tensor, ...]:
+    made: tuple[torch.Tensor, ...] = reader.code(reader.root(rows.held(chosen), {}))
+    return made
 
 
 class _Reader:
@@ -57,7 +111,7 @@ class _Reader:
                 continue
             owner, _, leaf = target.rpartition(".")
             self._targets.append((owner, leaf))
-            name = short.setdefault((owner, "" if owner == PIECES else leaf), f"n{len(short)}")
+            name = short.setdefault((owner, "" if owner in OURS else leaf), f"n{len(short)}")
             self._names[name] = (owner, leaf)
             node.target = f"{name}.{leaf}"
         self.code: Callable[..., Any] = python_function(graph)
@@ -66,7 +120,7 @@ class _Reader:
         """What the code reads from, where modules, adapters and pieces are."""
         root = Namespace()
         for name, (owner, leaf) in self._names.items():
-            where, kept = (pieces, leaf) if owner == PIECES else held(owner, leaf)
+            where, kept = (pieces, leaf) if owner in OURS else held(owner, leaf)
             setattr(root, name, namespace_of(where, leaf, kept))
         for name, value in self._constants.items():
             setattr(root, name, value)
@@ -83,7 +137,7 @@ class Code:
 
     function: Callable[..., tuple[Any, ...]]
     root: Namespace
-    pieces: HoistedConstants | None
+    pieces: HoistedConstants | RowPieces | None
     writes: bool = False
 
     def frozen(self) -> Callable[..., tuple[Any, ...]]:

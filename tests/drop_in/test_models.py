@@ -161,12 +161,19 @@ def test_what_peft_scripts_ask_before_training():
     assert model.prepare_model_for_gradient_checkpointing(model) is model
 
 
-def test_rows_of_generate_have_no_adapters_of_their_own():
+def test_rows_have_adapters_of_their_own(tmp_path):
     base = hf.LlamaForCausalLM(hf.LlamaConfig(**SIZES))
-    model = ours.get_peft_model(base, peft.LoraConfig(target_modules=["q_proj"])).eval()
-    for call in (model, model.generate):
-        with pytest.raises(ValueError, match="E528"):
-            call(input_ids=torch.ones(2, 2, dtype=torch.long), adapter_names=["default", "default"])
+    theirs = peft.get_peft_model(
+        copy.deepcopy(base), peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    )
+    theirs.add_adapter("other", peft.LoraConfig(r=3, target_modules=["v_proj"], init_lora_weights=False))
+    theirs.eval().save_pretrained(tmp_path)
+    model = ours.PeftModel.from_pretrained(base, tmp_path).eval()
+    model.load_adapter(tmp_path / "other", adapter_name="other")
+    call = {"input_ids": torch.ones(3, 2, dtype=torch.long), "adapter_names": ["default", "other", "__base__"]}
+    torch.testing.assert_close(model(**call).logits, theirs(**call).logits, atol=1e-5, rtol=1e-5)
+    more = {"max_new_tokens": 3, "min_new_tokens": 3}
+    assert torch.equal(model.generate(**call, **more), theirs.generate(**call, **more))
 
 
 def test_a_config_that_leaves_things_unsaid_leaves_them_to_the_file(saved):

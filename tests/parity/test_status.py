@@ -327,13 +327,14 @@ def test_what_is_added_as_peft_has_it_rests(way, tmp_path):
     assert ours.active_adapters == ["third"]
 
 
-def test_rows_with_adapters_of_their_own_are_refused(tmp_path):
-    """PEFT has them, and to leave the names unread would give every row the active adapter."""
-    ours, _ = both(tmp_path, {name: CONFIGS[name] for name in ("default", "other")})
-    with pytest.raises(UsageError, match=r"E528.*adapter_names"):
-        ours(input_ids=IDS, adapter_names=["other"])
-    with pytest.raises(ValueError, match="adapter_names"):  # transformers' own
-        ours.generate(input_ids=IDS, adapter_names=["other"], max_new_tokens=2)
+def test_rows_have_adapters_of_their_own(tmp_path):
+    ours, theirs = both(tmp_path, {name: CONFIGS[name] for name in ("default", "other")})
+    ids, names = IDS[:1].repeat(3, 1), ["other", "__base__", "default"]
+    mixed = ours.eval()(input_ids=ids, adapter_names=names).logits
+    torch.testing.assert_close(mixed, theirs.eval()(input_ids=ids, adapter_names=names).logits, atol=1e-5, rtol=1e-5)
+    more = dict(max_new_tokens=3, min_new_tokens=3, adapter_names=names)
+    assert torch.equal(ours.generate(input_ids=ids, **more), theirs.generate(input_ids=ids, **more))
+    assert ours.active_adapters == theirs.active_adapters
 
 
 def test_what_trainers_read_of_pefts_base(tmp_path):

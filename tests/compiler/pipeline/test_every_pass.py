@@ -14,6 +14,7 @@ from peftc.passes.export.route import Route
 from peftc.passes.export.start_empty import StartEmpty
 from peftc.passes.ir import pass_manager
 from peftc.passes.ir.values import wrong_value
+from peftc.passes.plan.by_row import by_row
 from peftc.runtime.execution import virtual
 from tests.passes.conftest import Lab, lab, lab_of_all  # noqa: F401 - fixtures
 from tests.passes.export.lifted import BATCH, SEQUENCE, X, lifted
@@ -103,6 +104,21 @@ def test_specialised_and_lowered(case, lab: Lab):  # noqa: F811
         assert [each for node in made.nodes if (each := wrong_value(node, full=True))] == []
 
 
+def test_by_row(lab: Lab):  # noqa: F811
+    one, two = (lab.active("Two", f"adapter a = {each} {{ on first, second }}") for each in ("lora(rank = 2)", "ia3"))
+    shared = by_row([one.structure, two.structure])
+
+    def slot_value(position, site, role, near):
+        return (one, two)[position].slot_value(0, site, role, near)
+
+    traced = lab.traced("Two")
+    graph = specialise(traced, shared.structure, slot_value, training=False, autocast=False)
+    lowered = lower(graph, autocast=False, by_row=True)
+    assert [sorted(lane.slots) for lane in lowered.lanes]
+    for made in (lowered.traceable, lowered.plain, *(lane.prologue for lane in lowered.lanes)):
+        assert [each for node in made.nodes if (each := wrong_value(node, full=True))] == []
+
+
 def test_started_empty(lab: Lab):  # noqa: F811
     managed.run(lab.graph("Reader"), [StartEmpty(("past_0_key", "past_0_value"), "input_ids")])
 
@@ -153,5 +169,16 @@ def test_every_pass_was_there():
             "insert-delta",
         ),
         *("insert-tokens", "insert-copy", "stop-early", "lower-quantized", "join-cats", "group-heads", "float-mask"),
-        *("fuse-low-rank", "add-in-place", "hoist", "native-calls", "start-empty", "lift", "fold", "route"),
+        *(
+            "route-rows",
+            "fuse-rows",
+            "fuse-low-rank",
+            "add-in-place",
+            "hoist",
+            "native-calls",
+            "start-empty",
+            "lift",
+            "fold",
+            "route",
+        ),
     } <= RUN

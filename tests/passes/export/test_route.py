@@ -2,9 +2,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from peftc.passes.export.route import UnroutedError, route
+from peftc.passes.export.route import route
 from peftc.passes.ir.inputs import InputSpec
 from peftc.passes.ir.roles import Role
+from peftc.passes.route.laws import UnroutedError
 from tests.passes.export.lifted import X, dtype_of, lifted, operators, run
 
 aten = torch.ops.aten

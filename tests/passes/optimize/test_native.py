@@ -40,6 +40,8 @@ CALLS = [
     (aten.arange.default, (5,), {}),
     (aten.arange.default, (5,), {"device": torch.device("cpu"), "pin_memory": False}),
     (aten.arange.default, (4,), {"dtype": torch.float32, "device": torch.device("cpu")}),
+    (aten.baddbmm.default, (f(2, 3, 5), f(2, 3, 4), f(2, 4, 5)), {}),
+    (aten.baddbmm_.default, (f(2, 3, 5), f(2, 3, 4), f(2, 4, 5)), {}),
     (aten.bmm.default, (f(2, 3, 4), f(2, 4, 5)), {}),
     (aten.cat.default, ([f(2, 3), f(2, 3)],), {}),
     (aten.cat.default, ([f(2, 3), f(2, 5)], -1), {}),

@@ -1,0 +1,119 @@
+import pytest
+import torch
+from torch import fx, nn
+
+from peftc.grammar.diagnostics import UsageError
+from peftc.passes.plan.structure import Structure
+from peftc.passes.route.route_rows import IDS, LanePieces, Piece
+from peftc.runtime.mixed_batch.batch import Assigned, Chosen, MixedBatch
+from peftc.runtime.mixed_batch.row_pieces import Lane, RowPieces
+
+SLOT = "slots.p0__site"
+FORMS = ("own", "matrix", "tables")
+LOW, WIDE, OTHER = (Chosen([], Structure()) for _ in range(3))
+
+
+class Values:
+    """The values of a lane by choice, and how often each was computed."""
+
+    def __init__(self):
+        self.tensors = {LOW: torch.randn(2, 4), WIDE: torch.randn(3, 4)}
+        self.asked = []
+
+    def compute(self, chosen):
+        self.asked.append(chosen)
+        return (self.tensors[chosen],)
+
+
+def made(*rows, form="own", members=(), everyone=False, room=()):
+    batch, values = MixedBatch(), Values()
+    batch.has = lambda chosen, slots: chosen in values.tensors
+    batch.room = room
+    batch.assigned = Assigned(rows)
+    lane = LanePieces(frozenset({SLOT}), fx.Graph(), (Piece("p0", 0, form, torch.float32),), members)
+    pieces = RowPieces(batch, [Lane(lane, lane.slots, values.compute, everyone)], nn.Linear(1, 1))
+    pieces.refresh()
+    return batch, pieces, values
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_laid_out(form):
+    """What is smaller ends in zeros; a row without the lane has zeros alone."""
+    _, pieces, values = made(WIDE, None, LOW, WIDE, OTHER, form=form)
+    low, zero = torch.cat([values.tensors[LOW], torch.zeros(1, 4)]), torch.zeros(3, 4)
+    wide = values.tensors[WIDE]
+    wanted = {
+        "own": torch.stack([wide, zero, low, wide, zero]),
+        "matrix": torch.stack([wide.T, zero.T, low.T, wide.T, zero.T]),
+        "tables": torch.stack([wide, zero, low, zero]),
+    }
+    assert torch.equal(pieces.values["p0"], wanted[form])
+    assert pieces.values["p0"].is_contiguous()
+    assert pieces.values[IDS].tolist() == [0, 1, 2, 0, 3]
+
+
+def test_where_rows_are_told_apart_the_others_have_what_one_has():
+    _, pieces, values = made(LOW, None, LOW, members=("p1",))
+    assert torch.equal(pieces.values["p0"][1], values.tensors[LOW])
+    assert pieces.values["p1"].tolist() == [True, False, True]
+
+
+def test_nothing_is_computed_twice():
+    batch, pieces, values = made(LOW, None, WIDE)
+    kept = pieces.values["p0"]
+    pieces.refresh()
+    assert pieces.values["p0"] is kept
+    batch.assigned = Assigned((WIDE, WIDE, LOW))
+    pieces.refresh()
+    assert torch.equal(pieces.values["p0"][0], values.tensors[WIDE])
+    assert values.asked == [LOW, WIDE]
+    batch.contents = object()
+    pieces.refresh()
+    assert values.asked == [LOW, WIDE, WIDE, LOW]
+
+
+def test_what_left_is_not_kept():
+    batch, pieces, values = made(LOW, WIDE)
+    batch.assigned = Assigned((LOW, LOW))
+    pieces.refresh()
+    batch.assigned = Assigned((LOW, WIDE))
+    pieces.refresh()
+    assert values.asked == [LOW, WIDE, WIDE]
+
+
+def test_room_is_kept_for_the_largest():
+    _, pieces, _ = made(LOW, None, room=(LOW, WIDE))
+    assert pieces.values["p0"].shape == (2, 3, 4)
+
+
+def test_nobody_present_has_the_lane():
+    _, pieces, _ = made(None, OTHER, room=(WIDE,), members=("p1",))
+    assert not pieces.values["p0"].any()
+    assert pieces.values["p1"].tolist() == [False, False]
+
+
+def test_gradients_go_to_each_by_its_rows():
+    batch, pieces, values = made(LOW, None, WIDE, LOW)
+    for each in values.tensors.values():
+        each.requires_grad_(True)
+    batch._trains = True
+    pieces.refresh()
+    pieces.values["p0"].sum().backward()
+    assert torch.equal(values.tensors[LOW].grad, torch.full((2, 4), 2.0))
+    assert torch.equal(values.tensors[WIDE].grad, torch.ones(3, 4))
+    before = pieces.values["p0"]
+    pieces.refresh()  # a graph is for one backward
+    assert pieces.values["p0"] is not before
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [[torch.zeros(2, 5, 4)], [torch.zeros(4, dtype=torch.long), torch.zeros(3, 4)], []],
+    ids=["few", "other", "none"],
+)
+def test_another_number_of_rows_is_refused(tensors):
+    _, pieces, _ = made(LOW, None, WIDE, LOW)
+    pieces.check([torch.zeros(4, 5, 4)])
+    pieces.check([torch.zeros(4, 5, dtype=torch.long)])
+    with pytest.raises(UsageError, match=r"E529.*4 rows"):
+        pieces.check(tensors)
