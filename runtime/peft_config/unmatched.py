@@ -5,11 +5,11 @@ from dataclasses import dataclass
 
 from peftc.grammar.diagnostics import CheckpointError, did_you_mean, fail
 from peftc.grammar.method.rule import MethodRule
-from peftc.grammar.spec.select import Universe, select, select_modules
+from peftc.grammar.spec.select import Universe, select_modules
 from peftc.grammar.syntax import tree
 from peftc.passes.foreign import peft as fields
 from peftc.passes.plan.plan import AdapterPlan
-from peftc.passes.plan.resolve import ModelSurvey
+from peftc.passes.plan.resolve import ModelSurvey, selected
 from peftc.runtime.peft_config.peft_rule import mask_field, pattern_fields
 from peftc.runtime.peft_config.peft_targets import MODULE
 from peftc.runtime.peft_format.peft_names import ending_selector, pattern_key_selector, suffix_selector
@@ -63,13 +63,11 @@ def _ties(plan: AdapterPlan) -> bool:
 
 def _check_once(plan: AdapterPlan, survey: ModelSurvey) -> None:
     """Raise CheckpointError if what is chosen as a module, by a name or a pattern, is chosen as a parameter too."""
-    chosen: dict[bool, dict[str, None]] = {True: {}, False: {}}
-    for target in plan.spec.on:
-        for selector in target.selectors:
-            found = [each.name for each in select(selector, target.where, survey.universe)]
-            chosen[target.where in (None, MODULE)].update(dict.fromkeys(found))
-    adapted = {at.site.name for at in plan.sites}
-    twice = [name for name in chosen[True] if name in chosen[False] and name in adapted]
+    modules = [each for each in plan.spec.on if each.where in (None, MODULE)]
+    parameters = [each for each in plan.spec.on if each not in modules]
+    named = selected(modules, survey) - selected(plan.spec.skip, survey)
+    both = named & selected(parameters, survey)
+    twice = [at.site.name for at in plan.sites if at.site.name in both]
     if twice:
         message = f"the weight of '{twice[0]}' is named by '{_PARAMETERS}', and its module by '{_MODULES}'"
         fail(CheckpointError, "E325", message, help="leave one of the two out", where="the PEFT config")

@@ -25,6 +25,17 @@ class Net(nn.Module):
         return self.head(self.linear(x)) @ self.lone
 
 
+class Held(nn.Module):
+    """PEFT takes no parameter of the model itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.held = Net()
+
+    def forward(self, x):
+        return self.held(x)
+
+
 UNMATCHED = {
     "a module": ({"target_modules": ["linear", "linaer"]}, "'target_modules': no module is called 'linaer' .*'linear'"),
     "no module, but a parameter": (
@@ -126,7 +137,19 @@ def test_a_module_that_is_left_out_may_be_named_by_its_weight():
             warnings.simplefilter("error")
             adapted = compiler.apply(base, asked)
         found = {at.site.name.partition(".self_attn")[0] for at in adapted.adapter_plan("default").sites}
-        assert {f"base_model.model.{each}" for each in found} >= wanted - {"base_model.model.model.layers.0"}
+        assert {f"base_model.model.{each}" for each in found} == wanted
+
+
+@pytest.mark.parametrize("modules", [["linear", "head"], ".*(linear|head)", "all-linear", None])
+@pytest.mark.parametrize("excluded", [["held.lone", "head"], ".*(lone|head)"])
+def test_what_is_left_out_is_a_module_and_no_parameter(modules, excluded):
+    asked = config(target_modules=modules, target_parameters=["lone"], exclude_modules=excluded)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # both say that nothing is called `lone` that could be left out
+        theirs = peft.get_peft_model(Held(), copy.deepcopy(asked))
+        adapted = compiler.apply(Held(), asked)
+    wanted = theirs.base_model.targeted_module_names + theirs.base_model.targeted_parameter_names
+    assert {at.site.name for at in adapted.adapter_plan("default").sites} == set(wanted)
 
 
 def test_a_parameters_rank_is_no_modules():
