@@ -103,10 +103,11 @@ def _loaded(
     today = dict(state.base.own().tensors())
     base = {earlier.before(name): tensor for name, tensor in today.items()} if earlier else today
     shapes = {name: tuple(tensor.shape) for name, tensor in base.items()}
-    tensors, spelling = spelled(plan, tensors, ground.universe.modules)
+    planned, expected = plan, entries(plan)
+    tensors, spelling = spelled(expected, tensors, ground.universe.modules, plan.spec.rule.unread)
     idle: list[str] = []
     if not options.strict and spelling is not AS_IT_IS:  # else every tensor has its place
-        tensors, idle = without_idle(plan, tensors, shapes, idle_names(base_view(model)))
+        tensors, idle = without_idle(expected, tensors, shapes, idle_names(base_view(model)))
     embeddings = own_embeddings(plan, ground, tensors, base, where)
     if embeddings is not None:
         plan = embeddings.beside(_planned(model, plan.spec, ground, directory, embeddings.size))
@@ -124,6 +125,7 @@ def _loaded(
         plan,
         tensors,
         where=where,
+        expected=expected if plan is planned else None,
         as_spelled=spelling,
         base_shapes=shapes,
         base_tensors=base.get,

@@ -7,9 +7,8 @@ from torch import Tensor
 from peftc.grammar.spec.select import select
 from peftc.grammar.spec.spec import AdapterSpec
 from peftc.passes.plan.earlier import Earlier, Names, earlier_names
-from peftc.passes.plan.plan import AdapterPlan
 from peftc.passes.plan.resolve import ModelSurvey
-from peftc.runtime.peft_format.checkpoint import entries, prefixed
+from peftc.runtime.peft_format.checkpoint import Entry, prefixed
 from peftc.runtime.peft_format.key_spelling import AS_IT_IS, Spelling, spelling
 from peftc.runtime.peft_format.wrapped_names import TOKENS, base_name, plain_name
 
@@ -49,23 +48,27 @@ def _weights(keys: Iterable[str], tails: Collection[str]) -> list[str]:
 
 
 def spelled(
-    plan: AdapterPlan, tensors: Mapping[str, Tensor], modules: Collection[str]
+    expected: Mapping[str, Entry], tensors: Mapping[str, Tensor], modules: Collection[str], unread: Iterable[str]
 ) -> tuple[dict[str, Tensor], Spelling]:
-    """A file's tensors by the keys that are expected of it, and how it spells these. `modules` are the model's."""
-    expected = {key: entry.tail for key, entry in entries(plan).items()}
+    """A file's tensors by the keys that are expected of it, and how it spells these.
+
+    `modules` are the model's; `unread` is what the method calls tensors that it leaves unread.
+    """
     if expected.keys() >= tensors.keys():
         return dict(tensors), AS_IT_IS
-    found = spelling(tensors.keys(), expected, modules, plan.spec.rule.unread)
+    found = spelling(tensors.keys(), {key: entry.tail for key, entry in expected.items()}, modules, unread)
     return found.applied(tensors), found
 
 
 def without_idle(
-    plan: AdapterPlan, tensors: Mapping[str, Tensor], base: Container[str], is_idle: Callable[[str], bool]
+    expected: Mapping[str, Entry],
+    tensors: Mapping[str, Tensor],
+    base: Container[str],
+    is_idle: Callable[[str], bool],
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """A file's tensors without those that neither the plan nor the base's state has and no output depends on; and the
-    keys of these.
+    """A file's tensors without those that neither are expected nor in the base's state and no output depends on; and
+    the keys of these.
     """
-    expected = entries(plan)
     tails = tuple(f".{each}" for each in {entry.tail for entry in expected.values()} if each)
     left = [key for key in tensors if key not in expected and prefixed(key) not in expected]
     left = [key for key in left if not key.endswith(tails) and base_name(key, base) is None]
