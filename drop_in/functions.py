@@ -111,11 +111,11 @@ def hotswap_adapter(
     )
     # As one to be trained, which leaves the model's mode alone.
     model.load_adapter(model_name_or_path, trial, is_trainable=True, **options)  # refused here, if it is
+    made = state.adapter(trial).renamed(adapter_name)
     state.remove(trial)
     state.activate(tuple(each for each in active if each[0] != adapter_name))
     state.remove(adapter_name)
-    model.load_adapter(model_name_or_path, adapter_name, is_trainable=True, **options)
-    made = state.adapter(adapter_name)
+    state.add([made])
     made.train_only(trained)
     made.frozen = frozen
     state.activate(active)
