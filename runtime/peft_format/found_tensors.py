@@ -4,8 +4,10 @@ from collections.abc import Callable, Collection, Container, Iterable, Mapping
 
 from torch import Tensor
 
+from peftc.grammar.method.rule import MethodRule
 from peftc.grammar.spec.select import select
 from peftc.grammar.spec.spec import AdapterSpec
+from peftc.passes.foreign.checkpoints import WRAPPERS
 from peftc.passes.plan.earlier import Earlier, Names, earlier_names
 from peftc.passes.plan.resolve import ModelSurvey
 from peftc.runtime.peft_format.checkpoint import Entry, prefixed
@@ -18,8 +20,7 @@ def named_earlier(spec: AdapterSpec, ground: ModelSurvey, keys: Collection[str],
     rule = spec.rule
     if rule.prompt is not None:
         return Earlier()
-    tails = {saved for param in rule.params for _, saved in param.saved} | {TOKENS, *rule.unread}
-    tails |= {each for each in (rule.copies, rule.rows) if each}
+    tails = _tails(rule)
     today = _weights(keys, tails)
     held = {site.module for site in ground.sites if site.kind != "parameter"}
     # Nearly every file: all that it names is here, under its name.
@@ -35,6 +36,23 @@ def named_earlier(spec: AdapterSpec, ground: ModelSurvey, keys: Collection[str],
         for each in (select(selector, target.where, ground.universe) if bare else ())
     }
     return earlier_names(ground, tensors, names, chosen & set(bare))
+
+
+def modules_of(rule: MethodRule, keys: Iterable[str]) -> tuple[str, ...]:
+    """The modules that a method's tensors with these keys are of, with an adapter's name inside or without."""
+    starts, found = {tail.partition(".")[0] for tail in _tails(rule)}, dict[str, None]()
+    for key in keys:
+        parts = [each for each in plain_name(key).split(".") if each not in WRAPPERS or not each.startswith("_")]
+        at = next((at for at in reversed(range(len(parts))) if parts[at] in starts), 0)
+        if at:
+            found[".".join(parts[:at])] = None
+    return tuple(found)
+
+
+def _tails(rule: MethodRule) -> set[str]:
+    """What a method calls its tensors, behind the name of a module."""
+    saved = {saved for param in rule.params for _, saved in param.saved}
+    return saved | {TOKENS, *rule.unread} | {each for each in (rule.copies, rule.rows) if each}
 
 
 def _weights(keys: Iterable[str], tails: Collection[str]) -> list[str]:
