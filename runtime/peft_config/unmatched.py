@@ -1,4 +1,4 @@
-"""What a PEFT configuration names and a model has not, which PEFT says in a warning, or leaves unsaid."""
+"""What a PEFT configuration names and a model has not, or parts, which PEFT says in a warning, or leaves unsaid."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ class _Entry:
 
 
 def check_names(config: Mapping[str, object], plan: AdapterPlan, survey: ModelSurvey) -> tuple[str, ...]:
-    """What is to be told of the names in a configuration that chose nothing.
+    """What is to be told of the names in a configuration that chose nothing, and of what it parts that is tied.
 
     Raises CheckpointError (E325) where one weight is named as a module and as a parameter: PEFT adapts none twice.
     """
@@ -52,7 +52,24 @@ def check_names(config: Mapping[str, object], plan: AdapterPlan, survey: ModelSu
             told.append(f"the PEFT config: field '{entry.field}': no {what} is called {entry.text!r}{hint}")
     if config.get(_TIES) is True and not _ties(plan):
         told.append(f"the PEFT config: field '{_TIES}': nothing that is adapted or trained is tied")
+    if config.get(_TIES) is not True:
+        told += _told_of_ties(plan)
     return tuple(told)
+
+
+def _told_of_ties(plan: AdapterPlan) -> Iterator[str]:
+    """What is to be told where one of several modules with the same weight is adapted, or trained, by itself."""
+    trained = [each.module for each in plan.trained if each.parted]
+    apart = [*(at.site.module for at in plan.sites if at.site.tied), *trained]
+    if apart:
+        help = f"; '{_TIES}' = true keeps what '{_TRAINED}' names tied" if trained and _can_tie(plan) else ""
+        names = f"{', '.join(apart)}: adapted apart from what is tied there"
+        yield f"the PEFT config: {names}, so that a merged model has it tied no more{help}"
+
+
+def _can_tie(plan: AdapterPlan) -> bool:
+    """Whether the method's config has the field."""
+    return plan.spec.rule.peft_type in fields.TYING
 
 
 def _ties(plan: AdapterPlan) -> bool:

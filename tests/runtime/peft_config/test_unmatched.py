@@ -113,7 +113,38 @@ def test_adapters_of_tied_modules_are_not_tied_without_a_word(modules):
     base = LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=True))
     with pytest.raises(CheckpointError, match="E364"):
         compiler.apply(base, config(target_modules=modules, ensure_weight_tying=True))
-    compiler.apply(base, config(target_modules=modules))
+
+
+APART = {
+    "an embedding": {"target_modules": ["embed_tokens", "q_proj"]},
+    "a head": {"target_modules": ["lm_head"]},
+    "both": {"target_modules": ["embed_tokens", "lm_head"]},
+    "a trained embedding": {"modules_to_save": ["embed_tokens"]},
+    "a trained head": {"modules_to_save": ["lm_head"]},
+    "neither": {},
+    "tokens, which are shared": {"trainable_token_indices": [1, 2]},
+}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("added", [False, True])
+@pytest.mark.parametrize("name", APART)
+def test_what_is_adapted_apart_from_what_it_is_tied_to_is_told(name, added, tied):
+    base = LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=tied))
+    asked = config(**{"target_modules": ["q_proj"], **APART[name]})
+    with warnings.catch_warnings(record=True) as theirs:
+        warnings.simplefilter("always")
+        peft.get_peft_model(copy.deepcopy(base), copy.deepcopy(asked))
+    said = [each for each in theirs if "a tied layer is part of the adapter" in str(each.message)]
+    adapted = compiler.apply(base, config(target_modules=["k_proj"])) if added else None
+    with warnings.catch_warnings(record=True) as ours:
+        warnings.simplefilter("always")
+        adapted.add_adapter("other", asked) if added else compiler.apply(base, asked)
+    told = [
+        str(each.message) for each in ours if each.category is RuntimeWarning and "tied no more" in str(each.message)
+    ]
+    assert len(told) == len(said) == (tied and name not in ("neither", "tokens, which are shared"))
+    assert all(("'ensure_weight_tying' = true keeps" in each) is ("trained" in name) for each in told)
 
 
 def test_a_weight_is_not_named_twice():
