@@ -8,6 +8,7 @@ from peftc.grammar.diagnostics import ArgumentTypeError, did_you_mean, fail
 from peftc.grammar.method.rule import MethodRule
 from peftc.grammar.spec.library import builtin_methods
 from peftc.passes.foreign import peft as contract
+from peftc.passes.foreign import peft_classes as classes
 from peftc.peft.refused import reason
 from peftc.runtime.peft_config.config_object import AdapterConfig
 
@@ -33,10 +34,10 @@ def named(name: str) -> Any:
     why = reason(name)
     if why:
         raise AttributeError(f"peftc.peft has no {name}: {why}")
-    found = contract.config_named(name)
-    if found is not None and contract.is_of_unknown_method(found):
+    found = classes.config_named(name)
+    if found is not None and classes.is_of_unknown_method(found):
         raise AttributeError(f"peftc.peft has no {name}: {_UNKNOWN}")
-    if found is None and not contract.is_installed():
+    if found is None and not classes.is_installed():
         found = {"PeftConfig": AdapterConfig, "PeftType": _types()}.get(name) or _classes().get(name)
     if found is None:
         raise AttributeError(f"module 'peftc.peft' has no attribute {name!r}")
@@ -46,7 +47,7 @@ def named(name: str) -> Any:
 @cache
 def _types() -> Any:
     """The types of adapters, as an enumeration of texts."""
-    return StrEnum("PeftType", {kind: kind for kind in contract.CONFIG_NAMES})
+    return StrEnum("PeftType", {kind: kind for kind in classes.CONFIG_NAMES})
 
 
 @cache
@@ -57,7 +58,7 @@ def _classes() -> dict[str, type[AdapterConfig]]:
         if rule.peft_type:
             rules.setdefault(rule.peft_type, []).append(rule)
     return {
-        contract.CONFIG_NAMES[kind]: _class(kind, own) for kind, own in rules.items() if kind in contract.CONFIG_NAMES
+        classes.CONFIG_NAMES[kind]: _class(kind, own) for kind, own in rules.items() if kind in classes.CONFIG_NAMES
     }
 
 
@@ -73,4 +74,4 @@ def _class(kind: str, rules: list[MethodRule]) -> type[AdapterConfig]:
         AdapterConfig.__init__(self, {"peft_type": kind, **fields})
 
     namespace = {"__init__": made, "__doc__": f"The fields of PEFT's configuration for {kind}."}
-    return type(contract.CONFIG_NAMES[kind], (AdapterConfig,), namespace)
+    return type(classes.CONFIG_NAMES[kind], (AdapterConfig,), namespace)

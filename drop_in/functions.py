@@ -13,7 +13,8 @@ from peftc.grammar.diagnostics import ArgumentTypeError, CheckpointError, UsageE
 from peftc.passes.foreign import transformers as contract
 from peftc.peft.models import PeftModel, as_peft
 from peftc.runtime.base.share import share
-from peftc.runtime.model.state_dicts import IncompatibleKeys, check_unmerged, checked, set_peft_model_state_dict
+from peftc.runtime.model.described import described
+from peftc.runtime.model.state_dicts import IncompatibleKeys, check_unmerged, checked
 from peftc.runtime.model.status import TunerLayerStatus, TunerModelStatus
 from peftc.runtime.peft_config.config_object import config_object
 from peftc.runtime.peft_format.adapter_files import locate, read_adapter
@@ -55,18 +56,15 @@ def inject_adapter_in_model(
 ) -> AdaptedModel:
     """The model with a fresh adapter, of the model's own class. Unlike PEFT's function, `model` itself is not changed.
 
-    With a `state_dict` the adapter has its tensors. Raises as `compiler.apply`, and CheckpointError where the tensors
-    are not the adapter's.
+    With a `state_dict` it is of the modules that this has tensors of, and a warning says which others the config names;
+    its values are not read, as in PEFT: `set_peft_model_state_dict` puts them in. Raises as `compiler.apply`, and
+    CheckpointError where the config names parameters beside a `state_dict`.
     """
-    adapted = apply(model, {adapter_name: peft_config}, low_cpu_mem_usage=low_cpu_mem_usage)
+    found = described({adapter_name: peft_config})
+    meant = found if state_dict is None else found.of_keys(state_dict)
+    adapted = apply(model, meant, low_cpu_mem_usage=low_cpu_mem_usage)
     if state_dict is not None:
-        told = set_peft_model_state_dict(adapted, state_dict, adapter_name)
-        if told.missing_keys or told.unexpected_keys:
-            wrong = [
-                *(f"missing {key}" for key in told.missing_keys),
-                *(f"unexpected {key}" for key in told.unexpected_keys),
-            ]
-            fail(CheckpointError, "E341", "\n".join(wrong[:8]), where="the state_dict")
+        found.warn_of_others(adapted.adapter_plan(adapter_name), adapted._adapter_state.engine.backend.survey())
     return adapted
 
 
@@ -111,11 +109,11 @@ def hotswap_adapter(
     )
     # As one to be trained, which leaves the model's mode alone.
     model.load_adapter(model_name_or_path, trial, is_trainable=True, **options)  # refused here, if it is
+    made = state.adapter(trial).renamed(adapter_name)
     state.remove(trial)
     state.activate(tuple(each for each in active if each[0] != adapter_name))
     state.remove(adapter_name)
-    model.load_adapter(model_name_or_path, adapter_name, is_trainable=True, **options)
-    made = state.adapter(adapter_name)
+    state.add([made])
     made.train_only(trained)
     made.frozen = frozen
     state.activate(active)

@@ -22,7 +22,9 @@ LONGEST = 400
 MOST_FILES = 20
 
 # PEFT's own names, and the keys of other libraries' files, are foreign formats' words: one file a library.
-FOREIGN_NAMES = {f"passes/foreign/{library}.py" for library in ("peft", "diffusers", "kohya")} | {"drop_in/refused.py"}
+FOREIGN_NAMES = {f"passes/foreign/{library}.py" for library in ("peft", "peft_classes", "diffusers", "kohya")} | {
+    "drop_in/refused.py"
+}
 
 FILES = sorted(file for folder in ORDER for file in (ROOT / folder).rglob("*.py"))
 

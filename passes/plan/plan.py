@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from peftc.grammar.algebra.measure import sizes_of
 from peftc.grammar.method.rule import BoundParam, BoundRule
@@ -10,9 +11,8 @@ from peftc.grammar.syntax import tree
 from peftc.passes.plan.site import Site
 
 
-@dataclass(frozen=True)
-class ParamKey:
-    """The identity of one adapter parameter."""
+class ParamKey(NamedTuple):
+    """The identity of one adapter parameter. A tuple is hashed fast, and loading an adapter looks each up often."""
 
     adapter: str  # "support"
     site: str  # Site.name, or the module of a trained copy; empty for what an adapter's sites share

@@ -182,7 +182,7 @@ def _chosen(spec: AdapterSpec, ground: ModelSurvey, trained: Collection[str]) ->
             for each in select(selector, target.where, ground.universe):
                 chosen[each.name] = ({**dict(spec.values), **dict(target.overrides)}, selector.span or target.span)
     for target in spec.skip:
-        hit = _skipped(spec, target, chosen, ground)
+        hit = _skipped(spec, target, targets, chosen, ground)
         if not hit and spec.strict:
             problems.append(_ineffective("skip", target))
         for name in hit:
@@ -254,14 +254,26 @@ def _last(spec: AdapterSpec, chosen: Chosen, sites: Sequence[str]) -> Chosen:
     return {name: ({**values, LAST: told}, span) for name, (values, span) in kept.items()}
 
 
-def _skipped(spec: AdapterSpec, target: Target, chosen: Chosen, ground: ModelSurvey) -> set[str]:
-    """The chosen sites a `skip` takes away. In a spec it reaches everything inside a module; PEFT's reaches names."""
+def _skipped(
+    spec: AdapterSpec, skip: Target, targets: Sequence[Target], chosen: Chosen, ground: ModelSurvey
+) -> set[str]:
+    """The chosen sites a `skip` takes away. In a spec it reaches everything inside a module.
+
+    PEFT's reaches names, and with a `where` only what no clause with another one chose: PEFT leaves modules out, and
+    their weights can be named as parameters all the same.
+    """
     candidates = {each.name: each for each in ground.universe.candidates}
     if spec.strict:
-        hit = {name for name in chosen if any(matches_inside(each, name, ground.universe) for each in target.selectors)}
-        return {name for name in hit if target.where is None or holds(target.where, candidates[name])}
-    found = [each.name for selector in target.selectors for each in select(selector, target.where, ground.universe)]
-    return set(chosen) & set(found)
+        hit = {name for name in chosen if any(matches_inside(each, name, ground.universe) for each in skip.selectors)}
+        return {name for name in hit if skip.where is None or holds(skip.where, candidates[name])}
+    apart = [each for each in targets if skip.where is not None and each.where not in (None, skip.where)]
+    return set(chosen) & selected((skip,), ground) - selected(apart, ground)
+
+
+def selected(targets: Iterable[Target], ground: ModelSurvey) -> set[str]:
+    """The sites that clauses choose, each by itself."""
+    pairs = ((selector, each.where) for each in targets for selector in each.selectors)
+    return {found.name for selector, where in pairs for found in select(selector, where, ground.universe)}
 
 
 def _default_targets(spec: AdapterSpec, ground: ModelSurvey) -> tuple[Target, ...]:

@@ -10,6 +10,7 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 from peftc.passes.foreign import peft as contract
+from peftc.passes.foreign.peft_classes import model_class
 from peftc.passes.foreign.transformers import USE_CACHE, forward_of, rows_of
 from peftc.runtime.adapted.adapted_module import AdaptedModule, Root
 from peftc.runtime.adapted.base_weights import COMPILED_CALLS, base_view
@@ -133,7 +134,7 @@ def _kind_of(kind: type) -> Any:
     Trainers ask for that by `isinstance` before they use what PEFT's models have. Theirs cannot be a base: it and
     transformers' models want their own bases in opposite orders. So it comes last, and nothing of it is found.
     """
-    theirs = contract.model_class()
+    theirs = model_class()
     if theirs is None:
         return kind
     if kind not in _KINDS:

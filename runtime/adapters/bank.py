@@ -1,6 +1,7 @@
 """The adapters' own tensors, as modules: what is trained, saved and moved."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -42,6 +43,15 @@ class AdapterParameters(nn.Module):
             self._holders[key] = (holder, role)
         if budgeted(plan):
             self.add_module(ALLOCATOR, Allocator(plan))
+
+    def renamed(self, name: str) -> "AdapterParameters":
+        """The same tensors as an adapter of another name, which takes this one's place."""
+        plan = replace(self.plan, spec=replace(self.plan.spec, name=name))
+        tensors = {key._replace(adapter=name): tensor.detach() for key, tensor in self.items()}
+        made = AdapterParameters(plan, tensors, trained_keys(plan))
+        if self.allocator is not None:
+            made.load_state_dict(self.state_dict())
+        return made
 
     @property
     def allocator(self) -> Allocator | None:

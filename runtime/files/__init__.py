@@ -1,4 +1,4 @@
-"""Tensor files, written atomically and a tensor at a time.
+"""Tensor files, read as they lie, written atomically and a tensor at a time.
 
 Never here: what a tensor is for.
 """

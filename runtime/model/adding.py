@@ -8,7 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from peftc.grammar.diagnostics import SpecError, fail
 from peftc.grammar.spec.spec import AdapterSpec
+from peftc.passes.expression.apply import DropoutError
+from peftc.passes.expression.dropping import check_dropout
 from peftc.passes.plan.plan import AdapterPlan, ParamKey
 from peftc.passes.plan.resolve import ModelSurvey, resolve
 from peftc.passes.plan.vocabulary import enlarged, vocabulary
@@ -54,7 +57,20 @@ def plan_adapters(specs: Sequence[AdapterSpec], survey: ModelSurvey, tokenizer: 
                 needed = tokens
         meant.append(spec)
     larger = survey if needed is None else enlarged(survey, needed)
-    return PlannedAdapters(tuple(resolve(spec, larger) for spec in meant), needed)
+    plans = tuple(resolve(spec, larger) for spec in meant)
+    for plan in plans:
+        _check_dropout(plan)
+    return PlannedAdapters(plans, needed)
+
+
+def _check_dropout(plan: AdapterPlan) -> None:
+    """Raise SpecError where an adapter is to drop and could not, which training would find out at its first step."""
+    for at in {(id(each.bound), each.site.groups): each for each in plan.sites}.values():  # layers repeat
+        try:
+            check_dropout(at)
+        except DropoutError as error:
+            message = f"dropout cannot be honoured at {at.site.name}, of kind '{at.site.kind}': {error.reason}"
+            fail(SpecError, "E212", message, plan.spec.span, help="set dropout = 0 there, or skip it")
 
 
 def make_adapter(plan: AdapterPlan, base: BaseTensor, values: Values) -> AdapterParameters:

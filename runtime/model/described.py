@@ -1,23 +1,27 @@
 """What users say adapters are (a spec in any form, PEFT configs), as one spec, and what configs say beside it."""
 
+import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from os import PathLike
 from typing import Any, NoReturn
 
-from peftc.grammar.diagnostics import ArgumentTypeError, Diagnostic, UsageError, fail
+from peftc.grammar.diagnostics import ArgumentTypeError, CheckpointError, Diagnostic, SpecError, UsageError, fail
 from peftc.grammar.spec.elaborate import names_file, read_spec
 from peftc.grammar.spec.library import builtin_methods
-from peftc.grammar.spec.spec import AdapterSpec, Spec
+from peftc.grammar.spec.spec import AdapterSpec, Spec, Target
+from peftc.grammar.syntax import tree
 from peftc.passes.foreign import peft as fields
 from peftc.passes.plan.plan import AdapterPlan
-from peftc.passes.plan.resolve import ModelSurvey, usual_targets
+from peftc.passes.plan.resolve import ModelSurvey, resolve, usual_targets
 from peftc.runtime.init.tokens import check_ties
 from peftc.runtime.peft_config.fresh_config import check_sizes
 from peftc.runtime.peft_config.peft_config import ConfigFacts, read_config
+from peftc.runtime.peft_config.peft_targets import MODULE
 from peftc.runtime.peft_config.unmatched import check_names
+from peftc.runtime.peft_format.found_tensors import modules_of
 
 _ACCEPTED = (
     "pass a spec (a path, its text, a Spec or AdapterSpec), a PEFT config or its fields as a dict, "
@@ -63,9 +67,42 @@ class Described:
         for message in told:
             warnings.warn(message, RuntimeWarning, stacklevel=3)
 
+    def of_keys(self, keys: Collection[str]) -> "Described":
+        """The adapter with the modules that a file's keys are of, whatever modules its config names.
+
+        Raises CheckpointError (E325) for a config that names parameters, which keys do not tell apart.
+        """
+        (adapter,) = self.spec.adapters
+        if adapter.rule.rows or adapter.rule.prompt is not None:
+            return self
+        if adapter.name in self.facts and self.facts[adapter.name].config.get("target_parameters"):
+            message = "field 'target_parameters' names parameters, and the keys of a state_dict tell modules alone"
+            fail(CheckpointError, "E325", message, help="leave the state_dict out", where="the PEFT config")
+        named = "|".join(map(re.escape, modules_of(adapter.rule, keys)))
+        meant = replace(adapter, on=(Target((tree.PatternSelector(named),), where=MODULE),), skip=())
+        return replace(self, spec=replace(self.spec, adapters=(meant,)))
+
+    def warn_of_others(self, plan: AdapterPlan, survey: ModelSurvey) -> None:
+        """Tell where a plan is of other modules than the config names."""
+        try:
+            wanted = _modules(resolve(self.on(survey)[0], survey))
+        except SpecError:  # it names none, which is for what there are keys
+            wanted = set()
+        found = _modules(plan)
+        told = {"only the config names": wanted - found, "only the state_dict has": found - wanted}
+        parts = [f"{what} {', '.join(sorted(names))}" for what, names in told.items() if names]
+        if parts:
+            message = f"the adapter is of the modules that the state_dict has tensors of: {'; '.join(parts)}"
+            warnings.warn(message, RuntimeWarning, stacklevel=3)
+
     def trains(self) -> bool:
         """Whether what is active is to be trained: a config for inference alone is not."""
         return not any(self.facts[name].inference_mode for name, _ in self.spec.active if name in self.facts)
+
+
+def _modules(plan: AdapterPlan) -> set[str]:
+    """The modules that a method adapts or copies."""
+    return {at.site.module for at in plan.sites} | {each.module for each in plan.copies if each.saved}
 
 
 def described(said: Any, name: str | None = None) -> Described:
@@ -74,6 +111,8 @@ def described(said: Any, name: str | None = None) -> Described:
     Of a mapping the first adapter is active, as in PEFT, where it is the one that the model is made with. Raises
     SpecError or CheckpointError for what is wrong in itself, ArgumentTypeError (E519) for a value of another type.
     """
+    if isinstance(said, Described):
+        return said
     if isinstance(said, Spec):
         return Described(said)
     if isinstance(said, AdapterSpec):

@@ -1,8 +1,8 @@
 """Loading an adapter in the PEFT format into a model: everything is checked before anything changes."""
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 
@@ -12,12 +12,13 @@ from peftc.grammar.diagnostics import CheckpointError, SpecError, fail
 from peftc.grammar.spec.spec import AdapterSpec
 from peftc.grammar.syntax import layout
 from peftc.passes.plan.earlier import as_it_was
-from peftc.passes.plan.plan import AdapterPlan
+from peftc.passes.plan.plan import AdapterPlan, ParamKey
 from peftc.passes.plan.resolve import ModelSurvey, resolve
 from peftc.passes.plan.sites import tied_names
 from peftc.passes.plan.vocabulary import enlarged, vocabulary
 from peftc.runtime.adapted.adapted_module import AdaptedModule
 from peftc.runtime.adapted.base_weights import base_view
+from peftc.runtime.adapters.bank import AdapterParameters
 from peftc.runtime.base.earlier import EarlierNames
 from peftc.runtime.base.idle import idle_names
 from peftc.runtime.base.overlay import BANK
@@ -29,7 +30,7 @@ from peftc.runtime.model.saving import TRAINING
 from peftc.runtime.model.state_dicts import IncompatibleKeys, put_values
 from peftc.runtime.other_formats.as_peft import as_peft
 from peftc.runtime.other_formats.other_file import other_file
-from peftc.runtime.peft_config.peft_config import read_config
+from peftc.runtime.peft_config.peft_config import ConfigFacts, read_config
 from peftc.runtime.peft_config.peft_rule import with_values
 from peftc.runtime.peft_config.spec_config import check_growth, known_methods
 from peftc.runtime.peft_format.adapter_files import locate, read_adapter, read_tensors
@@ -56,7 +57,16 @@ def load_adapter(
 
     With `follows_regions` the model's regions begin where the checkpoint's spec said.
     """
-    told = _loaded(model, source, name, options, follows_regions=follows_regions)
+    state = model._adapter_state
+    known = state.adapter(name) if name in state.names() else None
+    if known is None:
+        state.check_name(name, help="choose another adapter_name")
+    file = _read(model, source, name, options)
+    found = _fitted(model, file, options)
+    if known is not None:
+        told = _put(model, known, file, found, options)
+    else:
+        told = _added(model, file, found, options, follows_regions=follows_regions)
     if not options.is_trainable and _trains(model):
         model.eval()
     return told
@@ -68,13 +78,25 @@ def _trains(model: AdaptedModule) -> bool:
     return model.training or any(each.training for part in parts for each in part.modules())
 
 
-def _loaded(
-    model: AdaptedModule, source: str | PathLike[str], name: str, options: LoadOptions, *, follows_regions: bool
-) -> IncompatibleKeys:
-    state = model._adapter_state
-    known = state.adapter(name) if name in state.names() else None
-    if known is None:
-        state.check_name(name, help="choose another adapter_name")
+# --- what is read ---
+
+
+@dataclass(frozen=True)
+class _File:
+    """A checkpoint: what its config says, the adapter that it is for, and its tensors by its own keys."""
+
+    directory: Path
+    facts: ConfigFacts
+    spec: AdapterSpec
+    tensors: Mapping[str, Tensor]
+
+    @property
+    def where(self) -> str:
+        """What messages call it."""
+        return str(self.directory)
+
+
+def _read(model: AdaptedModule, source: str | PathLike[str], name: str, options: LoadOptions) -> _File:
     directory = locate(
         source if isinstance(source, str) else Path(source),
         revision=options.revision,
@@ -84,7 +106,7 @@ def _loaded(
         local_files_only=options.local_files_only,
     )
     where = str(directory)
-    config, tensors = _read(model, directory, options)
+    config, tensors = _contents(model, directory, options)
     tensors = {options.renamed(key): tensor for key, tensor in tensors.items()}
     methods = known_methods(config, directory, options.use)
     facts = read_config(config, methods=methods, adapter_name=name, where=where, strict=options.strict)
@@ -93,102 +115,12 @@ def _loaded(
     spec, told = with_heads(facts.spec, facts.task_type, tensors)
     if told:
         warnings.warn(f"{where}: {told}", stacklevel=3)
-    spec = with_values(spec, options.values or {})
-    survey = state.engine.backend.survey()
-    earlier = named_earlier(spec, survey, tensors.keys(), EarlierNames(base_view(model)))
-    ground = as_it_was(survey, earlier) if earlier else survey
-    plan = _planned(model, spec, ground, directory)
-    if facts.ties:
-        check_ties(plan, tied_names(model), where)
-    today = dict(state.base.own().tensors())
-    base = {earlier.before(name): tensor for name, tensor in today.items()} if earlier else today
-    shapes = {name: tuple(tensor.shape) for name, tensor in base.items()}
-    tensors, spelling = spelled(plan, tensors, ground.universe.modules)
-    idle: list[str] = []
-    if not options.strict and spelling is not AS_IT_IS:  # else every tensor has its place
-        tensors, idle = without_idle(plan, tensors, shapes, idle_names(base_view(model)))
-    embeddings = own_embeddings(plan, ground, tensors, base, where)
-    if embeddings is not None:
-        plan = embeddings.beside(_planned(model, plan.spec, ground, directory, embeddings.size))
-        if embeddings.message:
-            warnings.warn(f"{where}: {embeddings.message}", stacklevel=3)
-    words = vocabulary(ground)
-    grown = embeddings is not None and words is not None and embeddings.size > words.size
-    tokens = embeddings.size if embeddings is not None and grown else needed_vocabulary(plan, words, where)
-    tensors, masks = unpruned(plan, tensors, facts.masks, where=where)
-    plan = settled(plan, set(tensors))
-    if lost := lost_biases(plan, tensors):
-        message = f"{where}: the adapter was trained with its biases, and the file has none: the model's own are used"
-        warnings.warn(message, stacklevel=3)
-    fitted = fit(
-        plan,
-        tensors,
-        where=where,
-        as_spelled=spelling,
-        base_shapes=shapes,
-        base_tensors=base.get,
-        lost=lost,
-        ignore_mismatched_sizes=options.ignore_mismatched_sizes,
-    )
-    if earlier:
-        plan, fitted, masks = carried(plan, fitted, masks, earlier, survey, where)
-    if known is not None:
-        _check_same(plan, known.plan, where)
-        whole = read_tensors(directory / TRAINING) if known.allocator and (directory / TRAINING).is_file() else None
-        put_values(model, known, fitted)
-        if known.allocator is not None:
-            known.allocator.restore(masks, known.tensor)
-            if whole is not None:
-                known.load_state_dict(whole)
-        if options.is_trainable:
-            state.train([name], True)
-        return IncompatibleKeys([], [])
-    check_growth(plan, fitted, directory)
-    if idle:
-        named = ", ".join(sorted(map(spelling.told, idle)))
-        warnings.warn(f"{where}: left unread, since no output depends on it: {named}", stacklevel=3)
-    own = read_values(plan, fitted, today)
-
-    def fingerprint() -> str:
-        return base_of(state.base, own) if own else state.base.fingerprint()
-
-    _follow_manifest(model, directory, fingerprint, follows_regions=follows_regions)
-
-    def values() -> Iterator[Values]:
-        yield Values(given=fitted, masks=masks, upcast=options.autocast_adapter_dtype)
-
-    missing = list[str]()
-    if options.ignore_mismatched_sizes:
-        missing = [key for key, entry in entries(plan).items() if entry.key not in fitted and not entry.computed]
-    add_adapters(
-        model,
-        PlannedAdapters((plan,), tokens, drawn=False),
-        values,
-        lambda: state.base.unmerged().value,  # copies are of the types that the model is held in
-        None if state.active else ((name, 1.0),),
-        trainable=options.is_trainable,
-    )
-    state.adapter(name).frozen = not options.is_trainable
-    state.base.facts.task_type = state.base.facts.task_type or facts.task_type
-    return IncompatibleKeys(missing, [])
+    return _File(directory, facts, with_values(spec, options.values or {}), tensors)
 
 
-def _check_same(plan: AdapterPlan, known: AdapterPlan, where: str) -> None:
-    """Raise CheckpointError unless an adapter that is there computes what the file's would with the same tensors."""
-
-    def facts(of: AdapterPlan) -> object:
-        bound = [(at.site.name, at.bound) for at in of.sites]
-        sites = [(site, each.weight, each.bias, each.prompt, each.scalars) for site, each in bound]
-        sizes = [(site, param.role, param.shape) for site, each in bound for param in each.params]
-        return sites, sizes, [each.module for each in of.copies], [(each.module, each.ids) for each in of.rows]
-
-    if facts(plan) != facts(known):
-        message = f"there already is an adapter {known.name!r}, and this is not one like it"
-        help = "choose another adapter_name, or delete it first"
-        fail(CheckpointError, "E594", message, help=help, where=where)
-
-
-def _read(model: AdaptedModule, place: Path, options: LoadOptions) -> tuple[Mapping[str, object], dict[str, Tensor]]:
+def _contents(
+    model: AdaptedModule, place: Path, options: LoadOptions
+) -> tuple[Mapping[str, object], dict[str, Tensor]]:
     """The configuration and the tensors of a checkpoint, or of another library's file as PEFT would have them."""
     said = {} if options.config is None else config_fields(options.config)
     other = other_file(place)
@@ -205,6 +137,82 @@ def _read(model: AdaptedModule, place: Path, options: LoadOptions) -> tuple[Mapp
             warnings.warn(message, stacklevel=4)
         config, tensors = dict(found.config), dict(found.tensors)
     return {**config, **{name: value for name, value in said.items() if value is not None}}, tensors
+
+
+# --- how it fits the model ---
+
+
+@dataclass(frozen=True)
+class _Fitted:
+    """An adapter that fits the model: its plan and tensors, which entries of these there are, and how many tokens it
+    needs the model to have. `idle` are the file's keys that were left out, `base` is what the model has itself.
+    """
+
+    plan: AdapterPlan
+    tensors: Mapping[ParamKey, Tensor]
+    masks: Mapping[ParamKey, Sequence[bool]]
+    tokens: int | None
+    idle: Sequence[str]
+    base: Mapping[str, Tensor]
+
+
+def _fitted(model: AdaptedModule, file: _File, options: LoadOptions) -> _Fitted:
+    """The file's adapter on this model. Raises CheckpointError for all that does not fit."""
+    where, state = file.where, model._adapter_state
+    survey = state.engine.backend.survey()
+    earlier = named_earlier(file.spec, survey, file.tensors.keys(), EarlierNames(base_view(model)))
+    ground = as_it_was(survey, earlier) if earlier else survey
+    today = dict(state.base.own().tensors())
+    base = {earlier.before(name): tensor for name, tensor in today.items()} if earlier else today
+    shapes = {name: tuple(tensor.shape) for name, tensor in base.items()}
+    plan = planned = _planned(model, file.spec, ground, file.directory)
+    if file.facts.ties:
+        check_ties(plan, tied_names(model), where)
+    expected = entries(plan)
+    tensors, spelling = spelled(expected, file.tensors, ground.universe.modules, plan.spec.rule.unread)
+    idle: list[str] = []
+    if not options.strict and spelling is not AS_IT_IS:  # else every tensor has its place
+        tensors, idle = without_idle(expected, tensors, shapes, idle_names(base_view(model)))
+    plan, tokens = _with_tokens(model, file, plan, ground, tensors, base)
+    tensors, masks = unpruned(plan, tensors, file.facts.masks, where=where)
+    plan = settled(plan, set(tensors))
+    if lost := lost_biases(plan, tensors):
+        message = f"{where}: the adapter was trained with its biases, and the file has none: the model's own are used"
+        warnings.warn(message, stacklevel=3)
+    fitted = fit(
+        plan,
+        tensors,
+        where=where,
+        expected=expected if plan is planned else None,
+        as_spelled=spelling,
+        base_shapes=shapes,
+        base_tensors=base.get,
+        lost=lost,
+        ignore_mismatched_sizes=options.ignore_mismatched_sizes,
+    )
+    if earlier:
+        plan, fitted, masks = carried(plan, fitted, masks, earlier, survey, where)
+    return _Fitted(plan, fitted, masks, tokens, [spelling.told(each) for each in idle], today)
+
+
+def _with_tokens(
+    model: AdaptedModule,
+    file: _File,
+    plan: AdapterPlan,
+    ground: ModelSurvey,
+    tensors: Mapping[str, Tensor],
+    base: Mapping[str, Tensor],
+) -> tuple[AdapterPlan, int | None]:
+    """The plan with the embeddings that the file has of its own, and how many tokens the model must have for it."""
+    embeddings, words = own_embeddings(plan, ground, tensors, base, file.where), vocabulary(ground)
+    if embeddings is None:
+        return plan, needed_vocabulary(plan, words, file.where)
+    plan = embeddings.beside(_planned(model, plan.spec, ground, file.directory, embeddings.size))
+    if embeddings.message:
+        warnings.warn(f"{file.where}: {embeddings.message}", stacklevel=4)
+    if words is not None and embeddings.size > words.size:
+        return plan, embeddings.size
+    return plan, needed_vocabulary(plan, words, file.where)
 
 
 def _planned(
@@ -227,6 +235,76 @@ def _planned(
                 for each in error.diagnostics
             )
         ) from error
+
+
+# --- how it comes into the model ---
+
+
+def _put(
+    model: AdaptedModule, known: AdapterParameters, file: _File, found: _Fitted, options: LoadOptions
+) -> IncompatibleKeys:
+    """Put the file's values into an adapter that is there. Raises CheckpointError unless it is one like it."""
+    _check_same(found.plan, known.plan, file.where)
+    training = file.directory / TRAINING
+    whole = read_tensors(training) if known.allocator and training.is_file() else None
+    put_values(model, known, found.tensors)
+    if known.allocator is not None:
+        known.allocator.restore(found.masks, known.tensor)
+        if whole is not None:
+            known.load_state_dict(whole)
+    if options.is_trainable:
+        model._adapter_state.train([known.plan.name], True)
+    return IncompatibleKeys([], [])
+
+
+def _added(
+    model: AdaptedModule, file: _File, found: _Fitted, options: LoadOptions, *, follows_regions: bool
+) -> IncompatibleKeys:
+    """Put the adapter beside the others; it becomes active if none is."""
+    state, plan = model._adapter_state, found.plan
+    check_growth(plan, found.tensors, file.directory)
+    if found.idle:
+        named = ", ".join(sorted(found.idle))
+        warnings.warn(f"{file.where}: left unread, since no output depends on it: {named}", stacklevel=3)
+    own = read_values(plan, found.tensors, found.base)
+
+    def fingerprint() -> str:
+        return base_of(state.base, own) if own else state.base.fingerprint()
+
+    _follow_manifest(model, file.directory, fingerprint, follows_regions=follows_regions)
+
+    def values() -> Iterator[Values]:
+        yield Values(given=found.tensors, masks=found.masks, upcast=options.autocast_adapter_dtype)
+
+    missing = list[str]()
+    if options.ignore_mismatched_sizes:
+        missing = [key for key, each in entries(plan).items() if each.key not in found.tensors and not each.computed]
+    add_adapters(
+        model,
+        PlannedAdapters((plan,), found.tokens, drawn=False),
+        values,
+        lambda: state.base.unmerged().value,  # copies are of the types that the model is held in
+        None if state.active else ((plan.name, 1.0),),
+        trainable=options.is_trainable,
+    )
+    state.adapter(plan.name).frozen = not options.is_trainable
+    state.base.facts.task_type = state.base.facts.task_type or file.facts.task_type
+    return IncompatibleKeys(missing, [])
+
+
+def _check_same(plan: AdapterPlan, known: AdapterPlan, where: str) -> None:
+    """Raise CheckpointError unless an adapter that is there computes what the file's would with the same tensors."""
+
+    def facts(of: AdapterPlan) -> object:
+        bound = [(at.site.name, at.bound) for at in of.sites]
+        sites = [(site, each.weight, each.bias, each.prompt, each.scalars) for site, each in bound]
+        sizes = [(site, param.role, param.shape) for site, each in bound for param in each.params]
+        return sites, sizes, [each.module for each in of.copies], [(each.module, each.ids) for each in of.rows]
+
+    if facts(plan) != facts(known):
+        message = f"there already is an adapter {known.name!r}, and this is not one like it"
+        help = "choose another adapter_name, or delete it first"
+        fail(CheckpointError, "E594", message, help=help, where=where)
 
 
 def _follow_manifest(

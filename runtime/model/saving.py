@@ -14,6 +14,7 @@ from torch import nn
 from peftc.grammar.diagnostics import UsageError, fail
 from peftc.passes.foreign import peft as fields
 from peftc.passes.foreign import transformers as contract
+from peftc.passes.foreign.peft_classes import is_installed
 from peftc.passes.plan.plan import AdapterPlan, ParamKey
 from peftc.runtime.adapted.adapted_module import AdaptedModule
 from peftc.runtime.adapters.bank import AdapterParameters
@@ -59,7 +60,7 @@ def save_adapters(
         if resumable and adapter.allocator is not None:
             whole = {key: value.detach().cpu().contiguous() for key, value in adapter.state_dict().items()}
             write_files(place, {TRAINING: partial(save_file, whole)})
-    if resumable and not fields.is_installed():
+    if resumable and not is_installed():
         given = model.state_dict() if state_dict is None else state_dict
         own = {key: value.detach().cpu().contiguous() for key, value in given.items() if is_adapters(key)}
         write_files(root, {TRAINER_STATE: lambda path: save_file(own, path, metadata={"format": "pt"})})

@@ -9,6 +9,7 @@ from torch import nn
 
 from peftc.grammar.diagnostics import ArgumentTypeError, fail
 from peftc.passes.foreign import peft as contract
+from peftc.passes.foreign.peft_classes import tuner_name
 from peftc.passes.plan.plain import plain_class
 from peftc.passes.plan.plan import ROWS, AdapterPlan, ParamKey
 from peftc.passes.plan.site import WHOLE
@@ -110,7 +111,7 @@ def model_status(state: AdapterSet, counts: tuple[int, int]) -> TunerModelStatus
     backends = {each.quantization_backend for each in layers}
     return TunerModelStatus(
         base_model_type=plain_class(state.base.model).__name__,
-        adapter_model_type=contract.tuner_name(tuple(kinds.values())),
+        adapter_model_type=tuner_name(tuple(kinds.values())),
         peft_types=kinds,
         trainable_params=counts[0],
         total_params=counts[1],

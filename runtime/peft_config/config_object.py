@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from peftc.passes.foreign import peft as contract
+from peftc.passes.foreign import peft_classes as contract
 
 
 class AdapterConfig:

@@ -86,14 +86,15 @@ def other_layers(reader: FieldReader) -> tuple[Target, ...]:
     layers = _layers(reader)
     if layers is None or reader.config.get("target_modules") is not None:
         return ()
-    return (Target((beyond_layers(layers, _layers_patterns(reader)),)),)
+    return (Target((beyond_layers(layers, _layers_patterns(reader)),), where=MODULE),)
 
 
 def skips(reader: FieldReader) -> tuple[Target, ...]:
-    """What is not adapted, although its name fits."""
+    """The modules that are not adapted, although their names fit; a weight named as a parameter is, all the same."""
     excluded = reader.text_or_texts("exclude_modules")
-    if not excluded:
-        return ()
-    if isinstance(excluded, str):
-        return (Target((tree.PatternSelector(excluded),)),) if reader.pattern("exclude_modules", excluded) else ()
-    return (Target(tuple(suffix_selector(each) for each in sorted(set(excluded)))),)
+    selectors: tuple[tree.Selector, ...] = ()
+    if not isinstance(excluded, str):
+        selectors = tuple(suffix_selector(each) for each in sorted(set(excluded or ())))
+    elif excluded and reader.pattern("exclude_modules", excluded):
+        selectors = (tree.PatternSelector(excluded),)
+    return (Target(selectors, where=MODULE),) if selectors else ()

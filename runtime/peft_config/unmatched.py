@@ -1,15 +1,15 @@
-"""What a PEFT configuration names and a model has not, which PEFT says in a warning, or leaves unsaid."""
+"""What a PEFT configuration names and a model has not, or parts, which PEFT says in a warning, or leaves unsaid."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from peftc.grammar.diagnostics import CheckpointError, did_you_mean, fail
 from peftc.grammar.method.rule import MethodRule
-from peftc.grammar.spec.select import Universe, select, select_modules
+from peftc.grammar.spec.select import Universe, select_modules
 from peftc.grammar.syntax import tree
 from peftc.passes.foreign import peft as fields
 from peftc.passes.plan.plan import AdapterPlan
-from peftc.passes.plan.resolve import ModelSurvey
+from peftc.passes.plan.resolve import ModelSurvey, selected
 from peftc.runtime.peft_config.peft_rule import mask_field, pattern_fields
 from peftc.runtime.peft_config.peft_targets import MODULE
 from peftc.runtime.peft_format.peft_names import ending_selector, pattern_key_selector, suffix_selector
@@ -29,7 +29,7 @@ class _Entry:
 
 
 def check_names(config: Mapping[str, object], plan: AdapterPlan, survey: ModelSurvey) -> tuple[str, ...]:
-    """What is to be told of the names in a configuration that chose nothing.
+    """What is to be told of the names in a configuration that chose nothing, and of what it parts that is tied.
 
     Raises CheckpointError (E325) where one weight is named as a module and as a parameter: PEFT adapts none twice.
     """
@@ -52,7 +52,24 @@ def check_names(config: Mapping[str, object], plan: AdapterPlan, survey: ModelSu
             told.append(f"the PEFT config: field '{entry.field}': no {what} is called {entry.text!r}{hint}")
     if config.get(_TIES) is True and not _ties(plan):
         told.append(f"the PEFT config: field '{_TIES}': nothing that is adapted or trained is tied")
+    if config.get(_TIES) is not True:
+        told += _told_of_ties(plan)
     return tuple(told)
+
+
+def _told_of_ties(plan: AdapterPlan) -> Iterator[str]:
+    """What is to be told where one of several modules with the same weight is adapted, or trained, by itself."""
+    trained = [each.module for each in plan.trained if each.parted]
+    apart = [*(at.site.module for at in plan.sites if at.site.tied), *trained]
+    if apart:
+        help = f"; '{_TIES}' = true keeps what '{_TRAINED}' names tied" if trained and _can_tie(plan) else ""
+        names = f"{', '.join(apart)}: adapted apart from what is tied there"
+        yield f"the PEFT config: {names}, so that a merged model has it tied no more{help}"
+
+
+def _can_tie(plan: AdapterPlan) -> bool:
+    """Whether the method's config has the field."""
+    return plan.spec.rule.peft_type in fields.TYING
 
 
 def _ties(plan: AdapterPlan) -> bool:
@@ -63,13 +80,11 @@ def _ties(plan: AdapterPlan) -> bool:
 
 def _check_once(plan: AdapterPlan, survey: ModelSurvey) -> None:
     """Raise CheckpointError if what is chosen as a module, by a name or a pattern, is chosen as a parameter too."""
-    chosen: dict[bool, dict[str, None]] = {True: {}, False: {}}
-    for target in plan.spec.on:
-        for selector in target.selectors:
-            found = [each.name for each in select(selector, target.where, survey.universe)]
-            chosen[target.where in (None, MODULE)].update(dict.fromkeys(found))
-    adapted = {at.site.name for at in plan.sites}
-    twice = [name for name in chosen[True] if name in chosen[False] and name in adapted]
+    modules = [each for each in plan.spec.on if each.where in (None, MODULE)]
+    parameters = [each for each in plan.spec.on if each not in modules]
+    named = selected(modules, survey) - selected(plan.spec.skip, survey)
+    both = named & selected(parameters, survey)
+    twice = [at.site.name for at in plan.sites if at.site.name in both]
     if twice:
         message = f"the weight of '{twice[0]}' is named by '{_PARAMETERS}', and its module by '{_MODULES}'"
         fail(CheckpointError, "E325", message, help="leave one of the two out", where="the PEFT config")

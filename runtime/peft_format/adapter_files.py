@@ -11,11 +11,12 @@ import huggingface_hub
 import torch
 from huggingface_hub import errors as hub
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from peftc.grammar.diagnostics import CheckpointError, did_you_mean, fail
 from peftc.passes.foreign import diffusers
+from peftc.runtime.files.mapped_file import DamagedFileError, map_tensors
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -214,8 +215,8 @@ def _plain(tensor: Tensor) -> Tensor:
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file. Raises CheckpointError if it is damaged."""
     try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
+        return map_tensors(path)
+    except (DamagedFileError, OSError) as error:
         fail(CheckpointError, "E307", f"damaged or truncated: {error}", help="fetch the file again", where=str(path))
 
 

@@ -59,7 +59,7 @@ def carried(
         if any(at.key(plan.name, param) in masks for at in stack.sites.values() for param in at.own):
             _refuse(name, "ranks of its parts were dropped", where)
     of_parts = {at.site.name for stack in stacks.values() for at in stack.sites.values()}
-    kept = {key: replace(key, site=earlier.site(key.site)) for key in tensors if key.site not in of_parts}
+    kept = {key: key._replace(site=earlier.site(key.site)) for key in tensors if key.site not in of_parts}
     moved = {kept[key]: tensor for key, tensor in tensors.items() if key in kept}
     for name, stack in stacks.items():
         moved |= stack.tensors(plan.name, tensors, found[name], where)

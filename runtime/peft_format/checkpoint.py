@@ -114,6 +114,7 @@ def fit(
     tensors: Mapping[str, Tensor],
     *,
     where: str,
+    expected: Mapping[str, Entry] | None = None,
     as_spelled: Spelling = AS_IT_IS,
     base_shapes: Mapping[str, tuple[int, ...]] | None = None,
     base_tensors: Callable[[str], Tensor | None] | None = None,
@@ -129,6 +130,7 @@ def fit(
         plan: What the tensors must fit.
         tensors: The file's tensors by key.
         where: What messages call the file.
+        expected: The plan's `entries`, where they are at hand.
         as_spelled: How the file spells the keys of `tensors`.
         base_shapes: Shapes of the model's own tensors by name.
         base_tensors: The model's own tensor of a name, to compare with those the file repeats.
@@ -138,7 +140,7 @@ def fit(
     Raises:
         CheckpointError: all that is wrong at once: missing and unexpected keys, wrong shapes, other base weights.
     """
-    expected = entries(plan)
+    expected = entries(plan) if expected is None else expected
     aliases = _aliases(plan, tensors)
 
     def plain(key: str) -> str:

@@ -4,12 +4,13 @@ from collections.abc import Callable, Collection, Container, Iterable, Mapping
 
 from torch import Tensor
 
+from peftc.grammar.method.rule import MethodRule
 from peftc.grammar.spec.select import select
 from peftc.grammar.spec.spec import AdapterSpec
+from peftc.passes.foreign.checkpoints import WRAPPERS
 from peftc.passes.plan.earlier import Earlier, Names, earlier_names
-from peftc.passes.plan.plan import AdapterPlan
 from peftc.passes.plan.resolve import ModelSurvey
-from peftc.runtime.peft_format.checkpoint import entries, prefixed
+from peftc.runtime.peft_format.checkpoint import Entry, prefixed
 from peftc.runtime.peft_format.key_spelling import AS_IT_IS, Spelling, spelling
 from peftc.runtime.peft_format.wrapped_names import TOKENS, base_name, plain_name
 
@@ -19,8 +20,7 @@ def named_earlier(spec: AdapterSpec, ground: ModelSurvey, keys: Collection[str],
     rule = spec.rule
     if rule.prompt is not None:
         return Earlier()
-    tails = {saved for param in rule.params for _, saved in param.saved} | {TOKENS, *rule.unread}
-    tails |= {each for each in (rule.copies, rule.rows) if each}
+    tails = _tails(rule)
     today = _weights(keys, tails)
     held = {site.module for site in ground.sites if site.kind != "parameter"}
     # Nearly every file: all that it names is here, under its name.
@@ -38,6 +38,23 @@ def named_earlier(spec: AdapterSpec, ground: ModelSurvey, keys: Collection[str],
     return earlier_names(ground, tensors, names, chosen & set(bare))
 
 
+def modules_of(rule: MethodRule, keys: Iterable[str]) -> tuple[str, ...]:
+    """The modules that a method's tensors with these keys are of, with an adapter's name inside or without."""
+    starts, found = {tail.partition(".")[0] for tail in _tails(rule)}, dict[str, None]()
+    for key in keys:
+        parts = [each for each in plain_name(key).split(".") if each not in WRAPPERS or not each.startswith("_")]
+        at = next((at for at in reversed(range(len(parts))) if parts[at] in starts), 0)
+        if at:
+            found[".".join(parts[:at])] = None
+    return tuple(found)
+
+
+def _tails(rule: MethodRule) -> set[str]:
+    """What a method calls its tensors, behind the name of a module."""
+    saved = {saved for param in rule.params for _, saved in param.saved}
+    return saved | {TOKENS, *rule.unread} | {each for each in (rule.copies, rule.rows) if each}
+
+
 def _weights(keys: Iterable[str], tails: Collection[str]) -> list[str]:
     """What the base calls the tensors that keys are of, or beside which a method's are."""
     ends, found = {f".{each}": len(each) for each in tails}, []
@@ -49,23 +66,27 @@ def _weights(keys: Iterable[str], tails: Collection[str]) -> list[str]:
 
 
 def spelled(
-    plan: AdapterPlan, tensors: Mapping[str, Tensor], modules: Collection[str]
+    expected: Mapping[str, Entry], tensors: Mapping[str, Tensor], modules: Collection[str], unread: Iterable[str]
 ) -> tuple[dict[str, Tensor], Spelling]:
-    """A file's tensors by the keys that are expected of it, and how it spells these. `modules` are the model's."""
-    expected = {key: entry.tail for key, entry in entries(plan).items()}
+    """A file's tensors by the keys that are expected of it, and how it spells these.
+
+    `modules` are the model's; `unread` is what the method calls tensors that it leaves unread.
+    """
     if expected.keys() >= tensors.keys():
         return dict(tensors), AS_IT_IS
-    found = spelling(tensors.keys(), expected, modules, plan.spec.rule.unread)
+    found = spelling(tensors.keys(), {key: entry.tail for key, entry in expected.items()}, modules, unread)
     return found.applied(tensors), found
 
 
 def without_idle(
-    plan: AdapterPlan, tensors: Mapping[str, Tensor], base: Container[str], is_idle: Callable[[str], bool]
+    expected: Mapping[str, Entry],
+    tensors: Mapping[str, Tensor],
+    base: Container[str],
+    is_idle: Callable[[str], bool],
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """A file's tensors without those that neither the plan nor the base's state has and no output depends on; and the
-    keys of these.
+    """A file's tensors without those that neither are expected nor in the base's state and no output depends on; and
+    the keys of these.
     """
-    expected = entries(plan)
     tails = tuple(f".{each}" for each in {entry.tail for entry in expected.values()} if each)
     left = [key for key in tensors if key not in expected and prefixed(key) not in expected]
     left = [key for key in left if not key.endswith(tails) and base_name(key, base) is None]

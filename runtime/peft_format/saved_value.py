@@ -34,7 +34,8 @@ def settled_value(
 
 def settled(plan: AdapterPlan, keys: set[str]) -> AdapterPlan:
     """The plan for a file with these keys: a prompt of which it has only the value is one parameter."""
-    return replace(plan, sites=tuple(_settled(at, keys) for at in plan.sites))
+    sites = tuple(_settled(at, keys) for at in plan.sites)
+    return plan if sites == plan.sites else replace(plan, sites=sites)
 
 
 def _settled(at: PlannedSite, keys: set[str]) -> PlannedSite:

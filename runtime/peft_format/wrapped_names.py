@@ -1,6 +1,7 @@
 """What PEFT calls modules and their own tensors once it has put its wrappers around them."""
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
+from itertools import accumulate
 
 from peftc.passes.plan.plan import AdapterPlan
 from peftc.passes.plan.site import WHOLE
@@ -22,12 +23,14 @@ def wrappers_of(plan: AdapterPlan) -> dict[str, list[str]]:
 
 def wrapped_name(module: str, wrappers: Mapping[str, Sequence[str]], *, itself: bool) -> str:
     """A module's name once PEFT has put its wrappers around the modules above it (and around `itself`)."""
-    parts, name, path = module.split("."), "", ""
-    for position, part in enumerate(parts):
-        name, path = f"{name}.{part}".lstrip("."), f"{path}.{part}".lstrip(".")
-        if itself or position < len(parts) - 1:
-            name += BASE * len(wrappers.get(path, ()))
-    return name
+    parts = module.split(".")
+    wrapped = [part + BASE * len(wrappers.get(path, ())) for part, path in zip(parts, _paths(parts), strict=True)]
+    return ".".join(wrapped if itself else [*wrapped[:-1], parts[-1]])
+
+
+def _paths(parts: Sequence[str]) -> Iterator[str]:
+    """The name of each of the modules that a name leads through."""
+    return accumulate(parts, "{}.{}".format)
 
 
 def base_key(plan: AdapterPlan, name: str) -> str:

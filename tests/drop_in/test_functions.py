@@ -1,10 +1,12 @@
 """PEFT's functions over adapted models, compared with PEFT's."""
 
 import copy
+import json
 
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from peftc import peft as ours
@@ -105,6 +107,35 @@ def test_swapping_changes_values_and_nothing_else(training, tmp_path):
     assert set(model.peft_config) == {"default", "other"}
     model.delete_adapter("default")
     assert [name for name, each in model.named_parameters() if each.requires_grad], "it only rested"
+
+
+def test_a_file_that_is_swapped_in_is_read_once(tmp_path):
+    model = ours.get_peft_model(net(), config())
+    ours.get_peft_model(net(), config(lora_alpha=3)).save_pretrained(tmp_path)
+    place = tmp_path / "adapter_config.json"
+    place.write_text(json.dumps({**json.loads(place.read_text()), "of_a_newer_peft": 1}))
+    with pytest.warns(UserWarning, match="of_a_newer_peft") as told:
+        ours.hotswap_adapter(model, tmp_path, "default")
+    assert len(told) == 1
+    wanted = load_file(tmp_path / "adapter_model.safetensors")
+    found = ours.get_peft_model_state_dict(model)
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+
+
+def test_what_is_left_of_a_budget_is_swapped_in_with_it(tmp_path):
+    asked = ours.AdaLoraConfig(target_modules=["0"], init_r=4, target_r=1, total_step=3, init_lora_weights=False)
+    trained = ours.get_peft_model(net(), asked)
+    for step in range(3):
+        trained(X).sum().backward()
+        trained.update_and_allocate(step + 1)
+        trained.zero_grad()
+    trained.save_pretrained(tmp_path)
+    model = ours.get_peft_model(net(), asked)
+    ours.hotswap_adapter(model, tmp_path, "default")
+    kept, wanted = (each.adapter_bank.default.allocator.masks for each in (model, trained))
+    assert {key: mask.tolist() for key, mask in kept.items()} == {key: mask.tolist() for key, mask in wanted.items()}
+    assert sum(mask.sum() for mask in kept.values()) == 1
 
 
 def test_a_base_is_not_set_half_or_below_what_is_merged():

@@ -130,15 +130,6 @@ def test_another_file_takes_an_adapters_place(adapted, tmp_path):
     assert adapted.active_adapters == ["default"]
 
 
-def test_tensors_are_injected_with_the_adapter(adapted):
-    state = ours.get_peft_model_state_dict(adapted)
-    config = ours.LoraConfig(r=2, target_modules=["0"])
-    made = ours.inject_adapter_in_model(config, adapted.unload(), state_dict=state).eval()
-    assert torch.equal(made(X), adapted(X))
-    with pytest.raises(ValueError, match="missing"):
-        ours.inject_adapter_in_model(config, adapted.unload(), state_dict={})
-
-
 def test_a_base_is_prepared_and_not_changed():
     base = hf.LlamaForCausalLM(hf.LlamaConfig(**SIZES))
     prepared = ours.prepare_model_for_kbit_training(base)

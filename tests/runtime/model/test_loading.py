@@ -1,5 +1,7 @@
 """A checkpoint that does not fit, or fails half-way: the model is what it was."""
 
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -8,6 +10,7 @@ from peftc import compiler
 from peftc.grammar.diagnostics import CheckpointError
 from peftc.runtime.model import adding
 from peftc.runtime.model.loading import load_adapter
+from peftc.runtime.peft_format import checkpoint
 from peftc.runtime.peft_format.load_options import LoadOptions
 
 SPEC = 'adapter a = lora(rank = 2) { on "0" }'
@@ -44,6 +47,21 @@ def test_beside_an_active_one_it_rests(tmp_path):
     load_adapter(model, tmp_path, "b", LoadOptions(is_trainable=True))
     assert model.active_adapters() == ["a"]
     assert torch.equal(model(X), before)
+
+
+def test_what_a_file_has_to_hold_is_worked_out_once(tmp_path, monkeypatch):
+    adapted().save_pretrained(tmp_path)
+    model, asked, entries = adapted(), [], checkpoint.entries
+
+    def counted(plan):
+        asked.append(plan)
+        return entries(plan)
+
+    for module in list(sys.modules.values()):
+        if getattr(module, "entries", None) is entries:
+            monkeypatch.setattr(module, "entries", counted)
+    load_adapter(model, tmp_path, "b", LoadOptions())
+    assert len(asked) == 1
 
 
 def test_one_that_does_not_fit(tmp_path):

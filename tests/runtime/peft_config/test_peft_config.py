@@ -120,10 +120,10 @@ def test_target_parameters_choose_weights_of_linear_layers_too(read):
 
 def test_other_clauses(read):
     spec = read(exclude_modules=["k_proj"], modules_to_save=["classifier", "score"], bias="lora_only").spec
-    assert spec.skip == (Target((path("k_proj"),)),)
+    assert spec.skip == (Target((path("k_proj"),), where=MODULE),)
     assert spec.train == (tree.PatternSelector(".*classifier"), tree.PatternSelector(".*score"))
     assert spec.bias == "adapter"
-    assert read(exclude_modules=".*k").spec.skip == (Target((tree.PatternSelector(".*k"),)),)
+    assert read(exclude_modules=".*k").spec.skip == (Target((tree.PatternSelector(".*k"),), where=MODULE),)
 
 
 def test_patterns_are_turned_round_because_the_first_wins_in_peft(read):

@@ -25,6 +25,17 @@ class Net(nn.Module):
         return self.head(self.linear(x)) @ self.lone
 
 
+class Held(nn.Module):
+    """PEFT takes no parameter of the model itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.held = Net()
+
+    def forward(self, x):
+        return self.held(x)
+
+
 UNMATCHED = {
     "a module": ({"target_modules": ["linear", "linaer"]}, "'target_modules': no module is called 'linaer' .*'linear'"),
     "no module, but a parameter": (
@@ -102,7 +113,38 @@ def test_adapters_of_tied_modules_are_not_tied_without_a_word(modules):
     base = LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=True))
     with pytest.raises(CheckpointError, match="E364"):
         compiler.apply(base, config(target_modules=modules, ensure_weight_tying=True))
-    compiler.apply(base, config(target_modules=modules))
+
+
+APART = {
+    "an embedding": {"target_modules": ["embed_tokens", "q_proj"]},
+    "a head": {"target_modules": ["lm_head"]},
+    "both": {"target_modules": ["embed_tokens", "lm_head"]},
+    "a trained embedding": {"modules_to_save": ["embed_tokens"]},
+    "a trained head": {"modules_to_save": ["lm_head"]},
+    "neither": {},
+    "tokens, which are shared": {"trainable_token_indices": [1, 2]},
+}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("added", [False, True])
+@pytest.mark.parametrize("name", APART)
+def test_what_is_adapted_apart_from_what_it_is_tied_to_is_told(name, added, tied):
+    base = LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=tied))
+    asked = config(**{"target_modules": ["q_proj"], **APART[name]})
+    with warnings.catch_warnings(record=True) as theirs:
+        warnings.simplefilter("always")
+        peft.get_peft_model(copy.deepcopy(base), copy.deepcopy(asked))
+    said = [each for each in theirs if "a tied layer is part of the adapter" in str(each.message)]
+    adapted = compiler.apply(base, config(target_modules=["k_proj"])) if added else None
+    with warnings.catch_warnings(record=True) as ours:
+        warnings.simplefilter("always")
+        adapted.add_adapter("other", asked) if added else compiler.apply(base, asked)
+    told = [
+        str(each.message) for each in ours if each.category is RuntimeWarning and "tied no more" in str(each.message)
+    ]
+    assert len(told) == len(said) == (tied and name not in ("neither", "tokens, which are shared"))
+    assert all(("'ensure_weight_tying' = true keeps" in each) is ("trained" in name) for each in told)
 
 
 def test_a_weight_is_not_named_twice():
@@ -126,7 +168,19 @@ def test_a_module_that_is_left_out_may_be_named_by_its_weight():
             warnings.simplefilter("error")
             adapted = compiler.apply(base, asked)
         found = {at.site.name.partition(".self_attn")[0] for at in adapted.adapter_plan("default").sites}
-        assert {f"base_model.model.{each}" for each in found} >= wanted - {"base_model.model.model.layers.0"}
+        assert {f"base_model.model.{each}" for each in found} == wanted
+
+
+@pytest.mark.parametrize("modules", [["linear", "head"], ".*(linear|head)", "all-linear", None])
+@pytest.mark.parametrize("excluded", [["held.lone", "head"], ".*(lone|head)"])
+def test_what_is_left_out_is_a_module_and_no_parameter(modules, excluded):
+    asked = config(target_modules=modules, target_parameters=["lone"], exclude_modules=excluded)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # both say that nothing is called `lone` that could be left out
+        theirs = peft.get_peft_model(Held(), copy.deepcopy(asked))
+        adapted = compiler.apply(Held(), asked)
+    wanted = theirs.base_model.targeted_module_names + theirs.base_model.targeted_parameter_names
+    assert {at.site.name for at in adapted.adapter_plan("default").sites} == set(wanted)
 
 
 def test_a_parameters_rank_is_no_modules():
