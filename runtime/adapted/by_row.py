@@ -13,10 +13,10 @@ from peftc.passes.foreign.peft import BASE_ROWS, BY_ROW
 from peftc.passes.ir.emit import fake_like
 from peftc.passes.plan.by_row import ByRow, by_row
 from peftc.passes.plan.plan import IDS, ORDER, ROWS, ParamKey
-from peftc.passes.plan.structure import Structure, rows_slot, site_slot, structure_of
+from peftc.passes.plan.structure import rows_slot, site_slot, structure_of
 from peftc.runtime.adapted.base_weights import Active
 from peftc.runtime.adapters.bank import AdapterParameters
-from peftc.runtime.execution.engine import ActiveAdapters, Engine
+from peftc.runtime.execution.engine import ActiveAdapters, Engine, Specialisation
 from peftc.runtime.mixed_batch.batch import Assigned, Chosen, MixedBatch
 from peftc.runtime.regions.host import Host
 from peftc.runtime.regions.modules import become_regions
@@ -74,9 +74,9 @@ class RowAdapters:
     def __init__(self, state: Adapters):
         self._state = state
         self._chosen: dict[Active, Chosen] = {}
-        self._order: dict[Structure, int] = {}
-        self._shared: dict[tuple[Structure, ...], ByRow] = {}
-        self._compiled: dict[Structure, ActiveAdapters] = {}  # of which there is one, as of the slots
+        self._order: dict[Specialisation, None] = {}  # the kinds that there were, as they came
+        self._shared: dict[tuple[Specialisation, ...], tuple[ByRow, Specialisation]] = {}
+        self._compiled: dict[Specialisation, ActiveAdapters] = {}  # of which there is one, as of the slots
         self._lock = threading.RLock()  # around calls of a compiler's graphs
         self._now = threading.local()
 
@@ -185,8 +185,9 @@ class RowAdapters:
             if structure.fronts:
                 message = f"'{BY_ROW}' cannot be given: adapter {active[0][0]!r} puts virtual tokens in front"
                 fail(UsageError, "E528", message, help="call once for each adapter that is no weight")
-            self._order.setdefault(structure, len(self._order))
-            self._chosen[active] = Chosen(list(zip(adapters, weights, strict=True)), structure)
+            kind = self._state.engine.specialisation(structure)
+            self._order.setdefault(kind)
+            self._chosen[active] = Chosen(list(zip(adapters, weights, strict=True)), kind)
         return self._chosen[active]
 
     def _sharing(self, chosen: Sequence[Chosen], rows: int, *, compiling: bool) -> ActiveAdapters:
@@ -194,32 +195,35 @@ class RowAdapters:
         if compiling:
             names = [name for name in self._state.names() if self._is_weight(name)]
             chosen = list(dict.fromkeys([*chosen, *(self._choice(((name, 1.0),)) for name in names)]))
-        kinds = {each.structure: each for each in chosen}
-        structures = tuple(sorted(kinds, key=self._order.__getitem__))
-        if structures not in self._shared:
-            self._shared[structures] = by_row(structures)
-        shared = self._shared[structures]
-        found = self._found(shared, [kinds[each] for each in structures], None if compiling else rows)
+        own = {each.kind: each for each in chosen}
+        kinds = tuple(kind for kind in self._order if kind in own)
+        if kinds not in self._shared:
+            made = by_row([each.structure for each in kinds])
+            self._shared[kinds] = made, self._state.engine.specialisation(made.structure)
+        shared, specialisation = self._shared[kinds]
+        found = self._found(shared, specialisation, [own[each] for each in kinds], None if compiling else rows)
         assert found.mixed is not None
-        found.mixed.learn(dict(zip(structures, shared.owners, strict=True)), chosen if compiling else ())
+        found.mixed.learn(dict(zip(kinds, shared.owners, strict=True)), chosen if compiling else ())
         return found
 
-    def _found(self, shared: ByRow, chosen: Sequence[Chosen], rows: int | None) -> ActiveAdapters:
+    def _found(
+        self, shared: ByRow, specialisation: Specialisation, chosen: Sequence[Chosen], rows: int | None
+    ) -> ActiveAdapters:
         """What serves calls of so many rows in this thread, or all of a compiler, whose graphs are of one structure."""
         if rows is None:
-            if shared.structure not in self._compiled:
-                self._compiled[shared.structure] = self._made(shared, chosen)
-            return self._compiled[shared.structure]
-        known: dict[tuple[Structure, int], ActiveAdapters] = vars(self._now).setdefault("known", {})
-        key = (shared.structure, rows)
-        known[key] = found = known.pop(key, None) or self._made(shared, chosen)
+            if specialisation not in self._compiled:
+                self._compiled[specialisation] = self._made(shared, specialisation, chosen)
+            return self._compiled[specialisation]
+        known: dict[tuple[Specialisation, int], ActiveAdapters] = vars(self._now).setdefault("known", {})
+        key = (specialisation, rows)
+        known[key] = found = known.pop(key, None) or self._made(shared, specialisation, chosen)
         if len(known) > KEPT:
             del known[next(iter(known))]
         return found
 
-    def _made(self, shared: ByRow, chosen: Sequence[Chosen]) -> ActiveAdapters:
-        engine, batch = self._state.engine, MixedBatch()
-        become_regions(engine.model, self._state.host, shared.structure)
+    def _made(self, shared: ByRow, specialisation: Specialisation, chosen: Sequence[Chosen]) -> ActiveAdapters:
+        batch = MixedBatch()
+        become_regions(self._state.engine.model, self._state.host, shared.structure)
 
         def of(slot: str) -> AdapterParameters:
             number, own = shared.first_with(slot)
@@ -245,8 +249,7 @@ class RowAdapters:
             rows = [each for each in batch.present if each is not None]
             return [module for each in rows for adapter, _ in each.weighed for module in adapter.modules()]
 
-        own = engine.specialisation(shared.structure)
-        return ActiveAdapters(own, slot_value, _no_lookup, True, (penalty,), holders=holders, mixed=batch)
+        return ActiveAdapters(specialisation, slot_value, _no_lookup, True, (penalty,), holders=holders, mixed=batch)
 
     def _is_weight(self, name: str) -> bool:
         return all(at.bound.prompt is None for at in self._state.adapter(name).plan.sites)

@@ -5,19 +5,24 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import starmap
 
 import torch
 
-from peftc.passes.plan.structure import Structure
 from peftc.runtime.adapters.slots import Kept, Sources, Weighed, sources
+
+_version = operator.attrgetter("_version")
 
 
 @dataclass(frozen=True, eq=False)
 class Chosen:
-    """The adapters of a row, in order and with their weights, and their structure when they are active alone."""
+    """The adapters of a row, in order and with their weights.
+
+    `kind` is one object for all that have the same structure when they are active alone.
+    """
 
     weighed: Weighed
-    structure: Structure
+    kind: object
 
     @cached_property
     def sources(self) -> Sources:
@@ -25,9 +30,20 @@ class Chosen:
         return sources(self.weighed)
 
     @cached_property
-    def tensors(self) -> Sequence[Kept]:
-        """Where every tensor of theirs is kept."""
+    def _kept(self) -> Sequence[Kept]:
         return [adapter.held(key) for adapter, _ in self.weighed for key, _ in adapter.items()]
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """Every tensor of theirs, as it is now. There are hundreds, and calls look at all."""
+        return starmap(operator.getitem, self._kept)
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """The tensors of a choice when they were looked at, and how often each had been written to."""
+
+    tensors: Sequence[torch.Tensor]
+    versions: Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -41,23 +57,23 @@ class Assigned:
 class MixedBatch:
     """What the rows of a call have: each one of several choices that share a structure, or nothing.
 
-    `layout` changes with the rows, `contents` with the tensors of what they have; both are compared by identity.
+    `layout` changes with the rows, `contents` with the tensors of any choice; both are compared by identity, and so is
+    what `content` says of one choice.
     `room` are choices that are to fit in whatever is laid out, as a graph needs that a compiler has.
     """
 
     def __init__(self) -> None:
         self.room: tuple[Chosen, ...] = ()
-        self._owned: dict[Structure, Mapping[str, str]] = {}
+        self._owned: dict[object, Mapping[str, str]] = {}
         self._assigned = Assigned()
         self.rows: tuple[Chosen | None, ...] = ()
         self.present: tuple[Chosen | None, ...] = ()
         self.layout, self.contents = object(), object()
-        self._seen: list[torch.Tensor] = []
-        self._versions: list[int] = []
+        self._seen: dict[Chosen, Seen] = {}
         self._trains: bool | None = None
 
-    def learn(self, owners: Mapping[Structure, Mapping[str, str]], room: Sequence[Chosen]) -> None:
-        """Rows may have choices of these structures too, which have these slots of the structure they share."""
+    def learn(self, owners: Mapping[object, Mapping[str, str]], room: Sequence[Chosen]) -> None:
+        """Rows may have choices of these kinds too, which have these slots of the structure they share."""
         self._owned |= owners
         self.room = tuple(room)
 
@@ -91,32 +107,36 @@ class MixedBatch:
     def _give(self, rows: tuple[Chosen | None, ...]) -> None:
         if rows != self.rows:
             self.rows, self.layout = rows, object()
-            present = tuple(dict.fromkeys(rows))
-            if set(present) != set(self.present):
-                self._versions, self._trains = [], None
-            self.present = present
+            self.present, self._trains = tuple(dict.fromkeys(rows)), None
 
     def look(self) -> None:
         """See whether a tensor of what the rows have was written to or replaced."""
-        now = self._tensors()
-        try:
-            versions = [each._version for each in now]
-        except RuntimeError:  # one made in inference mode does not tell
-            versions = []
-        same = bool(versions) and versions == self._versions
-        if not same or any(map(operator.is_not, now, self._seen)):
+        before, self._trains = self._seen, None
+        self._seen = {each: self._looked(each, before.get(each)) for each in self.present if each is not None}
+        if any(before.get(each) is not seen for each, seen in self._seen.items()):
             self.contents = object()
-        self._seen, self._versions, self._trains = now, versions, None
+
+    def content(self, chosen: Chosen | None) -> object:
+        """What is another object when the tensors of a choice are others, or were written to, when it was looked at."""
+        return None if chosen is None else self._seen.get(chosen)
+
+    def _looked(self, chosen: Chosen, before: "Seen | None") -> "Seen":
+        now = list(chosen.tensors())
+        try:
+            versions = list(map(_version, now))
+        except RuntimeError:  # one made in inference mode does not tell
+            return Seen(now, [])
+        if before is None or versions != before.versions or any(map(operator.is_not, now, before.tensors)):
+            return Seen(now, versions)
+        return before
 
     @property
     def trains(self) -> bool:
         """Whether a gradient can reach what the rows have."""
         if self._trains is None:
-            self._trains = any(each.requires_grad for each in self._tensors())
+            present = [each for each in self.present if each is not None]
+            self._trains = any(tensor.requires_grad for each in present for tensor in each.tensors())
         return self._trains
-
-    def _tensors(self) -> list[torch.Tensor]:
-        return [held[leaf] for each in self.present if each is not None for held, leaf in each.tensors]
 
     def has(self, chosen: Chosen | None, slots: Iterable[str]) -> bool:
         """Whether a choice has all of these slots of the structure."""
@@ -127,4 +147,4 @@ class MixedBatch:
         return chosen.sources[self._owners(chosen)[slot], name]
 
     def _owners(self, chosen: Chosen) -> Mapping[str, str]:
-        return self._owned[chosen.structure]
+        return self._owned[chosen.kind]

@@ -1,7 +1,8 @@
 """What a graph reads of the rows' adapters: computed for each adapter, laid out by row, kept while both stay."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -27,34 +28,39 @@ class Lane:
     slots: frozenset[str]
     compute: Compute
     everyone: bool
-    known: dict[Chosen | None, Tensors] = field(default_factory=dict)
     room: Tensors | None = None  # for each value zeros, as large as the largest that are to fit
-
-    def of(self, chosen: Chosen | None) -> Tensors:
-        """The values of a choice that has the lane."""
-        if chosen not in self.known:
-            self.known[chosen] = self.compute(chosen)
-        return self.known[chosen]
 
     def made_room(self, choices: Sequence[Chosen]) -> Tensors:
         """Zeros that are as large as the values of any of these choices."""
         if self.room is None:
             made = [self.compute(each) for each in choices]
-            self.room = tuple(
-                each[0].new_zeros([max(sizes) for sizes in zip(*(value.shape for value in each), strict=True)])
-                for each in zip(*made, strict=True)
-            )
+            self.room = tuple(each[0].new_zeros(_largest(each)) for each in zip(*made, strict=True))
         return self.room
 
 
+FREE = object()
+"""What sits where nobody does."""
+
+Seats = Sequence[object]
+"""Who has which place in what is laid out: choices, None for rows without an adapter, or `FREE`."""
+
+
 class RowPieces:
-    """The pieces of one program, refreshed before it runs."""
+    """The pieces of one program, refreshed before it runs.
+
+    The values of all choices that rows have are kept side by side, in *seats*; a choice that leaves gives its seat to
+    one that comes. What graphs read is chosen from these, once for as long as the rows have what they have.
+    """
 
     def __init__(self, batch: MixedBatch, lanes: Sequence[Lane], near: nn.Module):
         self._batch, self._lanes, self._near = batch, lanes, near
         self.values: dict[str, torch.Tensor] = {}
         self._layout: object = None
         self._contents: object = None
+        self._seats: Seats = ()
+        self._seen: dict[Any, object] = {}  # what each that sits had when its values were computed
+        self._sitting: dict[str, torch.Tensor] = {}  # of each piece the values of all seats
+        self._lent = False  # whether a backward pass may read what there is
 
     @property
     def _device(self) -> torch.device:
@@ -73,45 +79,103 @@ class RowPieces:
 
     def refresh(self) -> None:
         """Lay out the pieces anew unless the rows have what they had, unwritten since."""
-        batch = self._batch
-        trains = torch.is_grad_enabled() and batch.trains
-        if not trains and self._layout is batch.layout and self._contents is batch.contents:
+        batch, graded = self._batch, torch.is_grad_enabled()
+        if graded and batch.trains:
+            self._seats, self._layout = (), None
+            self._lay_out()
             return
-        if trains:
-            self._renew(None)
-            self._layout = None
-            return
-        with torch.inference_mode(False), torch.no_grad():
-            self._renew(batch.contents)
-        self._layout = batch.layout
+        if self._layout is not batch.layout or self._contents is not batch.contents:
+            with torch.inference_mode(False), torch.no_grad():
+                self._lay_out()
+            self._layout, self._contents = batch.layout, batch.contents
+        self._lent = self._lent or graded
 
-    def _renew(self, contents: object) -> None:
-        same = contents is not None and contents is self._contents
-        for each in self._lanes:
-            if not same:
-                each.known.clear()
-            each.known = {chosen: value for chosen, value in each.known.items() if chosen in self._batch.present}
-            self._lay_out(each)
-        numbers = {chosen: number for number, chosen in enumerate(self._batch.present)}
-        self.values[IDS] = torch.tensor([numbers[each] for each in self._batch.rows], device=self._device)
-        self._contents = contents
-
-    def _lay_out(self, lane: Lane) -> None:
+    def _lay_out(self) -> None:
         batch = self._batch
-        own = {each: lane.of(each) for each in batch.present if lane.everyone or batch.has(each, lane.slots)}
-        room = lane.made_room([each for each in batch.room if batch.has(each, lane.slots)]) if batch.room else ()
+        seats = _seated(self._seats, batch.present)
+        seen: dict[Any, object] = {each: batch.content(each) for each in batch.present}
+        stays = {each for each in batch.present if each in self._seats and self._seen.get(each) is seen[each]}
+        fresh = [seat for seat, each in enumerate(seats) if each in seen and each not in stays]
+        for lane in self._lanes:
+            if len(seats) != len(self._seats) or (fresh and not self._written(lane, seats, fresh)):
+                self._made(lane, seats)
+        self._seats, self._seen = seats, seen
+        numbers = {each: seat for seat, each in enumerate(seats)}
+        self._choose([numbers[each] for each in batch.rows])
+        self._lent = False
+
+    def _choose(self, rows: Sequence[int]) -> None:
+        """Let graphs read what these seats have."""
+        ids, plain = torch.tensor(rows, device=self._device), rows == list(range(len(self._seats)))
+        tables = {piece.name for lane in self._lanes for piece in lane.lane.pieces if piece.form == "tables"}
+        for name, value in self._sitting.items():
+            if plain or name in tables:
+                self.values[name] = value
+                continue
+            before = self.values.get(name)
+            fits = before is not None and before is not value and before.shape == (len(rows), *value.shape[1:])
+            if not fits or self._lent or value.requires_grad or before.requires_grad:  # type: ignore[union-attr]
+                self.values[name] = value.index_select(0, ids)
+            else:  # memory that is new to the machine costs as much as the copy
+                torch.index_select(value, 0, ids, out=before)
+        self.values[IDS] = ids
+
+    def _made(self, lane: Lane, seats: Seats) -> None:
+        """Compute a lane for all seats."""
+        own = {seat: lane.compute(each) for seat, each in enumerate(seats) if self._has(lane, each)}  # type: ignore[arg-type]
+        room = [each for each in self._batch.room if self._batch.has(each, lane.slots)]
         for piece in lane.lane.pieces:
-            values = {chosen: made[piece.index] for chosen, made in own.items()}
-            largest = [*values.values(), *room[piece.index : piece.index + 1]]
-            sizes = [max(each) for each in zip(*(value.shape for value in largest), strict=True)]
+            values = {seat: made[piece.index].to(piece.dtype) for seat, made in own.items()}
+            largest = [*values.values(), *([lane.made_room(room)[piece.index]] if room else [])]
             filler = largest[0].detach() if lane.lane.guarded else torch.full_like(largest[0], _empty(piece.dtype))
-            found = {each: _padded(values.get(each, filler).to(piece.dtype), sizes) for each in batch.present}
-            self.values[piece.name] = _laid_out(piece, found, batch.rows)
+            sizes = _largest(largest)
+            padded = [_padded(values.get(seat, filler), sizes) for seat in range(len(seats))]
+            self._sitting[piece.name] = torch.stack([_turned(piece, each) for each in padded])
         for name in lane.lane.members:
-            self.values[name] = torch.tensor([each in own for each in batch.rows], device=self._device)
+            self._sitting[name] = torch.tensor([seat in own for seat in range(len(seats))], device=self._device)
+
+    def _written(self, lane: Lane, seats: Seats, fresh: Sequence[int]) -> bool:
+        """Compute a lane for some of the seats, where what these have fits. Returns whether it does."""
+        own = {seat: lane.compute(seats[seat]) for seat in fresh if self._has(lane, seats[seat])}  # type: ignore[arg-type]
+        found: list[tuple[Piece, dict[int, torch.Tensor]]] = []
+        for piece in lane.lane.pieces:
+            values = {seat: _turned(piece, made[piece.index]) for seat, made in own.items()}
+            room = self._sitting[piece.name].shape[1:]
+            if any(size > most for each in values.values() for size, most in zip(each.shape, room, strict=True)):
+                return False
+            found.append((piece, values))
+        for name in (*(piece.name for piece in lane.lane.pieces), *lane.lane.members):
+            if self._lent:
+                self._sitting[name] = self._sitting[name].clone()
+        for piece, values in found:
+            sitting = self._sitting[piece.name]
+            for seat in fresh:
+                if seat in values or not lane.lane.guarded:  # what nobody looks at may stay
+                    sitting[seat].fill_(_empty(piece.dtype))
+                if seat in values:
+                    sitting[seat][tuple(map(slice, values[seat].shape))] = values[seat]
+        for name in lane.lane.members:
+            for seat in fresh:
+                self._sitting[name][seat] = seat in own
+        return True
+
+    def _has(self, lane: Lane, seated: Any) -> bool:
+        return seated is not FREE and (lane.everyone or self._batch.has(seated, lane.slots))
 
 
-Values = dict[Chosen | None, torch.Tensor]
+def _seated(before: Seats, present: Sequence[Chosen | None]) -> Seats:
+    """Who has which seat now: as before, those who come where somebody has left; all anew where there are too few."""
+    stay = [each if each in present else FREE for each in before]
+    coming = [each for each in present if each not in stay]
+    if stay.count(FREE) < len(coming):
+        return tuple(present)
+    for each in coming:
+        stay[stay.index(FREE)] = each
+    return tuple(stay)
+
+
+def _largest(values: Sequence[torch.Tensor]) -> list[int]:
+    return [max(sizes) for sizes in zip(*(each.shape for each in values), strict=True)]
 
 
 def _padded(value: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
@@ -122,7 +186,7 @@ def _padded(value: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
     if value.is_floating_point():
         return pad(value, [each for size in reversed(missing) for each in (0, size)])
     padded = value.new_full(tuple(sizes), _empty(value.dtype))
-    padded[tuple(slice(size) for size in value.shape)] = value
+    padded[tuple(map(slice, value.shape))] = value
     return padded
 
 
@@ -130,9 +194,5 @@ def _empty(dtype: torch.dtype) -> int:
     return torch.iinfo(dtype).max if dtype in (torch.int32, torch.int64) else 0
 
 
-def _laid_out(piece: Piece, values: Values, rows: Sequence[Chosen | None]) -> torch.Tensor:
-    if piece.form == "tables":
-        return torch.stack(list(values.values()))
-    if piece.form == "matrix":
-        values = {chosen: value.transpose(-1, -2) for chosen, value in values.items()}
-    return torch.stack([values[each] for each in rows])
+def _turned(piece: Piece, value: torch.Tensor) -> torch.Tensor:
+    return value.transpose(-1, -2) if piece.form == "matrix" else value

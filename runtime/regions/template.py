@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import fx, nn
@@ -14,7 +15,7 @@ from peftc.runtime.adapters.slots import Kept
 from peftc.runtime.execution.program import Alias, Held, HoistedConstants, Lowered, constant_name, namespace_of
 from peftc.runtime.execution.segments import Namespace, python_function, writes_outside
 from peftc.runtime.mixed_batch.batch import Chosen, MixedBatch
-from peftc.runtime.mixed_batch.row_pieces import Lane, RowPieces
+from peftc.runtime.mixed_batch.row_pieces import Compute, Lane, RowPieces
 
 OURS = (PIECES, ROUTED)  # what is computed beforehand, and not read from modules
 
@@ -85,15 +86,26 @@ def row_pieces(lowered: Lowered, rows: Rows) -> RowPieces:
 
 def _row_pieces(lanes: Sequence[LanePieces], readers: "Sequence[_Reader]", rows: Rows) -> RowPieces:
     made = [
-        Lane(lane, rows.slots(lane.slots), partial(_computed, reader, rows), rows.everyone(lane.slots))
+        Lane(lane, rows.slots(lane.slots), _computing(reader, rows), rows.everyone(lane.slots))
         for lane, reader in zip(lanes, readers, strict=True)
     ]
     return RowPieces(rows.batch, made, rows.module)
 
 
-def _computed(reader: "_Reader", rows: Rows, chosen: Chosen | None) -> tuple[torch.Tensor, ...]:
-    made: tuple[torch.Tensor, ...] = reader.code(reader.root(rows.held(chosen), {}))
-    return made
+def _computing(reader: "_Reader", rows: Rows) -> Compute:
+    """What gives the values of a lane for a choice; where it reads is found once for each."""
+    roots: WeakKeyDictionary[Chosen, Namespace] = WeakKeyDictionary()
+
+    def compute(chosen: Chosen | None) -> tuple[torch.Tensor, ...]:
+        root = None if chosen is None else roots.get(chosen)
+        if root is None:
+            root = reader.root(rows.held(chosen), {})
+            if chosen is not None:
+                roots[chosen] = root
+        made: tuple[torch.Tensor, ...] = reader.code(root)
+        return made
+
+    return compute
 
 
 class _Reader:

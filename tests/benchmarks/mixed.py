@@ -87,19 +87,22 @@ def main() -> None:
     for tokens in (1, 16):
         ids, another = torch.randint(3, 512, (len(names), tokens)), orders(names)
         call = dict(input_ids=ids, use_cache=False)
+        rounds = arguments.rounds if tokens == 1 else arguments.rounds // 2
+        one, other = lambda call=call: ours(**call), another
+        changing = {"one": one, "changing": lambda call=call, other=other: ours(**call, adapter_names=other())}
+        changed = ratios(changing, rounds, "one")["changing"]
         found = ratios(
             {
-                "one": lambda call=call: ours(**call),
+                "one": one,
                 "mixed": lambda call=call: ours(**call, adapter_names=names),
-                "changing": lambda call=call, another=another: ours(**call, adapter_names=another()),
                 "peft one": lambda call=call: theirs(**call),
                 "peft": lambda call=call: theirs(**call, adapter_names=names),
             },
-            arguments.rounds if tokens == 1 else arguments.rounds // 2,
+            rounds,
             "one",
         )
         peft_ratio = found["peft"] / found["peft one"]
-        numbers = (found["mixed"], found["changing"], peft_ratio, found["mixed"] / found["peft"])
+        numbers = (found["mixed"], changed, peft_ratio, found["mixed"] / found["peft"])
         table.add_row(str(tokens), *(f"{each:.2f}" for each in numbers))
     ids, more = torch.randint(3, 512, (len(names), 16)), dict(max_new_tokens=16, min_new_tokens=16)
 

@@ -3,14 +3,13 @@ import torch
 from torch import fx, nn
 
 from peftc.grammar.diagnostics import UsageError
-from peftc.passes.plan.structure import Structure
 from peftc.passes.route.route_rows import IDS, LanePieces, Piece
 from peftc.runtime.mixed_batch.batch import Assigned, Chosen, MixedBatch
 from peftc.runtime.mixed_batch.row_pieces import Lane, RowPieces
 
 SLOT = "slots.p0__site"
 FORMS = ("own", "matrix", "tables")
-LOW, WIDE, OTHER = (Chosen([], Structure()) for _ in range(3))
+LOW, WIDE, OTHER = (Chosen([], None) for _ in range(3))
 
 
 class Values:
@@ -58,8 +57,13 @@ def test_where_rows_are_told_apart_the_others_have_what_one_has():
     assert pieces.values["p1"].tolist() == [True, False, True]
 
 
-def test_nothing_is_computed_twice():
-    batch, pieces, values = made(LOW, None, WIDE)
+@pytest.mark.parametrize("graded", [False, True])
+def test_nothing_is_computed_twice(graded):
+    with torch.set_grad_enabled(graded):
+        _nothing_is_computed_twice(*made(LOW, None, WIDE))
+
+
+def _nothing_is_computed_twice(batch, pieces, values):
     kept = pieces.values["p0"]
     pieces.refresh()
     assert pieces.values["p0"] is kept
@@ -67,18 +71,45 @@ def test_nothing_is_computed_twice():
     pieces.refresh()
     assert torch.equal(pieces.values["p0"][0], values.tensors[WIDE])
     assert values.asked == [LOW, WIDE]
-    batch.contents = object()
+    batch.contents, seen = object(), {LOW: object(), WIDE: None}
+    batch.content = seen.get  # of one choice alone a tensor was written to
     pieces.refresh()
-    assert values.asked == [LOW, WIDE, WIDE, LOW]
+    assert values.asked == [LOW, WIDE, LOW]
 
 
-def test_what_left_is_not_kept():
-    batch, pieces, values = made(LOW, WIDE)
-    batch.assigned = Assigned((LOW, LOW))
+def test_who_comes_takes_the_seat_of_who_left():
+    """And only its values are computed."""
+    batch, pieces, values = made(WIDE, None, WIDE)
+    batch.assigned = Assigned((None, LOW, LOW))
+    with torch.no_grad():
+        pieces.refresh()
+    low = torch.cat([values.tensors[LOW], torch.zeros(1, 4)])
+    assert torch.equal(pieces.values["p0"], torch.stack([torch.zeros(3, 4), low, low]))
+    assert values.asked == [WIDE, LOW]
+    batch.assigned = Assigned((None, LOW, WIDE))
+    with torch.no_grad():
+        pieces.refresh()
+    assert torch.equal(pieces.values["p0"][1:], torch.stack([low, values.tensors[WIDE]]))
+
+
+def test_what_is_too_large_for_its_seat_is_given_room():
+    batch, pieces, values = made(LOW, None)
+    batch.assigned = Assigned((WIDE, None))
     pieces.refresh()
-    batch.assigned = Assigned((LOW, WIDE))
-    pieces.refresh()
-    assert values.asked == [LOW, WIDE, WIDE]
+    assert torch.equal(pieces.values["p0"], torch.stack([values.tensors[WIDE], torch.zeros(3, 4)]))
+
+
+def test_what_a_backward_pass_reads_is_not_written_to():
+    batch, pieces, _ = made(LOW, None, WIDE)
+    x = torch.ones(3, 3, 4, requires_grad=True)
+    product = (x * pieces.values["p0"]).sum()
+    before = pieces.values["p0"].clone()
+    with torch.no_grad():
+        for rows in ((OTHER, None, WIDE), (WIDE, WIDE, OTHER), (LOW, LOW, None)):
+            batch.assigned = Assigned(rows)
+            pieces.refresh()
+    product.backward()
+    assert torch.equal(x.grad, before)
 
 
 def test_room_is_kept_for_the_largest():
