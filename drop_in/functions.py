@@ -14,7 +14,7 @@ from peftc.passes.foreign import transformers as contract
 from peftc.peft.models import PeftModel, as_peft
 from peftc.runtime.base.share import share
 from peftc.runtime.model.described import described
-from peftc.runtime.model.state_dicts import IncompatibleKeys, check_unmerged, checked
+from peftc.runtime.model.state_dicts import IncompatibleKeys, checked
 from peftc.runtime.model.status import TunerLayerStatus, TunerModelStatus
 from peftc.runtime.peft_config.config_object import config_object
 from peftc.runtime.peft_format.adapter_files import locate, read_adapter
@@ -91,32 +91,14 @@ def hotswap_adapter(
     torch_device: str | None = None,
     **options: Any,
 ) -> None:
-    """Put a saved adapter in the place of one that is there, under its name, and active as it is.
+    """Put a saved adapter in the place of one that is there, as `load_adapter(..., hotswap=True)`.
 
-    Ranks may differ. Graphs of an adapter alike are used again, compiled ones too. What is trained is trained on, and
-    the model stays in training or in evaluation. Raises as `load_adapter`, UsageError if the adapter is merged, and
-    leaves everything as it was.
+    Unlike PEFT's function, of any method.
     """
-    state = checked(model)._adapter_state
-    check_unmerged(model, adapter_name)
     if "is_trainable" in options:
         help = "leave it out; set_requires_grad changes it"
         fail(ArgumentTypeError, "E589", "what is swapped in is trained as what it replaces was", help=help)
-    active, replaced = state.active, state.adapter(adapter_name)
-    trained, frozen = replaced.is_trainable, replaced.frozen
-    trial = next(
-        f"hotswap_{number}" for number in range(len(state.names()) + 1) if f"hotswap_{number}" not in state.names()
-    )
-    # As one to be trained, which leaves the model's mode alone.
-    model.load_adapter(model_name_or_path, trial, is_trainable=True, **options)  # refused here, if it is
-    made = state.adapter(trial).renamed(adapter_name)
-    state.remove(trial)
-    state.activate(tuple(each for each in active if each[0] != adapter_name))
-    state.remove(adapter_name)
-    state.add([made])
-    made.train_only(trained)
-    made.frozen = frozen
-    state.activate(active)
+    checked(model).load_adapter(model_name_or_path, adapter_name, hotswap=True, **options)
 
 
 def get_layer_status(model: Any) -> list[TunerLayerStatus]:

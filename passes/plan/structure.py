@@ -12,7 +12,7 @@ from functools import lru_cache
 import torch
 
 from peftc.grammar.algebra import algebra
-from peftc.grammar.method.rule import COMPATIBLE
+from peftc.grammar.method.rule import COMPATIBLE, BoundRule
 from peftc.passes.plan.plan import ROWS, AdapterPlan, PlannedSite
 from peftc.passes.plan.site import Site
 
@@ -224,6 +224,11 @@ def _term(position: int, plan: AdapterPlan, planned: PlannedSite, dtypes: Dtypes
         if param.role in used
     )
     return Term(position, matrix, roles, scalars, bound.bias)
+
+
+def fits_every_rank(bound: BoundRule) -> bool:
+    """Whether a graph of the rule's weight and bias fits whatever rank its parameters have."""
+    return bound.prompt is None and _names(weighted(bound.weight, bound.bias)[0], bound.bias)[2]
 
 
 @lru_cache(maxsize=256)

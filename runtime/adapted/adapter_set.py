@@ -18,6 +18,7 @@ from peftc.runtime.adapted.base_weights import Active, BaseWeights, base_view
 from peftc.runtime.adapted.by_row import RowAdapters
 from peftc.runtime.adapted.together import check_together
 from peftc.runtime.adapters.bank import AdapterParameters
+from peftc.runtime.adapters.room import roomy
 from peftc.runtime.adapters.slots import Binding, sources
 from peftc.runtime.base.overlay import BANK
 from peftc.runtime.base.replaced import Replaced
@@ -52,6 +53,7 @@ class AdapterSet:
     rows: RowAdapters = field(init=False)
     configs: dict[str, tuple[AdapterPlan, Any]] = field(default_factory=dict)  # PEFT's, as they were asked for
     shown_configs: dict[str, Any] = field(default_factory=dict)  # what `peft_config` gives: always this very one
+    room: int = 0  # the rank up to which another adapter fits into what a compiler has
     _holds: Holds | None = None  # whether the model is as graphs of the whole were made for
     _prepared: dict[Active, tuple[ActiveAdapters, Bindings]] = field(default_factory=dict)
     _placed: set[tuple[Specialisation, Regions]] = field(default_factory=set)  # whose modules are regions
@@ -64,7 +66,7 @@ class AdapterSet:
 
     def __reduce__(self) -> Any:
         """Without programs, and not yet activated: see `AdaptedModule.__setstate__`."""
-        state = {"active": self.active, "enabled": self.enabled, "regions": self.regions}
+        state = {"active": self.active, "enabled": self.enabled, "regions": self.regions, "room": self.room}
         return AdapterSet, (self.engine, self.bank, self.base), state
 
     @property
@@ -233,6 +235,12 @@ class AdapterSet:
         self.rows.clear()
         self.activate(self.active)
 
+    def make_room(self, rank: int) -> None:
+        """Let adapters of ranks up to this one take the place of others, without another graph for a compiler."""
+        self.room = rank
+        self._prepared.clear()
+        self.activate(self.active)
+
     def enable(self, enabled: bool) -> None:
         """Whether the active adapters are used, or rest."""
         self.enabled = enabled
@@ -243,6 +251,7 @@ class AdapterSet:
         engine = self.engine.copy_for(model)
         base = self.base.copy_for(model, engine, memo)
         copied = AdapterSet(engine, model.get_submodule(BANK), base, enabled=self.enabled, regions=self.regions)
+        copied.room = self.room
         if self._holds is not None:
             if not self._holds():
                 engine.forget()
@@ -308,5 +317,10 @@ class AdapterSet:
             sources=cache(lambda: sources(weighed)),
             holders=cache(lambda: [each for adapter in adapters for each in adapter.modules()]),
         )
-        self._prepared[active] = tenant, cache(lambda: self.engine.slots.bindings(weighed))
+
+        def bindings() -> Sequence[Binding]:
+            instead = roomy(weighed, self.room) if self.room else None
+            return self.engine.slots.bindings(weighed, instead)
+
+        self._prepared[active] = tenant, cache(bindings)
         return self._prepared[active]

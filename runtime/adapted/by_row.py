@@ -68,6 +68,16 @@ class Before:
     locked: bool
 
 
+class _Now(threading.local):
+    """What the rows of a thread's calls have, and what was laid out for that. A compiler reads whether they have."""
+
+    def __init__(self) -> None:
+        self.is_on = False
+        self.names: tuple[Active, ...] | None = None
+        self.looked: set[ActiveAdapters] = set()
+        self.known: dict[tuple[Specialisation, int], ActiveAdapters] = {}
+
+
 class RowAdapters:
     """The choices of a model's calls by row, and what calls are served with that have them."""
 
@@ -78,21 +88,17 @@ class RowAdapters:
         self._shared: dict[tuple[Specialisation, ...], tuple[ByRow, Specialisation]] = {}
         self._compiled: dict[Specialisation, ActiveAdapters] = {}  # of which there is one, as of the slots
         self._lock = threading.RLock()  # around calls of a compiler's graphs
-        self._now = threading.local()
+        self._now = _Now()
 
     def clear(self) -> None:
         """Forget every choice: adapters were removed, moved or replaced."""
         self._chosen.clear()
-        self._now = threading.local()
+        self._now = _Now()
 
     @property
     def is_on(self) -> bool:
         """Whether the rows of calls have adapters of their own, in this thread and now."""
-        return getattr(self._now, "is_on", False)
-
-    @property
-    def _names(self) -> tuple[Active, ...] | None:
-        return getattr(self._now, "names", None)
+        return self._now.is_on
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def enter(self, names: Any, count: int | None, *, compiling: bool, generating: bool = False) -> Before:
@@ -103,7 +109,7 @@ class RowAdapters:
         Raises UsageError, and changes nothing: an unknown name, or a number of rows that the names do not fit.
         """
         compiling = compiling or self._state.host.compiled
-        own = self._names if names is None else self._read(names)
+        own = self._now.names if names is None else self._read(names)
         assert own is not None
         times, left = (1, 0) if count is None else divmod(count, len(own) or 1)
         if left or not times or not own or (names is not None and times > 1):
@@ -114,7 +120,7 @@ class RowAdapters:
             self._lock.acquire()
         pinned = self._state.host.pin(tenant)
         mixed = None if pinned is None else pinned.mixed
-        before = Before(self._names, pinned, None if mixed is None else mixed.assigned, compiling)
+        before = Before(self._now.names, pinned, None if mixed is None else mixed.assigned, compiling)
         try:
             self._serve(own, tenant, Assigned(rows, stretches=generating), looked=names is None)
         except BaseException:
@@ -214,8 +220,7 @@ class RowAdapters:
             if specialisation not in self._compiled:
                 self._compiled[specialisation] = self._made(shared, specialisation, chosen)
             return self._compiled[specialisation]
-        known: dict[tuple[Specialisation, int], ActiveAdapters] = vars(self._now).setdefault("known", {})
-        key = (specialisation, rows)
+        known, key = self._now.known, (specialisation, rows)
         known[key] = found = known.pop(key, None) or self._made(shared, specialisation, chosen)
         if len(known) > KEPT:
             del known[next(iter(known))]

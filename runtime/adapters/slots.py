@@ -45,13 +45,17 @@ class Slots:
             module._parameters.clear()
             module._buffers.clear()
 
-    def bindings(self, active: Weighed) -> list[Binding]:
-        """What to put where so that these adapters are active in this order, with these activation weights."""
+    def bindings(self, active: Weighed, instead: Mapping[tuple[str, str], torch.Tensor] | None = None) -> list[Binding]:
+        """What to put where so that these adapters are active in this order, with these activation weights.
+
+        `instead` are tensors to put there in place of some, by slot and name.
+        """
         found: list[Binding] = []
         for entry in _all_entries(active):
             slot = self.module(entry.slot)
-            if isinstance(entry.value, torch.Tensor):
-                found.append(_binding(slot, entry.name, entry.value))
+            value = (instead or {}).get((entry.slot, entry.name), entry.value)
+            if isinstance(value, torch.Tensor):
+                found.append(_binding(slot, entry.name, value))
             else:
                 found.append((slot.__dict__, entry.name, entry.value))
         return found

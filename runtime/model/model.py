@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from os import PathLike
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -20,6 +20,7 @@ from peftc.runtime.model import weighted
 from peftc.runtime.model.adding import FreshOptions, add_fresh, plan_adapters
 from peftc.runtime.model.allocating import regularization_loss, update_and_allocate
 from peftc.runtime.model.described import config_and_name, one_adapter
+from peftc.runtime.model.hotswap import make_room, swap_adapter
 from peftc.runtime.model.kv_prefix import start_from_cache, start_from_text
 from peftc.runtime.model.loading import load_adapter
 from peftc.runtime.model.merging import disabled, measured_drift, merge, merged_model, rest, unmerge, wake
@@ -100,6 +101,7 @@ class AdaptedModel(SavedModel):
         config: Any | None = None,
         ignore_mismatched_sizes: bool = False,
         strict: bool = False,
+        hotswap: bool | Literal["auto"] = "auto",
     ) -> IncompatibleKeys:
         """Load an adapter from a directory or the Hub beside the others; it becomes active if none is.
 
@@ -109,6 +111,9 @@ class AdaptedModel(SavedModel):
         resumes has it; the file has to be of an adapter like it. Returns missing and unexpected keys, as torch's
         `load_state_dict` does: none, since an adapter that lacks something is refused, but for what
         `ignore_mismatched_sizes` leaves out.
+
+        With `hotswap` the file's adapter takes the place of the one of this name, of whatever rank, sites or method it
+        is, and is active and trained as that was. By "auto" it does so once `enable_peft_hotswap` was called.
 
         Everything is checked before anything changes: the config, every key and shape, the base. Raises
         CheckpointError or UsageError. A manifest of another base only warns: the shapes fit, the user may know better.
@@ -138,7 +143,22 @@ class AdaptedModel(SavedModel):
             ignore_mismatched_sizes=ignore_mismatched_sizes,
             strict=strict,
         )
+        state = self._adapter_state
+        if hotswap is True or (hotswap == "auto" and state.room and adapter_name in state.names()):
+            return swap_adapter(self, peft_model_id, adapter_name, options)
         return load_adapter(self, peft_model_id, adapter_name, options)
+
+    def enable_peft_hotswap(
+        self, target_rank: int = 128, check_compiled: Literal["error", "warn", "ignore"] = "error"
+    ) -> None:
+        """Let `load_adapter` put adapters of ranks up to this one in the place of others without compiling anew.
+
+        As transformers' method of that name; adapters may be there already. What a compiler's program reads of adapters
+        that are not trained then has this rank, with zeros beyond an adapter's own; what is saved has its own. It is of
+        use for methods whose graph fits every rank, such as LoRA; others are compiled anew when another rank comes.
+        Raises UsageError: an adapter has a larger rank, or the model is compiled (see `check_compiled`).
+        """
+        make_room(self, target_rank, check_compiled)
 
     add_weighted_adapter = weighted.add_weighted_adapter
 

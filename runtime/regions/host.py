@@ -35,6 +35,13 @@ from peftc.runtime.regions.within import HEAD, Part, is_within, moved, part_of, 
 _LOCK = threading.RLock()
 
 
+class _Pinned(threading.local):
+    """What modules are served with in a thread. A compiler asks whether there is such an attribute: there always is."""
+
+    def __init__(self) -> None:
+        self.tenant: ActiveAdapters | None = None
+
+
 class Host:
     """Makes programs for the regions of a model."""
 
@@ -49,7 +56,7 @@ class Host:
         self.compiled = False  # whether a compiler has graphs that read slots
         self._entered: Specialisation | None = None
         self._numbers: dict[Specialisation, int] = {}
-        self._pinned = threading.local()
+        self._pinned = _Pinned()
         self.renew: Callable[[], None] = lambda: None  # what lets modules in the place of regions be such
         self._code: Holds | None = None
         self._places: list[tuple[dict[str, Any], str, nn.Module | None]] = []
@@ -57,7 +64,7 @@ class Host:
     @contextmanager
     def pinned(self, tenant: ActiveAdapters | None = None) -> Iterator[ActiveAdapters]:
         """Inside, and in this thread, modules are served with these adapters, or those that are active now."""
-        before = getattr(self._pinned, "tenant", None)
+        before = self._pinned.tenant
         self._pinned.tenant = tenant = tenant or self.engine.active
         try:
             yield tenant
@@ -68,14 +75,14 @@ class Host:
         """From now on, and in this thread, modules are served with these; None: with those that are active. Returns
         what they were served with before.
         """
-        before: ActiveAdapters | None = getattr(self._pinned, "tenant", None)
+        before = self._pinned.tenant
         self._pinned.tenant = tenant
         return before
 
     @property
     def now(self) -> ActiveAdapters:
         """What modules are served with in this thread."""
-        return getattr(self._pinned, "tenant", None) or self.engine.active
+        return self._pinned.tenant or self.engine.active
 
     def local(self, path: str) -> Local:
         """What the active adapters have inside of a module."""
