@@ -272,6 +272,8 @@ def _low_rank(
     if fields.ROOT_SCALED in known:
         values[known[fields.ROOT_SCALED].name] = False
     plan = planned([each.plan for each, _ in active], name, rule, values, survey)
+    if followed.mix.dropped == "random":
+        _draw_a_start(plan)
     tensors: dict[ParamKey, torch.Tensor] = {}
     for at in plan.sites:
         found, site = _factors(at.bound), replace(at.site, scale=1.0)
@@ -282,6 +284,20 @@ def _low_rank(
         keys = {each.role: at.key(name, each) for each in at.bound.params}
         tensors |= {keys[found.a]: a / scale, keys[found.b]: b}
     return plan, tensors
+
+
+def _draw_a_start(plan: AdapterPlan) -> None:
+    """Draw what PEFT does for the new adapter before it fills it: the same seed is to drop the same numbers."""
+    for at in plan.sites:
+        found, start = _factors(at.bound), dict(at.bound.values).get("init")
+        assert found is not None
+        shapes = {each.role: each.shape for each in at.bound.params}
+        a, b = torch.empty(shapes[found.a]), torch.empty(shapes[found.b])
+        is_embedding = at.site.kind == "embedding"
+        for each in (a, b):
+            each.normal_() if is_embedding else each.uniform_()
+        if start != "random":  # and once more, as the adapter is to start
+            b.normal_() if is_embedding else a.normal_() if start == "gaussian" else a.uniform_()
 
 
 def _updates(active: Weighed, site: Site) -> list[Update]:

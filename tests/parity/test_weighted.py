@@ -152,6 +152,21 @@ def test_every_kind_of_module(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("start", [True, False, "gaussian"])
+@pytest.mark.parametrize("kind", DRAWN)
+def test_the_same_seed_drops_the_same(kind: str, start: Any, tmp_path: Path) -> None:
+    """Peft makes the new adapter first, and that draws."""
+    every = lora(target_modules=["words", "linear", "turned", "wide"], r=3, init_lora_weights=start)
+    ours, theirs = both(shapes(), {"a": every, "b": every}, tmp_path)
+    for model in (ours, theirs):
+        torch.manual_seed(5)
+        model.add_weighted_adapter(["a", "b"], [0.7, -0.4], "new", kind, density=0.5)
+        model.set_adapter("new")
+    wanted = outputs(theirs, IDS % 20)
+    assert_close(outputs(ours, IDS % 20), wanted, rtol=0, atol=1e-5 * float(wanted.abs().max()))
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_a_convolution_of_one_axis_is_taken_apart(tmp_path: Path) -> None:
     ours, _ = both(shapes(), dict.fromkeys("ab", lora(target_modules=["narrow"], r=2)), tmp_path)
     ids = IDS % 20
