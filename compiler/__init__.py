@@ -35,12 +35,14 @@ if TYPE_CHECKING:
     from peftc.grammar.spec.elaborate import read_spec
     from peftc.runtime.artifact.artifact import Artifact
     from peftc.runtime.artifact.sampling import Sampling
+    from peftc.runtime.model.adapter_cache import AdapterCache
     from peftc.runtime.model.rank_callback import RankAllocation
     from peftc.runtime.model.state_dicts import get_peft_model_state_dict, set_peft_model_state_dict
     from peftc.runtime.regions.partition import Partition, RegionRow, SplitRow
 
 __all__ = [
     "AdaptedModel",
+    "AdapterCache",
     "AdapterError",
     "Artifact",
     "Build",
@@ -103,6 +105,7 @@ _HOMES = {
     "peftc.grammar.spec.elaborate": ("read_spec",),
     "peftc.runtime.artifact.artifact": ("Artifact",),
     "peftc.runtime.artifact.sampling": ("Sampling",),
+    "peftc.runtime.model.adapter_cache": ("AdapterCache",),
     "peftc.runtime.model.rank_callback": ("RankAllocation",),
     "peftc.runtime.model.state_dicts": ("get_peft_model_state_dict", "set_peft_model_state_dict"),
     "peftc.runtime.regions.partition": ("Partition", "RegionRow", "SplitRow"),

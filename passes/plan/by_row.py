@@ -26,10 +26,6 @@ class ByRow:
     structure: Structure
     owners: tuple[Mapping[str, str], ...]
 
-    def first_with(self, slot: str) -> tuple[int, str]:
-        """A choice that has a slot, and what the slot is when it is active alone."""
-        return next((number, own[slot]) for number, own in enumerate(self.owners) if slot in own)
-
 
 def by_row(choices: Sequence[Structure]) -> ByRow:
     """Put the structures of choices, none of which has virtual tokens, into one.

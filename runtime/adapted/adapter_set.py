@@ -202,8 +202,10 @@ class AdapterSet:
         chosen = {name for name, _ in active}
         self.active = active
         if trainable is not None:
-            for name in self.names():
-                self.adapter(name).train_only(trainable and name in chosen)
+            for name, adapter in self.bank._modules.items():
+                assert isinstance(adapter, AdapterParameters)
+                if name in chosen or not adapter.frozen or adapter.is_trainable:
+                    adapter.train_only(trainable and name in chosen)
             for name in chosen:
                 self.adapter(name).frozen = not trainable
         if self.enabled and not self.displaced:
@@ -272,7 +274,7 @@ class AdapterSet:
             del self._prepared[active]
         if gone:
             self.engine.slots.clear()
-            self.rows.clear()
+            self.rows.forget(gone)
 
     def _retrained(self, active: Active, trainable: bool) -> ActiveAdapters:
         """The same adapters where they can, or can no longer, be trained: another choice of lowerings."""

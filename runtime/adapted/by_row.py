@@ -1,9 +1,10 @@
 """Calls whose rows have adapters of their own: names become choices, choices what regions are served with."""
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
+from weakref import WeakSet
 
 import torch
 from torch import fx, nn
@@ -87,6 +88,7 @@ class RowAdapters:
         self._order: dict[Specialisation, None] = {}  # the kinds that there were, as they came
         self._shared: dict[tuple[Specialisation, ...], tuple[ByRow, Specialisation]] = {}
         self._compiled: dict[Specialisation, ActiveAdapters] = {}  # of which there is one, as of the slots
+        self._batches: WeakSet[MixedBatch] = WeakSet()  # of all threads
         self._lock = threading.RLock()  # around calls of a compiler's graphs
         self._now = _Now()
 
@@ -94,6 +96,13 @@ class RowAdapters:
         """Forget every choice: adapters were removed, moved or replaced."""
         self._chosen.clear()
         self._now = _Now()
+
+    def forget(self, names: Collection[str]) -> None:
+        """These adapters are no more: what was made for other rows stays."""
+        for active in [each for each in self._chosen if any(name in names for name, _ in each)]:
+            del self._chosen[active]
+        for batch in list(self._batches):
+            batch.forget(lambda chosen: any(adapter.plan.name in names for adapter, _ in chosen.weighed))
 
     @property
     def is_on(self) -> bool:
@@ -228,21 +237,18 @@ class RowAdapters:
 
     def _made(self, shared: ByRow, specialisation: Specialisation, chosen: Sequence[Chosen]) -> ActiveAdapters:
         batch = MixedBatch()
+        self._batches.add(batch)
         become_regions(self._state.engine.model, self._state.host, shared.structure)
 
-        def of(slot: str) -> AdapterParameters:
-            number, own = shared.first_with(slot)
-            return chosen[number].weighed[_position(own)][0]
+        like = _like(shared, chosen)
 
         def slot_value(position: int, site: str, role: str, near: fx.Node) -> torch.Tensor:
             if role in (ROWS, IDS, ORDER):
-                adapter = of(rows_slot(position, site))
-                tensor = adapter.tensor(ParamKey(adapter.plan.name, site, role))
-                return fake_like(tensor.shape, tensor.dtype, near)
-            tensors = of(site_slot(position, site)).at_site(site)
+                return fake_like(*like[rows_slot(position, site)][role], near)
+            tensors = like[site_slot(position, site)]
             if role in tensors:
-                return fake_like(tensors[role].shape, tensors[role].dtype, near)
-            kinds = [each.dtype for each in tensors.values() if each.is_floating_point()]
+                return fake_like(*tensors[role], near)
+            kinds = [dtype for _, dtype in tensors.values() if dtype.is_floating_point]
             return fake_like((), kinds[0] if kinds else torch.float32, near)
 
         def penalty() -> torch.Tensor | None:
@@ -270,6 +276,23 @@ class RowAdapters:
         return [names[each] if each >= 0 else BASE_ROWS for each in numbers]
 
 
+def _like(shared: ByRow, chosen: Sequence[Chosen]) -> dict[str, dict[str, tuple[torch.Size, torch.dtype]]]:
+    """The sizes and types of what slots have, by role: of one choice that has the slot, which may be gone later."""
+    found: dict[str, dict[str, tuple[torch.Size, torch.dtype]]] = {}
+    for owners, each in zip(shared.owners, chosen, strict=True):
+        own = {slot: shared_slot for shared_slot, slot in owners.items()}
+        for place, (adapter, _) in enumerate(each.weighed):
+            name, plan = adapter.plan.name, adapter.plan
+            for at in plan.sites:
+                tensors = {role: (tensor.shape, tensor.dtype) for role, tensor in adapter.at_site(at.site.name).items()}
+                found.setdefault(own[site_slot(place, at.site.name)], tensors)
+            for rows in plan.rows:
+                trained = {role: adapter.tensor(ParamKey(name, rows.module, role)) for role in (ROWS, IDS, ORDER)}
+                kinds = {role: (tensor.shape, tensor.dtype) for role, tensor in trained.items()}
+                found.setdefault(own[rows_slot(place, rows.module)], kinds)
+    return found
+
+
 def _active(name: Any) -> Active:
     """What a row is to have, as `set_adapter` reads it."""
     if isinstance(name, str):
@@ -280,11 +303,6 @@ def _active(name: Any) -> Active:
         return tuple((each, 1.0) for each in name)
     message = f"'{BY_ROW}' has {name!r} for a row"
     fail(UsageError, "E529", message, help="give a name, several in a tuple, or a dictionary of names and weights")
-
-
-def _position(slot: str) -> int:
-    """Which of several active adapters a slot belongs to."""
-    return int(slot.partition(".")[2].partition("__")[0][1:])
 
 
 def _no_lookup(*_: object) -> torch.Tensor:

@@ -41,6 +41,9 @@ class AdapterParameters(nn.Module):
             else:
                 holder.register_buffer(role, tensor)
             self._holders[key] = (holder, role)
+        # Where the first parameter is kept: of thousands of adapters it is asked for whenever one is activated.
+        kept = ((holder._parameters, role) for holder, role in self._holders.values() if role in holder._parameters)
+        self._first = next(kept, None)
         if budgeted(plan):
             self.add_module(ALLOCATOR, Allocator(plan))
 
@@ -101,11 +104,11 @@ class AdapterParameters(nn.Module):
     @property
     def is_trainable(self) -> bool:
         """Whether a gradient can reach it."""
-        for holder, role in self._holders.values():
-            parameter = holder._parameters.get(role)
-            if parameter is not None:
-                return parameter.requires_grad
-        return False
+        if self._first is None:
+            return False
+        parameters, role = self._first
+        first = parameters[role]
+        return first is not None and first.requires_grad
 
     def dtypes(self) -> Dtypes:
         """The type of every tensor, by site and role."""

@@ -1,11 +1,13 @@
 """Which adapters the rows of a call have."""
 
 import operator
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import starmap
+from typing import Any
+from weakref import WeakSet
 
 import torch
 
@@ -71,6 +73,16 @@ class MixedBatch:
         self.layout, self.contents = object(), object()
         self._seen: dict[Chosen, Seen] = {}
         self._trains: bool | None = None
+        self.laid_out: WeakSet[Any] = WeakSet()  # what keeps the tensors of all rows for a graph
+
+    def forget(self, gone: Callable[[Chosen], bool]) -> None:
+        """Let go of choices that there are no more."""
+        if any(each is not None and gone(each) for each in (*self.rows, *self._assigned.names)):
+            self.assigned = Assigned()
+        self.room = tuple(each for each in self.room if not gone(each))
+        self._seen = {each: seen for each, seen in self._seen.items() if not gone(each)}
+        for each in list(self.laid_out):
+            each.vacate(gone)
 
     def learn(self, owners: Mapping[object, Mapping[str, str]], room: Sequence[Chosen]) -> None:
         """Rows may have choices of these kinds too, which have these slots of the structure they share."""

@@ -61,10 +61,16 @@ class RowPieces:
         self._seen: dict[Any, object] = {}  # what each that sits had when its values were computed
         self._sitting: dict[str, torch.Tensor] = {}  # of each piece the values of all seats
         self._lent = False  # whether a backward pass may read what there is
+        batch.laid_out.add(self)
 
     @property
     def _device(self) -> torch.device:
         return next(self._near.parameters()).device
+
+    def vacate(self, gone: Callable[[Chosen], bool]) -> None:
+        """Let go of choices that there are no more."""
+        self._seats = tuple(FREE if isinstance(each, Chosen) and gone(each) else each for each in self._seats)
+        self._seen = {each: seen for each, seen in self._seen.items() if each is None or not gone(each)}
 
     def check(self, tensors: Sequence[torch.Tensor]) -> None:
         """Raise UsageError unless the first of these tensors has as many rows as there are choices."""

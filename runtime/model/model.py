@@ -12,6 +12,7 @@ from torch import nn
 from peftc.grammar.diagnostics import ArgumentTypeError, fail
 from peftc.grammar.method.rule import Value
 from peftc.runtime.adapted.base_weights import Active
+from peftc.runtime.adapted.removing import remove
 from peftc.runtime.init.calibration import Batches
 from peftc.runtime.init.dense import Source
 from peftc.runtime.merge.drift import MergeDrift
@@ -24,7 +25,6 @@ from peftc.runtime.model.hotswap import make_room, swap_adapter
 from peftc.runtime.model.kv_prefix import start_from_cache, start_from_text
 from peftc.runtime.model.loading import load_adapter
 from peftc.runtime.model.merging import disabled, measured_drift, merge, merged_model, rest, unmerge, wake
-from peftc.runtime.model.removing import remove
 from peftc.runtime.model.saved_model import SavedModel
 from peftc.runtime.model.state_dicts import IncompatibleKeys
 from peftc.runtime.peft_format.checkpoint import kept_masks

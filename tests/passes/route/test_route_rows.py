@@ -31,7 +31,8 @@ class Mixed:
         self.changes = pass_manager.run(self.graph, [Clean(), insert, self.route], full=True).changes
 
     def _slot_value(self, position, site, role, near):
-        number, own = self.shared.first_with(site_slot(position, site))
+        slot = site_slot(position, site)
+        number, own = next((number, each[slot]) for number, each in enumerate(self.shared.owners) if slot in each)
         return self.choices[number].slot_value(int(own[len("slots.p")]), site, role, near)
 
     def run(self, rows, *inputs):
