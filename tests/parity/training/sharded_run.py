@@ -1,6 +1,7 @@
-"""Trains one adapter in two processes, each with half of the batch, wrapped in every way: `python -m ... RESULTS`.
+"""Trains adapters in two processes, each with half of the batch, wrapped in every way: `python -m ... RESULTS`.
 
-Written for each way: the losses of the steps, and the adapter after them, or what went wrong.
+One adapter is active, or each row has its own. Written for each way: the losses of the steps, and the adapters after
+them, or what went wrong.
 """
 
 import sys
@@ -25,8 +26,13 @@ from peftc import compiler
 from peftc.peft import get_peft_model_state_dict
 
 IDS = torch.arange(4, 44).view(4, 10)
-SPEC = "adapter a = dora(rank = 4, alpha = 8) { on q_proj, v_proj, down_proj }"
-STEPS, RATE, SECONDS = 3, 0.5, 240
+SPEC = """adapter a = dora(rank = 4, alpha = 8) { on q_proj, v_proj, down_proj }
+adapter b = lora(rank = 2) { on v_proj, o_proj }
+activate a"""
+NAMES = ["a", "b", "b", "a"]  # `fully_shard` wants the same parameters to be used in all processes
+UNEVEN = ["a", "b", "__base__", "a"]
+Names = list[str] | None
+STEPS, RATE, SECONDS = 3, 0.5, 600
 
 
 def adapted() -> Any:
@@ -41,15 +47,15 @@ def adapted() -> Any:
     return model
 
 
-def called(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    loss: torch.Tensor = model(input_ids=ids, labels=ids, use_cache=False).loss
+def called(model: Any, ids: torch.Tensor, names: Names) -> torch.Tensor:
+    loss: torch.Tensor = model(input_ids=ids, labels=ids, use_cache=False, adapter_names=names).loss
     return loss
 
 
-def steps(model: Any, ids: torch.Tensor) -> list[torch.Tensor]:
+def steps(model: Any, ids: torch.Tensor, names: Names) -> list[torch.Tensor]:
     optimizer, losses = torch.optim.SGD([each for each in model.parameters() if each.requires_grad], lr=RATE), []
     for _ in range(STEPS):
-        loss = called(model, ids)
+        loss = called(model, ids, names)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -71,34 +77,44 @@ def sharded(model: Any) -> Any:
 
 
 WAYS: dict[str, Callable[[Any], Any]] = {
-    "DistributedDataParallel": DistributedDataParallel,
+    "DistributedDataParallel": partial(DistributedDataParallel, find_unused_parameters=True),
     "FullyShardedDataParallel": partial(FullyShardedDataParallel, use_orig_params=True, device_id="cpu"),
     "FullyShardedDataParallel by layer": by_module,
     "fully_shard": sharded,
 }
 
 
-def cases() -> Iterator[tuple[str, Callable[[Any], Any], bool]]:
+ROWS: dict[str, Names] = {"": None, ", by row": NAMES, ", uneven rows": UNEVEN}
+
+
+def cases() -> Iterator[tuple[str, Callable[[Any], Any], bool, str]]:
     for name, wrapped in WAYS.items():
         for warm in (False, True):
-            yield f"{name}, {'after' if warm else 'before'} the first call", wrapped, warm
+            for rows in ROWS:
+                if rows != ", uneven rows" or name != "fully_shard":
+                    yield f"{name}, {'after' if warm else 'before'} the first call{rows}", wrapped, warm, rows
 
 
 def state(model: nn.Module) -> dict[str, torch.Tensor]:
-    found = get_peft_model_state_dict(model, adapter_name="a")
-    return {key: (each.full_tensor() if hasattr(each, "full_tensor") else each).cpu() for key, each in found.items()}
+    found = {
+        (name, key): each for name in "ab" for key, each in get_peft_model_state_dict(model, adapter_name=name).items()
+    }
+    whole = {key: each.full_tensor() if hasattr(each, "full_tensor") else each for key, each in found.items()}
+    return {f"{name}: {key}": each.cpu() for (name, key), each in whole.items()}
 
 
 def one_process(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     mine, results = IDS[2 * rank : 2 * rank + 2], {}
-    for name, wrapped, warm in cases():
-        model = adapted()
+    for name, wrapped, warm, rows in cases():
+        model, names = adapted(), ROWS[rows] and ROWS[rows][2 * rank : 2 * rank + 2]
+        if names:
+            model.set_requires_grad(["a", "b"])
         if warm:
-            called(model, mine)
+            called(model, mine, names)
         model = wrapped(model)
-        losses = steps(model, mine)
+        losses = steps(model, mine, names)
         for loss in losses:
             dist.all_reduce(loss)
         results[name] = torch.stack(losses) / 2, state(model)
@@ -108,15 +124,19 @@ def one_process(rank: int, folder: str) -> None:
 
 def main(results: Path) -> None:
     torch.set_num_threads(1)
-    model = adapted()
-    losses = torch.stack(steps(model, IDS))
+    alone = {}
+    for rows, names in ROWS.items():
+        model = adapted()
+        if names:
+            model.set_requires_grad(["a", "b"])
+        alone[rows] = torch.stack(steps(model, IDS, names)), state(model)
     with tempfile.TemporaryDirectory() as folder:
         try:
             mp.spawn(one_process, (folder,), nprocs=2)
         finally:
             found = [Path(folder) / f"results.{rank}" for rank in range(2)]
             ranks = [torch.load(each) if each.exists() else {} for each in found]
-            torch.save({"one process": (losses, state(model)), "ranks": ranks}, results)
+            torch.save({"one process": alone, "ranks": ranks}, results)
 
 
 if __name__ == "__main__":

@@ -22,14 +22,20 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return torch.load(file) if file.exists() else {}, run.stderr[-4000:]
 
 
-@pytest.mark.parametrize("name", [name for name, *_ in cases()])
-def test_the_same_losses_and_the_same_adapter(results, name):
+@pytest.mark.parametrize(("name", "rows"), [(name, rows) for name, _, _, rows in cases()])
+def test_the_same_losses_and_the_same_adapters(results, name, rows):
     found, told = results
-    losses, adapter = found["one process"]
+    losses, adapters = found["one process"][rows]
     for rank in found["ranks"]:
         assert name in rank, told
         own_losses, own = rank[name]
         torch.testing.assert_close(own_losses, losses, rtol=1e-5, atol=1e-5)
-        assert own.keys() == adapter.keys()
-        for key, value in adapter.items():
+        assert own.keys() == adapters.keys()
+        for key, value in adapters.items():
             torch.testing.assert_close(own[key], value, rtol=1e-4, atol=1e-5, msg=key)
+
+
+def test_both_adapters_were_trained_by_row(results):
+    alone = results[0]["one process"]
+    plain, mixed = alone[""][1], alone[", by row"][1]
+    assert {key[0] for key, each in mixed.items() if not torch.equal(each, plain[key])} == {"a", "b"}
