@@ -117,13 +117,10 @@ class RowPieces:
         for name, value in self._sitting.items():
             if plain or name in tables:
                 self.values[name] = value
-                continue
-            before = self.values.get(name)
-            fits = before is not None and before is not value and before.shape == (len(rows), *value.shape[1:])
-            if not fits or self._lent or value.requires_grad or before.requires_grad:  # type: ignore[union-attr]
+            elif value.dim() < 2 or value.requires_grad or not value.is_floating_point():
                 self.values[name] = value.index_select(0, ids)
-            else:  # memory that is new to the machine costs as much as the copy
-                torch.index_select(value, 0, ids, out=before)
+            else:  # the same, and half the time
+                self.values[name] = torch.embedding(value.flatten(1), ids).view(len(rows), *value.shape[1:])
         self.values[IDS] = ids
 
     def _made(self, lane: Lane, seats: Seats) -> None:

@@ -51,6 +51,19 @@ def test_laid_out(form):
     assert pieces.values[IDS].tolist() == [0, 1, 2, 0, 3]
 
 
+def test_numbers_are_chosen_as_tensors_are():
+    """A scale that meets what no weight follows is one number for each row."""
+    batch, values = MixedBatch(), Values()
+    values.tensors = {LOW: torch.tensor(2.0), WIDE: torch.tensor(3.0)}
+    batch.has = lambda chosen, slots: chosen in values.tensors
+    lane = LanePieces(frozenset({SLOT}), fx.Graph(), (Piece("p0", 0, "own", torch.float32),))
+    pieces = RowPieces(batch, [Lane(lane, lane.slots, values.compute, False)], nn.Linear(1, 1))
+    for rows, wanted in (((LOW, None, WIDE), [2.0, 0.0, 3.0]), ((WIDE, LOW, None, LOW), [3.0, 2.0, 0.0, 2.0])):
+        batch.assigned = Assigned(rows)
+        pieces.refresh()
+        assert pieces.values["p0"].tolist() == wanted
+
+
 def test_where_rows_are_told_apart_the_others_have_what_one_has():
     _, pieces, values = made(LOW, None, LOW, members=("p1",))
     assert torch.equal(pieces.values["p0"][1], values.tensors[LOW])
