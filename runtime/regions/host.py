@@ -15,19 +15,19 @@ from peftc.grammar.diagnostics import AdapterError, ModelError, fail
 from peftc.passes.cost.cost import Choice
 from peftc.passes.plan.plain import plain_class
 from peftc.passes.plan.structure import Structure
-from peftc.passes.route.route_rows import ROUTED
 from peftc.runtime.execution import nest
 from peftc.runtime.execution.engine import COMPILED, ActiveAdapters, Engine, Specialisation
 from peftc.runtime.execution.outside import outside
-from peftc.runtime.execution.program import Finder, Lowered, graph_module
+from peftc.runtime.execution.program import Lowered
 from peftc.runtime.execution.segments import Recompute
 from peftc.runtime.regions.arguments import Arguments
 from peftc.runtime.regions.code import watch_code
+from peftc.runtime.regions.compiled import graph_of, inlined
 from peftc.runtime.regions.kinds import split_by
-from peftc.runtime.regions.local import Local, LocalRows, Recipe, Shared, finder, where_kept
+from peftc.runtime.regions.local import Local, LocalRows, Recipe, Shared, where_kept
 from peftc.runtime.regions.owned import has_more, owned_tensors
-from peftc.runtime.regions.region import KEPT, Bound, Inlined, Region, RegionCall, RegionTrace, Split
-from peftc.runtime.regions.template import Template, row_pieces
+from peftc.runtime.regions.region import KEPT, Bound, Region, RegionTrace, Split
+from peftc.runtime.regions.template import Template
 from peftc.runtime.regions.traces import Traces
 from peftc.runtime.regions.watch import Facts, Holds, watch, while_attached
 from peftc.runtime.regions.within import HEAD, Part, is_within, moved, part_of, standing
@@ -175,68 +175,21 @@ class Host:
 
     def inlined(self, region: Region, tensors: Sequence[torch.Tensor], names: tuple[str, ...]) -> Any:
         """What an adapted module gives for these tensors, the last of them by name, while torch traces it."""
-        local = self.local(region.path)
-        form = tuple((each.dim(), each.dtype) for each in tensors)
-        key = ("inlined", form, region.module.training)
-        found = local.programs.get(key)
-        if not isinstance(found, Bound):
-            with _LOCK, outside():
-                trace = self._traced_from(region, local, form, names)
-                lowered = self._lowered(trace, local, False, COMPILED, region.module)
-                portable = replace(lowered, plain=lowered.traceable, prologue=None)
-                code = Template(portable, trace.traced.constants).bind(where_kept(self.engine, region.module, local))
-            outputs: nest.Form = trace.traced.outputs  # type: ignore[assignment]
-            found = Bound(code, outputs, outputs[0] == nest.TENSOR, False, lambda: True)
-            local.programs[key] = found
+        with _LOCK:
+            found = inlined(self, region, tensors, names)
         return found(Arguments(tensors=list(tensors)))
 
     def graph(self, region: Region, form: Any, names: tuple[str, ...]) -> nn.Module:
-        """The graph of an adapted module for a compiler, which reads adapters from slots."""
-        with _LOCK, outside():
-            local = self.local(region.path)
-            trace = self._traced_from(region, local, form, names)
-            lowered = self._lowered(trace, local, False, COMPILED, region.module)
-            find = finder(self.engine, region.module, local)
+        """The graph of an adapted module for a compiler, which reads adapters from slots, or what rows have of them."""
+        with _LOCK:
+            made = graph_of(self, region, form, names)
             self.compiled = True
-            if local.tenant.mixed is None:
-                if local.tenant is not self.engine.active:
-                    message = f"a compiler came to {region.path} while the rows of a call had all the same adapter"
-                    fail(ModelError, "E424", message, help="compile the model, or call it once with what is active")
-                self.engine.bind()
-            else:
-                find = self._found_by_row(lowered, region.module, local, find)
-            graph = graph_module(lowered.traceable, trace.traced.constants, find)
-            return Inlined(graph, trace.traced.outputs)  # type: ignore[arg-type]
-
-    def _found_by_row(self, lowered: Lowered, module: nn.Module, local: Local, find: Finder) -> Finder:
-        """Where a graph for a compiler finds what it reads: what the rows have, too, which calls refresh."""
-        assert local.tenant.mixed is not None
-        pieces = row_pieces(lowered, LocalRows(self.engine, module, local, local.tenant.mixed))
-        pieces.refresh()
-        local.tenant.compiled.append(pieces)
-        routed = nn.Module()
-        routed._buffers = pieces.values  # type: ignore[assignment]
-        return lambda owner: routed if owner == ROUTED else find(owner)
+        return made
 
     def refresh_rows(self, tenant: ActiveAdapters) -> None:
         """Let graphs that a compiler has read what rows have now."""
         for each in tenant.compiled:
             each.refresh()
-
-    def _traced_from(self, region: Region, local: Local, form: Any, names: tuple[str, ...]) -> RegionTrace:
-        """The trace of a module that takes tensors of this form and no other arguments."""
-        made, width = [], _width(region.module, local)
-        for axes, dtype in form:
-            shape = [2 + axis for axis in range(axes)]
-            if axes > 2 and _is_convolution(region.module):
-                shape = [2, width, *(64 + axis for axis in range(axes - 2))]
-            elif axes and dtype.is_floating_point:
-                shape[-1] = width
-            made.append(torch.zeros(shape, dtype=dtype, device=next(region.module.parameters()).device))
-        count = len(made) - len(names)
-        call = RegionCall(tuple(made[:count]), dict(zip(names, made[count:], strict=True)))
-        found: RegionTrace = self.engine.backend.trace_region(region.module, call)
-        return found
 
     def program(
         self,
@@ -282,7 +235,7 @@ class Host:
             with _LOCK, outside():
                 traced = self.engine.backend.trace_weights(module, names)
                 trace = RegionTrace(traced, Facts())
-                lowered = self._lowered(trace, local, False, Choice(dense=frozenset(names)), module)
+                lowered = self.lowered(trace, local, False, Choice(dense=frozenset(names)), module)
                 code = Template(lowered, traced.constants).bind(where_kept(self.engine, module, local))
             found = Bound(code, (), False, False, lambda: True)
             local.programs[key] = found
@@ -317,7 +270,7 @@ class Host:
             template = self._templates.get(key)
             if template is None:
                 try:
-                    lowered = self._lowered(trace, local, autocast, choice, module)
+                    lowered = self.lowered(trace, local, autocast, choice, module)
                 except AdapterError as error:
                     if local.tenant.mixed is None:
                         raise
@@ -338,7 +291,8 @@ class Host:
             local.bound[recipe.key] = found
         return found
 
-    def _lowered(self, trace: RegionTrace, local: Local, autocast: bool, choice: Choice, module: nn.Module) -> Lowered:
+    def lowered(self, trace: RegionTrace, local: Local, autocast: bool, choice: Choice, module: nn.Module) -> Lowered:
+        """A trace with what adapters have inside of its module. Raises ModelError."""
         tenant, part = local.tenant, local.part
         assert part is not None
 
@@ -377,20 +331,6 @@ def _kind(module: nn.Module, name: str) -> Hashable:
 
 def _named(message: str, part: Part) -> str:
     return re.sub(rf"\b{HEAD}\b(?=[. ]|$)", part.path, message)
-
-
-def _width(module: nn.Module, local: Local) -> int:
-    """How many features a module with adapted weights takes."""
-    assert local.part is not None
-    for at in local.part.structure.sites:
-        if at.site.user == HEAD:
-            return at.site.channels * at.site.groups if _is_convolution(module) else at.site.in_features
-    weight = next((each for each in module.parameters(recurse=False) if each.dim()), None)
-    return 2 if weight is None else weight.shape[-1]
-
-
-def _is_convolution(module: nn.Module) -> bool:
-    return isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
 
 
 def _below(names: frozenset[str], path: str) -> frozenset[str]:

@@ -92,3 +92,12 @@ def test_a_function_around_it(model: Any) -> None:
     plain = model(input_ids=IDS).logits
     around = torch.compile(lambda ids: model(input_ids=ids).logits * 2, fullgraph=True, backend="aot_eager")
     assert_close(around(IDS), plain * 2, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_exported_rows_are_constants(model: Any) -> None:
+    """An exporter goes through the model as a compiler does."""
+    wanted = model(input_ids=IDS, adapter_names=ORDERS[1]).logits
+    given = {"input_ids": IDS, "adapter_names": ORDERS[1], "use_cache": False}
+    program = torch.export.export(model, (), given, strict=False)
+    assert_close(program.module()(**given).logits, wanted, atol=1e-5, rtol=1e-5)
