@@ -14,6 +14,7 @@ from peftc.passes.insert.insert_delta import InsertDelta, SlotValue, UnfitError
 from peftc.passes.insert.insert_tokens import InsertTokens
 from peftc.passes.ir import pass_manager
 from peftc.passes.ir.traced import Traced
+from peftc.passes.ir.verify import VerifyError
 from peftc.passes.optimize.add_in_place import AddInPlace
 from peftc.passes.optimize.clean import Clean
 from peftc.passes.optimize.float_mask import FloatMask
@@ -27,7 +28,7 @@ from peftc.passes.optimize.native import NativeCalls
 from peftc.passes.optimize.stop_early import StopEarly
 from peftc.passes.plan.structure import Structure
 from peftc.passes.quantized.schemes.known import Packed
-from peftc.passes.route.laws import UnroutedError
+from peftc.passes.route.laws import DisorderError, UnroutedError
 from peftc.passes.route.route_rows import LanePieces, RouteRows
 from peftc.passes.virtual_tokens.insert_attention import InsertAttention
 from peftc.passes.virtual_tokens.insert_heads import InsertHeads
@@ -117,9 +118,15 @@ def lower(graph: fx.Graph, *, autocast: bool, choice: Choice = PUSHED, by_row: b
         graph, route = copy_graph(graph), RouteRows()
         try:
             managed.run(graph, [route])
-        except UnroutedError as error:
-            message = f"rows cannot have adapters of their own at {error.site}: {error.reason}"
-            fail(ModelError, "E424", message, help="call once for each adapter, or choose other sites")
+        except (
+            UnroutedError,
+            VerifyError,
+            RuntimeError,
+        ) as error:  # or whatever an operator says of what it does not take
+            site, reason = (error.site, error.reason) if isinstance(error, UnroutedError) else ("", _first_line(error))
+            message = f"rows cannot have adapters of their own{' at ' * bool(site)}{site}: {reason}"
+            code = "E425" if isinstance(error, DisorderError) else "E424"
+            fail(ModelError, code, message, help="call once for each adapter, or choose other sites")
         lanes = tuple(route.lanes)
     traceable = compilable(graph)
     plain = copy_graph(traceable)
@@ -129,6 +136,10 @@ def lower(graph: fx.Graph, *, autocast: bool, choice: Choice = PUSHED, by_row: b
     result = managed.run(plain, [*steps, NativeCalls()])
     hoisted = result.changes.get(Hoist.name)
     return Lowered(traceable, plain, None if hoisted is None else hoisted.prologue, lanes)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def compilable(graph: fx.Graph) -> fx.Graph:

@@ -39,6 +39,8 @@ USE_CACHE, LOGITS_TO_KEEP = "use_cache", "logits_to_keep"
 IMAGES, FEATURES = "pixel_values", "input_features"
 COUNTS = ("num_items_in_batch",)  # another number at each step
 
+GENERATION = "generation_config"
+_SEVERAL = ("num_beams", "num_return_sequences")
 _INPUTS = (TOKENS, _NAMES[Role.EMBEDDINGS], FEATURES, _NAMES[Role.SIGNAL], IMAGES)
 
 _CACHE_NAMES = ("cache", "past_key_values", "past_key_value", "cache_params")
@@ -164,6 +166,21 @@ def rows_of(arguments: Mapping[str, Any]) -> int | None:
     found = (arguments.get(f"{stack}{name}") for stack in (_DECODER, "") for name in _INPUTS)
     tensors = (each for each in (*found, *arguments.values()) if hasattr(each, "shape") and len(each.shape))
     return next((int(each.shape[0]) for each in tensors), None)
+
+
+def text_of(model: Any, arguments: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The modules that compute with rows of a text, where a call has images beside it; empty where it has none."""
+    pictures = any(name.startswith(IMAGES) and value is not None for name, value in arguments.items())
+    if not pictures or not hasattr(model, "get_decoder"):
+        return ()
+    found = (model.get_decoder(), getattr(model, EMBEDDINGS_IN)(), getattr(model, EMBEDDINGS_OUT)())
+    return tuple(each for each in found if each is not None and each is not model)
+
+
+def repeats_of(arguments: Mapping[str, Any], config: object) -> frozenset[int]:
+    """How many times as many rows as texts generation may call a model with, its beams or sequences in a row."""
+    beams, sequences = (arguments.get(name) or getattr(config, name, None) or 1 for name in _SEVERAL)
+    return frozenset((1, beams, sequences, beams * sequences))
 
 
 def renamed_cache(arguments: Mapping[str, Any], forward: Forward, name: str) -> Mapping[str, Any]:

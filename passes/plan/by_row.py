@@ -33,7 +33,7 @@ def by_row(choices: Sequence[Structure]) -> ByRow:
     At a site those with equal terms share a lane, whatever their tensors are; so do those that replace a tensor.
     """
     owners: tuple[dict[str, str], ...] = tuple({} for _ in choices)
-    structure = Structure(_sites(choices, owners), _copies(choices, owners), _rows(choices, owners))
+    structure = Structure(_sites(choices, owners), _copies(choices, owners), _rows(choices, owners), by_row=True)
     return ByRow(structure, owners)
 
 

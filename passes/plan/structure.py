@@ -120,12 +120,13 @@ class ReplacedRows:
 
 @dataclass(frozen=True)
 class Structure:
-    """Everything about the active adapters that a graph depends on."""
+    """Everything about the active adapters that a graph depends on; `by_row` where each row of a call has its own."""
 
     sites: tuple[AdaptedSite, ...] = ()
     copies: tuple[CopiedTensor, ...] = ()
     rows: tuple[ReplacedRows, ...] = ()
     fronts: tuple[VirtualTokens, ...] = ()
+    by_row: bool = False
 
     def at(self, kind: str) -> tuple[VirtualTokens, ...]:
         """What is put in front at the places of a kind, in order of activation."""

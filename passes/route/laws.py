@@ -10,6 +10,7 @@ from torch import fx
 
 from peftc.passes.ir.emit import Emit, Origin
 from peftc.passes.ir.infer import is_same_size
+from peftc.passes.route.order import has_rows_first
 
 aten = torch.ops.aten
 
@@ -25,6 +26,10 @@ class UnroutedError(Exception):
         self.site = site_of(node)
         self.reason = reason
         super().__init__(reason)
+
+
+class DisorderError(UnroutedError):
+    """What an adapter meets is not the rows in their order, wherever it is looked at."""
 
 
 class RowValues(Protocol):
@@ -59,6 +64,7 @@ class Router:
     graph: fx.Graph
     values: RowValues
     nodes: Collection[fx.Node]
+    bound: bool = False  # to modules that are called with other things than rows, too, and to be trained
     _apart: dict[fx.Node, fx.Node] = field(default_factory=dict)  # what has rows and another axis in one -> as two
 
     def rewrite(self, node: fx.Node) -> bool:
@@ -154,9 +160,16 @@ class Router:
 
     # embedding(V, i) = embedding(all of V, i + row * length); its options are about gradients
     def _embedding(self, emit: Emit, node: fx.Node, table: fx.Node, ids: fx.Node, *options: object) -> fx.Node:
-        if table not in self.nodes or ids in self.nodes:
+        shape = ids.meta["val"].shape
+        if table not in self.nodes or ids in self.nodes or (shape and self._is_folded(node, shape[0])):
             raise UnroutedError(node, "the adapters look up places of their own")
-        return emit.call(aten.embedding.default, *self._places(emit, table, ids))
+        found = emit.call(aten.embedding.default, *self._places(emit, table, ids))
+        padding = options[0] if options and self.bound else -1
+        if not isinstance(padding, int) or padding < 0:
+            return found
+        # What is found for padding sends no gradient back.
+        is_padding = emit.call(aten.unsqueeze.default, emit.call(aten.eq.Scalar, ids, padding), -1)
+        return emit.call(aten.where.self, is_padding, emit.call(aten.detach.default, found), found)
 
     # select(V, 0, i) = select(all of V, 0, i + row * length), i one for each row
     def _index_select(self, emit: Emit, node: fx.Node, table: fx.Node, axis: int, ids: fx.Node) -> fx.Node:
@@ -246,6 +259,10 @@ class Router:
     def _product(self, emit: Emit, node: fx.Node, x: fx.Node, matrix: fx.Node) -> fx.Node:
         """`x` `[rows, .., in]` times each row's `[rows, in, out]`."""
         shape = x.meta["val"].shape
+        if self.bound and not (self._is_batch(shape[0]) or self._is_folded(node, shape[0])):
+            raise UnroutedError(node, "it is one for all rows")
+        if self.bound and not has_rows_first(x, self.values.batch):
+            raise DisorderError(node, "its first axis is not the rows in their order")
         folded = self._is_folded(node, shape[0])
         x = self._unfolded(emit, x) if folded else x
         axes = x.meta["val"].dim()
@@ -295,7 +312,7 @@ class Router:
         """Whether the first axis is rows and another in one; it may not be anything else but rows, or one for all."""
         if self._is_batch(size) or size == 1:
             return False
-        if isinstance(size, torch.SymInt) and self._batch in size.node.expr.args:
+        if isinstance(size, torch.SymInt) and size.node.expr.is_Mul and self._batch in size.node.expr.args:
             return True
         if isinstance(size, int) and isinstance(self.values.batch, int) and size % self.values.batch == 0:
             return True

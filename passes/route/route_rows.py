@@ -12,7 +12,7 @@ from peftc.passes.ir.pass_manager import Change
 from peftc.passes.ir.stages import Stage
 from peftc.passes.ir.values import refresh
 from peftc.passes.plan.structure import MEMBER
-from peftc.passes.route.laws import Router, site_of
+from peftc.passes.route.laws import Router, UnroutedError, site_of
 from peftc.passes.route.vanish import simplify
 
 aten = torch.ops.aten
@@ -74,6 +74,9 @@ class RouteRows:
         before = set(graph.nodes)
         _scale_up(graph)
         fixed = _fixed(graph)
+        for node in graph.find_nodes(op="call_function", target=aten.where.self):
+            if node in fixed and node.args[0] in fixed and str(node.args[0].target).endswith(f".{MEMBER}"):
+                raise UnroutedError(node, "what is adapted depends on no input")
         simplify(graph, fixed)
         graph.eliminate_dead_code()
         fixed = _fixed(graph)
@@ -81,7 +84,7 @@ class RouteRows:
         if not wanted:
             return Change()
         values = _Pieces(graph, _batch(graph))
-        router = Router(graph, values, wanted)
+        router = Router(graph, values, wanted, bound=True)
         users = {user: None for node in wanted for user in node.users if user not in fixed}
         for node in [each for each in graph.nodes if each in users]:
             router.rewrite(node)

@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache
 
 from peftc.passes.foreign import peft as contract
 from peftc.passes.foreign.peft_classes import model_class
-from peftc.passes.foreign.transformers import USE_CACHE, forward_of, rows_of
+from peftc.passes.foreign.transformers import GENERATION, USE_CACHE, forward_of, repeats_of, rows_of
 from peftc.runtime.adapted.adapted_module import AdaptedModule, Root
 from peftc.runtime.adapted.base_weights import COMPILED_CALLS, base_view
 from peftc.runtime.execution.uncached import is_recomputing, without_cache
@@ -83,7 +83,7 @@ def _adapted_class(base: type[nn.Module], root: type[Root]) -> type[Root]:
             return plain(self, args, kwargs)
         state.settle()
         output = plain(self, args, kwargs)
-        if self.training and state.host.now.mixed is not None:
+        if self.training:
             state.engine.penalise(output, state.host.now)
         return output
 
@@ -123,7 +123,8 @@ def _generate(base: Any) -> Any:
         if contract.BY_ROW not in kwargs:
             return self._inherited("generate")(*args, **kwargs)
         count = rows_of({f"argument {place}": each for place, each in enumerate(args)} | kwargs)
-        return self._by_row(self._inherited("generate"), args, kwargs, count, generating=True)
+        config = kwargs.get(GENERATION, getattr(self, GENERATION, None))
+        return self._by_row(self._inherited("generate"), args, kwargs, count, repeats_of(kwargs, config))
 
     return generate
 

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from peftc.grammar.diagnostics import UsageError, did_you_mean, fail
 from peftc.passes.foreign import peft as contract
-from peftc.passes.foreign.transformers import rows_of
+from peftc.passes.foreign.transformers import rows_of, text_of
 from peftc.passes.quantized.schemes.known import packed
 from peftc.runtime.adapted.adapter_set import AdapterSet
 from peftc.runtime.adapted.base_weights import COMPILED_CALLS, STATE
@@ -220,8 +220,7 @@ class AdaptedModule(nn.Module):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         count: int | None,
-        *,
-        generating: bool = False,
+        repeats: frozenset[int] = frozenset(),
     ) -> Any:
         """Call something whose rows have the adapters that `adapter_names` says."""
         rows = self._adapter_state.rows
@@ -231,7 +230,9 @@ class AdaptedModule(nn.Module):
         compiling = get_eval_frame_callback() is not None or self._compiled_call_impl is not None
         if names is None and not rows.is_on:
             return function(*args, **kwargs)
-        before = rows.enter(names, count, compiling=compiling, generating=generating)
+        if names is not None and (text := text_of(self, kwargs)):
+            rows.check_within(names, [name for name, each in self.named_modules() if any(each is one for one in text)])
+        before = rows.enter(names, count, compiling=compiling, repeats=repeats)
         try:
             return function(*args, **kwargs)
         finally:
@@ -260,6 +261,13 @@ class AdaptedModule(nn.Module):
         if placement(self) != before:
             self._adapter_state.engine.reset()
         self._adapter_state.refresh()
+        return self
+
+    def train(self, mode: bool = True) -> Self:
+        """As torch's."""
+        self._inherited("train")(mode)
+        if self._adapter_state.room:  # what is trained from now on has no room for other ranks
+            self._adapter_state.make_room(self._adapter_state.room)
         return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -71,7 +71,11 @@ class AdapterSet:
 
     @property
     def whole(self) -> bool:
-        """Whether a call of the model runs one graph: as asked, or since what is active needs it."""
+        """Whether a call of the model runs one graph: as asked, or since what is active needs it. Not where rows have
+        adapters of their own.
+        """
+        if self.rows.is_on:
+            return False
         return self.regions == "model" or bool(why_whole(self.engine.structure))
 
     def _renew(self) -> None:
@@ -185,6 +189,18 @@ class AdapterSet:
         self._forget([name])
         self.activate(tuple(each for each in self.active if each[0] != name))
 
+    def replace(self, name: str, adapter: AdapterParameters) -> None:
+        """Put an adapter in the place of one, active as that is. Raises UsageError, and changes nothing, as `check`."""
+        others = [adapter if each == name else self.adapter(each) for each, _ in self.active]
+        check_together(self.active, others)
+        order = self.names()
+        self._forget([name])
+        self.bank.add_module(name, adapter)
+        modules = {each: self.bank._modules[each] for each in order}
+        self.bank._modules.clear()
+        self.bank._modules.update(modules)
+        self.activate(self.active)
+
     def train(self, names: Sequence[str], trainable: bool) -> None:
         """Whether gradients reach these, active or not. Raises UsageError, and changes nothing, for an unknown name."""
         for adapter in [self.adapter(name) for name in names]:
@@ -198,7 +214,7 @@ class AdapterSet:
         Raises UsageError, before anything changes, for an unknown name, a name twice, a weight its method cannot
         carry, or two adapters that train a copy of the same tensor.
         """
-        _, bindings = self._prepared.get(active) or self._prepare(active)
+        self.tenant(active)
         chosen = {name for name, _ in active}
         self.active = active
         if trainable is not None:
@@ -209,7 +225,7 @@ class AdapterSet:
             for name in chosen:
                 self.adapter(name).frozen = not trainable
         if self.enabled and not self.displaced:
-            self.engine.activate(self.tenant(active), bindings)
+            self.engine.activate(self.tenant(active), self._prepared[active][1])
             if self.whole or self.host.compiled:
                 self.engine.bind()
         else:
@@ -278,6 +294,9 @@ class AdapterSet:
 
     def _retrained(self, active: Active, trainable: bool) -> ActiveAdapters:
         """The same adapters where they can, or can no longer, be trained: another choice of lowerings."""
+        if self.room:  # what is trained is read from where it is
+            del self._prepared[active]
+            self._prepare(active)
         before, bindings = self._prepared[active]
         tenant = replace(before, trainable=trainable, choices={}, regions={})
         self._prepared[active] = (tenant, bindings)

@@ -21,6 +21,7 @@ from peftc.runtime.execution.engine import ActiveAdapters, Engine, Specialisatio
 from peftc.runtime.mixed_batch.batch import Assigned, Chosen, MixedBatch
 from peftc.runtime.regions.host import Host
 from peftc.runtime.regions.modules import become_regions
+from peftc.runtime.regions.within import is_within
 
 Name = str | Sequence[str] | Mapping[str, float]
 """What a row has: an adapter, several in order, or several with weights."""
@@ -64,6 +65,7 @@ class Before:
     """What a thread's calls were served with before the rows of one got adapters of their own."""
 
     names: tuple[Active, ...] | None
+    repeats: frozenset[int]
     tenant: ActiveAdapters | None
     assigned: Assigned | None
     locked: bool
@@ -75,8 +77,10 @@ class _Now(threading.local):
     def __init__(self) -> None:
         self.is_on = False
         self.names: tuple[Active, ...] | None = None
+        self.repeats: frozenset[int] = frozenset()
         self.looked: set[ActiveAdapters] = set()
         self.known: dict[tuple[Specialisation, int], ActiveAdapters] = {}
+        self.generation = 0
 
 
 class RowAdapters:
@@ -91,11 +95,13 @@ class RowAdapters:
         self._batches: WeakSet[MixedBatch] = WeakSet()  # of all threads
         self._lock = threading.RLock()  # around calls of a compiler's graphs
         self._now = _Now()
+        self._generation = 0  # of what is kept for threads
+        state.host.adopt = self._adopt
 
     def clear(self) -> None:
         """Forget every choice: adapters were removed, moved or replaced."""
         self._chosen.clear()
-        self._now = _Now()
+        self._generation += 1
 
     def forget(self, names: Collection[str]) -> None:
         """These adapters are no more: what was made for other rows stays."""
@@ -110,18 +116,18 @@ class RowAdapters:
         return self._now.is_on
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def enter(self, names: Any, count: int | None, *, compiling: bool, generating: bool = False) -> Before:
+    def enter(self, names: Any, count: int | None, *, compiling: bool, repeats: frozenset[int] = frozenset()) -> Before:
         """From now on, and in this thread, the rows of calls have these adapters, each its own; None goes on as before.
 
-        A call of several times as many rows, as generation makes it inside, has so many of each; `generating` says that
-        such will come, and modules be called by themselves. With `compiling` other names are to need no other graph.
-        Raises UsageError, and changes nothing: an unknown name, or a number of rows that the names do not fit.
+        `repeats` are how many times as many rows generation will call the model with, or an encoder by itself: so many
+        in a row have the same. With `compiling` other names are to need no other graph. Raises UsageError, and changes
+        nothing: an unknown name, or a number of rows that the names do not fit.
         """
         compiling = compiling or self._state.host.compiled
         own = self._now.names if names is None else self._read(names)
         assert own is not None
         times, left = (1, 0) if count is None else divmod(count, len(own) or 1)
-        if left or not times or not own or (names is not None and times > 1):
+        if left or not own or times not in {1} | (self._now.repeats if names is None else frozenset()):
             message = f"'{BY_ROW}' has {len(own)} names, and the call {count or 'no'} rows"
             fail(UsageError, "E529", message, help=f"give one name for each row, {BASE_ROWS!r} for none")
         tenant, rows = self._tenant(own, times, compiling=compiling)
@@ -129,9 +135,12 @@ class RowAdapters:
             self._lock.acquire()
         pinned = self._state.host.pin(tenant)
         mixed = None if pinned is None else pinned.mixed
-        before = Before(self._now.names, pinned, None if mixed is None else mixed.assigned, compiling)
+        assigned = None if mixed is None else mixed.assigned
+        before = Before(self._now.names, self._now.repeats, pinned, assigned, compiling)
         try:
-            self._serve(own, tenant, Assigned(rows, stretches=generating), looked=names is None)
+            if names is not None:
+                self._now.repeats = repeats
+            self._serve(own, tenant, Assigned(rows, repeats), looked=names is None)
         except BaseException:
             self.leave(before)
             raise
@@ -152,7 +161,7 @@ class RowAdapters:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def leave(self, before: Before) -> None:
         """Go on as before."""
-        self._now.names, self._now.is_on = before.names, before.names is not None
+        self._now.names, self._now.is_on, self._now.repeats = before.names, before.names is not None, before.repeats
         self._state.host.pin(before.tenant)
         if before.assigned is not None:
             assert before.tenant is not None
@@ -161,6 +170,16 @@ class RowAdapters:
         self._state.host.enter(None if before.tenant is None else before.tenant.specialisation)
         if before.locked:
             self._lock.release()
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def check_within(self, names: Any, modules: Sequence[str]) -> None:
+        """Raise UsageError where an adapter has a place outside of these modules, which alone compute with the rows."""
+        for name, _ in dict.fromkeys(one for active in self._read(names) for one in active):
+            places = (at.site.module for at in self._state.adapter(name).plan.sites)
+            for place in places:
+                if not any(is_within(place, module) for module in modules):
+                    message = f"'{BY_ROW}' cannot be given: adapter {name!r} adapts {place}, whose rows are images"
+                    fail(UsageError, "E528", message, help="call once for each adapter, or choose sites of the text")
 
     def _read(self, names: Any) -> tuple[Active, ...]:
         """The choices that a call's `adapter_names` mean. Raises UsageError, and changes nothing."""
@@ -230,10 +249,17 @@ class RowAdapters:
                 self._compiled[specialisation] = self._made(shared, specialisation, chosen)
             return self._compiled[specialisation]
         known, key = self._now.known, (specialisation, rows)
+        if self._now.generation != self._generation:
+            known.clear()
+            self._now.generation = self._generation
         known[key] = found = known.pop(key, None) or self._made(shared, specialisation, chosen)
         if len(known) > KEPT:
             del known[next(iter(known))]
         return found
+
+    def _adopt(self, tenant: ActiveAdapters) -> None:
+        """A compiler has come to a module in the middle of a call: what it made is for these, in later calls too."""
+        self._compiled[tenant.specialisation] = tenant
 
     def _made(self, shared: ByRow, specialisation: Specialisation, chosen: Sequence[Chosen]) -> ActiveAdapters:
         batch = MixedBatch()

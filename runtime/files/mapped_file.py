@@ -33,7 +33,9 @@ def map_tensors(path: Path) -> dict[str, Tensor]:
         size = path.stat().st_size
         with path.open("rb") as file:
             length = int.from_bytes(file.read(_HEAD), "little")
-            header: Any = json.loads(file.read(min(length, size)))
+            if length > size - _HEAD:
+                raise ValueError("it ends within its header")
+            header: Any = json.loads(file.read(length))
             content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         return {name: _tensor(facts, content, _HEAD + length) for name, facts in header.items() if name != _METADATA}
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, RecursionError) as error:

@@ -48,12 +48,25 @@ class Seen:
     versions: Sequence[int]
 
 
+def looked(now: Sequence[torch.Tensor], before: Seen | None) -> Seen:
+    """What was seen before, if tensors are what they were and unwritten since; else what is seen now."""
+    try:
+        versions = list(map(_version, now))
+    except RuntimeError:  # one made in inference mode does not tell
+        return Seen(now, [])
+    if before is None or versions != before.versions or any(map(operator.is_not, now, before.tensors)):
+        return Seen(now, versions)
+    return before
+
+
 @dataclass(frozen=True)
 class Assigned:
-    """What each row has. Where a call `stretches` it, so many rows in a row have the same as it takes."""
+    """What each row has. A module may be called with so many times as many rows as `repeats` has; then so many in a
+    row have the same.
+    """
 
     names: tuple[Chosen | None, ...] = ()
-    stretches: bool = False
+    repeats: frozenset[int] = frozenset()
 
 
 class MixedBatch:
@@ -102,8 +115,10 @@ class MixedBatch:
     def fits(self, count: int) -> bool:
         """Whether so many rows have something each, or can be given it."""
         names = self._assigned.names
-        if self._assigned.stretches and count and count != len(self.rows) and names and not count % len(names):
-            self._give(tuple(each for each in names for _ in range(count // len(names))))
+        if count != len(self.rows) and names:
+            times, left = divmod(count, len(names))
+            if not left and times in self._assigned.repeats:
+                self._give(tuple(each for each in names for _ in range(times)))
         return count == len(self.rows)
 
     @contextmanager
@@ -124,23 +139,13 @@ class MixedBatch:
     def look(self) -> None:
         """See whether a tensor of what the rows have was written to or replaced."""
         before, self._trains = self._seen, None
-        self._seen = {each: self._looked(each, before.get(each)) for each in self.present if each is not None}
+        self._seen = {each: looked(list(each.tensors()), before.get(each)) for each in self.present if each is not None}
         if any(before.get(each) is not seen for each, seen in self._seen.items()):
             self.contents = object()
 
     def content(self, chosen: Chosen | None) -> object:
         """What is another object when the tensors of a choice are others, or were written to, when it was looked at."""
         return None if chosen is None else self._seen.get(chosen)
-
-    def _looked(self, chosen: Chosen, before: "Seen | None") -> "Seen":
-        now = list(chosen.tensors())
-        try:
-            versions = list(map(_version, now))
-        except RuntimeError:  # one made in inference mode does not tell
-            return Seen(now, [])
-        if before is None or versions != before.versions or any(map(operator.is_not, now, before.tensors)):
-            return Seen(now, versions)
-        return before
 
     @property
     def trains(self) -> bool:

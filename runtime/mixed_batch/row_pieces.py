@@ -10,7 +10,8 @@ from torch.nn.functional import pad
 
 from peftc.grammar.diagnostics import UsageError, fail
 from peftc.passes.route.route_rows import IDS, LanePieces, Piece
-from peftc.runtime.mixed_batch.batch import Chosen, MixedBatch
+from peftc.runtime.adapters.slots import Kept
+from peftc.runtime.mixed_batch.batch import Chosen, MixedBatch, Seen, looked
 
 Tensors = tuple[torch.Tensor, ...]
 Compute = Callable[[Chosen | None], Tensors]
@@ -28,6 +29,7 @@ class Lane:
     slots: frozenset[str]
     compute: Compute
     everyone: bool
+    base: Sequence[Kept] = ()  # where the base's tensors are kept that it is computed from
     room: Tensors | None = None  # for each value zeros, as large as the largest that are to fit
 
     def made_room(self, choices: Sequence[Chosen]) -> Tensors:
@@ -61,6 +63,8 @@ class RowPieces:
         self._seen: dict[Any, object] = {}  # what each that sits had when its values were computed
         self._sitting: dict[str, torch.Tensor] = {}  # of each piece the values of all seats
         self._lent = False  # whether a backward pass may read what there is
+        self._base = list({(id(held), leaf): (held, leaf) for lane in lanes for held, leaf in lane.base}.values())
+        self._base_seen: Seen | None = None
         batch.laid_out.add(self)
 
     @property
@@ -86,10 +90,14 @@ class RowPieces:
     def refresh(self) -> None:
         """Lay out the pieces anew unless the rows have what they had, unwritten since."""
         batch, graded = self._batch, torch.is_grad_enabled()
-        if graded and batch.trains:
-            self._seats, self._layout = (), None
+        base = [held[leaf] for held, leaf in self._base]
+        if graded and (batch.trains or any(each.requires_grad for each in base)):
+            self._seats = ()
             self._lay_out()
+            self._seats, self._layout = (), None  # a graph is for one backward pass
             return
+        if base and self._base_seen is not (seen := looked(base, self._base_seen)):
+            self._base_seen, self._seats, self._layout = seen, (), None
         if self._layout is not batch.layout or self._contents is not batch.contents:
             with torch.inference_mode(False), torch.no_grad():
                 self._lay_out()
@@ -97,22 +105,22 @@ class RowPieces:
         self._lent = self._lent or graded
 
     def _lay_out(self) -> None:
-        batch = self._batch
-        seats = _seated(self._seats, batch.present)
+        batch, before = self._batch, self._seats
+        self._seats, self._layout = (), None  # until all is done
+        seats = _seated(before, batch.present)
         seen: dict[Any, object] = {each: batch.content(each) for each in batch.present}
-        stays = {each for each in batch.present if each in self._seats and self._seen.get(each) is seen[each]}
+        stays = {each for each in batch.present if each in before and self._seen.get(each) is seen[each]}
         fresh = [seat for seat, each in enumerate(seats) if each in seen and each not in stays]
         for lane in self._lanes:
-            if len(seats) != len(self._seats) or (fresh and not self._written(lane, seats, fresh)):
+            if len(seats) != len(before) or (fresh and not self._written(lane, seats, fresh)):
                 self._made(lane, seats)
-        self._seats, self._seen = seats, seen
         numbers = {each: seat for seat, each in enumerate(seats)}
-        self._choose([numbers[each] for each in batch.rows])
-        self._lent = False
+        self._choose([numbers[each] for each in batch.rows], len(seats))
+        self._seats, self._seen, self._lent = seats, seen, False
 
-    def _choose(self, rows: Sequence[int]) -> None:
+    def _choose(self, rows: Sequence[int], seats: int) -> None:
         """Let graphs read what these seats have."""
-        ids, plain = torch.tensor(rows, device=self._device), rows == list(range(len(self._seats)))
+        ids, plain = torch.tensor(rows, device=self._device), rows == list(range(seats))
         tables = {piece.name for lane in self._lanes for piece in lane.lane.pieces if piece.form == "tables"}
         for name, value in self._sitting.items():
             if plain or name in tables:

@@ -24,7 +24,7 @@ def swap_adapter(
     and leaves everything as it was.
     """
     state = model._adapter_state
-    active, replaced = state.active, state.adapter(name)
+    replaced = state.adapter(name)
     check_unmerged(model, name)
     trained, frozen = replaced.is_trainable, replaced.frozen
     count = len(state.names()) + 1
@@ -35,12 +35,9 @@ def swap_adapter(
     state.remove(trial)
     if state.room:
         _check_room(made, state.room)
-    state.activate(tuple(each for each in active if each[0] != name))
-    state.remove(name)
-    state.add([made])
     made.train_only(trained)
     made.frozen = frozen
-    state.activate(active)
+    state.replace(name, made)
     return told
 
 

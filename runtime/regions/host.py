@@ -33,6 +33,8 @@ from peftc.runtime.regions.watch import Facts, Holds, watch, while_attached
 from peftc.runtime.regions.within import HEAD, Part, is_within, moved, part_of, standing
 
 _LOCK = threading.RLock()
+DISORDER = "E425"
+"""The error of rows that are in another order: modules further in cannot tell."""
 
 
 class _Pinned(threading.local):
@@ -57,6 +59,7 @@ class Host:
         self._entered: Specialisation | None = None
         self._numbers: dict[Specialisation, int] = {}
         self._pinned = _Pinned()
+        self.adopt: Callable[[ActiveAdapters], None] = lambda _: None  # what keeps those that a compiler has a graph of
         self.renew: Callable[[], None] = lambda: None  # what lets modules in the place of regions be such
         self._code: Holds | None = None
         self._places: list[tuple[dict[str, Any], str, nn.Module | None]] = []
@@ -183,6 +186,8 @@ class Host:
         """The graph of an adapted module for a compiler, which reads adapters from slots, or what rows have of them."""
         with _LOCK:
             made = graph_of(self, region, form, names)
+            if not self.compiled and self.now.mixed is not None:
+                self.adopt(self.now)
             self.compiled = True
         return made
 
@@ -272,9 +277,10 @@ class Host:
                 try:
                     lowered = self.lowered(trace, local, autocast, choice, module)
                 except AdapterError as error:
-                    if local.tenant.mixed is None:
+                    told = error.diagnostics[0]
+                    if local.tenant.mixed is None or told.code == DISORDER:
                         raise
-                    return Split(error.diagnostics[0].message, watch(module, trace.facts))  # it may fit further in
+                    return Split(told.message, watch(module, trace.facts))  # it may fit further in
                 template = self._templates[key] = Template(lowered, trace.traced.constants)
             found = recipes[key] = Recipe(key, template, trace, watch(module, trace.facts), choice)
         return found

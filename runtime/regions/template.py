@@ -17,6 +17,7 @@ from peftc.runtime.execution.segments import Namespace, python_function, writes_
 from peftc.runtime.mixed_batch.batch import Chosen, MixedBatch
 from peftc.runtime.mixed_batch.row_pieces import Compute, Lane, RowPieces
 
+OWN = ("slots.", "copies.r")  # of adapters, and of nothing that the base has
 OURS = (PIECES, ROUTED)  # what is computed beforehand, and not read from modules
 
 Constants = Mapping[str, torch.Tensor | nn.Module]
@@ -85,8 +86,15 @@ def row_pieces(lowered: Lowered, rows: Rows) -> RowPieces:
 
 
 def _row_pieces(lanes: Sequence[LanePieces], readers: "Sequence[_Reader]", rows: Rows) -> RowPieces:
+    base = rows.held(None)
     made = [
-        Lane(lane, rows.slots(lane.slots), _computing(reader, rows), rows.everyone(lane.slots))
+        Lane(
+            lane,
+            rows.slots(lane.slots),
+            _computing(reader, rows),
+            rows.everyone(lane.slots),
+            reader.base(base),
+        )
         for lane, reader in zip(lanes, readers, strict=True)
     ]
     return RowPieces(rows.batch, made, rows.module)
@@ -137,6 +145,10 @@ class _Reader:
         for name, value in self._constants.items():
             setattr(root, name, value)
         return root
+
+    def base(self, held: Held) -> list[Kept]:
+        """Where the base's tensors are kept that it reads, or that stand for copies of such."""
+        return [held(owner, leaf) for owner, leaf in self._targets if not owner.startswith(OWN)]
 
     def sources(self, held: Held) -> list[Kept]:
         """Where everything is kept that it reads."""

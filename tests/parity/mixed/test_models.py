@@ -10,6 +10,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from peftc import compiler
+from peftc.grammar.diagnostics import UsageError
 
 VOCABULARY = 96
 NAMES = ["low", "__base__", "scaled", "dora", "low", "wide"]
@@ -51,6 +52,37 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
     "t5": (t5, ["q", "v", "wo"]),
     "whisper": (whisper, ["q_proj", "v_proj", "fc2"]),
 }
+
+
+def llava() -> nn.Module:
+    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4)
+    text = hf.LlamaConfig(vocab_size=VOCABULARY, **sizes, num_key_value_heads=2, pad_token_id=0)
+    vision = hf.CLIPVisionConfig(**sizes, image_size=8, patch_size=4)
+    return hf.LlavaForConditionalGeneration(hf.LlavaConfig(vision_config=vision, text_config=text, image_token_id=95))
+
+
+@torch.no_grad()
+def test_images_beside_a_text() -> None:
+    """The tower's rows are images: both are of the first row here."""
+    torch.manual_seed(0)
+    model = compiler.apply(llava().eval(), "adapter tower = lora(rank = 2) { on q_proj }").eval()
+    model.add_adapter("adapter text = lora(rank = 2) { on language_model.**.q_proj }")
+    for each in model.adapter_bank.parameters():
+        each.add_(torch.randn_like(each) * 0.3)
+    ids = torch.randint(3, 90, (2, 12))
+    ids[0, 1:9] = 95
+    call = {"input_ids": ids, "pixel_values": torch.randn(2, 3, 8, 8), "attention_mask": torch.ones_like(ids)}
+    with pytest.raises(UsageError, match=r"E528.*vision_tower.*whose rows are images"):
+        model(**call, adapter_names=["text", "tower"])
+    with pytest.raises(UsageError, match="E528"):
+        model.generate(**call, adapter_names=["text", "tower"], max_new_tokens=2)
+    mixed = model(**call, adapter_names=["text", "__base__"]).logits
+    model.set_adapter("text")
+    assert_close(mixed[0], model(**call).logits[0], atol=1e-5, rtol=1e-5)
+    with model.disable_adapter():
+        assert_close(mixed[1], model(**call).logits[1], atol=1e-5, rtol=1e-5)
+
+
 OPTIONS = ({}, {"num_beams": 3}, {"cache_implementation": "static"}, {"num_return_sequences": 2, "num_beams": 2})
 
 

@@ -11,8 +11,8 @@ def chosen(*tensors):
     return Chosen([(adapter, 1.0)], None), held
 
 
-def assigned(batch, *names, stretches=False):
-    batch.assigned = Assigned(names, stretches)
+def assigned(batch, *names, repeats=frozenset()):
+    batch.assigned = Assigned(names, repeats)
     return batch
 
 
@@ -68,7 +68,7 @@ def test_rows_stretch_only_where_they_may():
     batch = assigned(MixedBatch(), one, None)
     assert batch.fits(2)
     assert not batch.fits(4)
-    assigned(batch, one, None, stretches=True)
+    assigned(batch, one, None, repeats=frozenset({1, 2}))
     assert not batch.fits(3)
     assert batch.fits(4)
     assert batch.rows == (one, one, None, None)
