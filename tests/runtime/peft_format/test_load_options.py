@@ -9,7 +9,7 @@ from peftc.runtime.peft_format.load_options import LoadOptions
 
 # What is said of the model, not of how a checkpoint is read.
 APART = {"self", "model", "peft_model_id", "adapter_name", "prepare_for_kbit_training", "regions", "progress"}
-APART |= {"torch_device"}  # PEFT's, which changes nothing
+APART |= {"torch_device", "hotswap"}  # PEFT's, which changes nothing; and which adapter it takes the place of
 
 
 @pytest.mark.parametrize("function", [compiler.load, compiler.AdaptedModel.load_adapter])
