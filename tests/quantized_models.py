@@ -11,6 +11,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig
 
 from peftc import compiler
+from tests import zoo
 
 # Double quantization, and a compute type that is not the model's: all that a 4-bit linear can have.
 KINDS: dict[str, dict[str, Any]] = {
@@ -90,11 +91,7 @@ def copy_with(kind: str, spec: str) -> Any:
 
 def move(adapted: Any) -> Any:
     """The same model with adapters that do something."""
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in adapted.adapter_bank.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-    return adapted
+    return zoo.noisy(adapted, seed=1, std=0.1)
 
 
 def logits(model: Any, ids: torch.Tensor = IDS) -> torch.Tensor:

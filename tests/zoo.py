@@ -44,3 +44,12 @@ def make(name: str, seed: int = 0, **fields: Any) -> Any:
     kind, config, own = MODELS[name]
     torch.manual_seed(seed)
     return kind(config(**{**own, **fields})).eval()
+
+
+def noisy(adapted: Any, seed: int = 3, std: float = 0.2) -> Any:
+    """The same model, its adapters away from where they start: they do something."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for each in adapted.adapter_bank.parameters():
+            each.add_(torch.randn_like(each) * std)
+    return adapted

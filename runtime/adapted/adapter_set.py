@@ -214,7 +214,7 @@ class AdapterSet:
         Raises UsageError, before anything changes, for an unknown name, a name twice, a weight its method cannot
         carry, or two adapters that train a copy of the same tensor.
         """
-        self.tenant(active)
+        self.check(active)
         chosen = {name for name, _ in active}
         self.active = active
         if trainable is not None:

@@ -23,15 +23,7 @@ IDS = torch.randint(3, 64, (4, 6), generator=torch.Generator().manual_seed(0))
 
 
 def made(spec: str = SPEC, name: str = "llama", **options: Any) -> Any:
-    return noisy(compiler.apply(zoo.make(name), spec, **options).eval())
-
-
-def noisy(model: Any) -> Any:
-    torch.manual_seed(3)
-    with torch.no_grad():
-        for each in model.adapter_bank.parameters():
-            each.add_(torch.randn_like(each) * 0.2)
-    return model
+    return zoo.noisy(compiler.apply(zoo.make(name), spec, **options).eval())
 
 
 def by_row(model: Any, names: Any, **more: Any) -> torch.Tensor:
@@ -77,7 +69,7 @@ def test_graphs_are_not_those_of_plain_calls(copied: str, first: str) -> None:
     more: dict[str, Any] = tokens if copied == "tokens" else whole
     for name in "cd":
         model.add_adapter(name, {"peft_type": "LORA", "r": 2, "target_modules": ["q_proj"], **more})
-    noisy(model)
+    zoo.noisy(model)
     model.set_adapter("c")
     model.set_requires_grad(["c", "d", "z"])
     calls = [lambda: model(input_ids=IDS).logits, lambda: by_row(model, ["c", "d", "c", "z"])]

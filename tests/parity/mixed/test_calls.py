@@ -20,17 +20,9 @@ NAMES = ["two", "one", "__base__", "six"]
 IDS = torch.randint(3, 64, (4, 6), generator=torch.Generator().manual_seed(0))
 
 
-def noisy(model: Any) -> Any:
-    torch.manual_seed(3)
-    with torch.no_grad():
-        for parameter in model.adapter_bank.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.2)
-    return model
-
-
 @pytest.fixture(scope="module")
 def model() -> Any:
-    return noisy(compiler.apply(zoo.make("llama", num_hidden_layers=2), SPEC).eval())
+    return zoo.noisy(compiler.apply(zoo.make("llama", num_hidden_layers=2), SPEC).eval())
 
 
 @pytest.fixture(autouse=True)
@@ -106,7 +98,7 @@ def test_what_is_refused_changes_nothing(model: Any, names: Any, code: str, said
 
 
 def test_merged_and_disabled_adapters_are_in_no_row() -> None:
-    model = noisy(compiler.apply(zoo.make("llama"), SPEC).eval())
+    model = zoo.noisy(compiler.apply(zoo.make("llama"), SPEC).eval())
     model.merge_adapter()
     with pytest.raises(UsageError, match=r"E528.*merged"):
         by_row(model, NAMES)
@@ -126,7 +118,7 @@ def test_virtual_tokens_are_refused() -> None:
 
 def test_experts_that_mix_rows_are_named() -> None:
     spec = "adapter one = lora(rank = 2) { on q_proj, experts.gate_up_proj }"
-    model = noisy(compiler.apply(zoo.make("moe"), spec).eval())
+    model = zoo.noisy(compiler.apply(zoo.make("moe"), spec).eval())
     with pytest.raises((ModelError, UsageError), match=r"E465|E529"):
         by_row(model, ["one", "__base__", "one", "one"])
 

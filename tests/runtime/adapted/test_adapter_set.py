@@ -125,3 +125,14 @@ def test_activating_while_disabled_waits(adapted, state):
 def test_no_adapter_is_the_base(adapted, state):
     state.activate(())
     assert_close(adapted(X), adapted[2](torch.tanh(adapted[0](X))))
+
+
+def test_switching_what_is_trained_makes_nothing_anew(adapted, state):
+    """Gradients reach the one that comes: what was made for it is found, and not made for one that rests first."""
+    first, second = state.names()[:2]
+    seen = []
+    for name in (first, second) * 2:
+        adapted.set_adapter(name)
+        seen.append(state.engine.active)
+    assert seen[2] is seen[0]
+    assert seen[3] is seen[1]
