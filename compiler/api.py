@@ -1,13 +1,13 @@
 """apply and load: from a model and a spec, or a checkpoint, to an adapted model."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from os import PathLike
 from typing import Any
 
-import torch
 from torch import fx, nn
 
+from peftc.compiler.example_calls import prepare
 from peftc.compiler.export_model.exportable import Exportable
 from peftc.compiler.load_model.quantizing import check_is_backed, check_stored, quantize_linears
 from peftc.compiler.pipeline.lower import lower, specialise
@@ -31,6 +31,7 @@ from peftc.passes.quantized.schemes.known import packed_modules
 from peftc.runtime.adapted.adapted_class import adapted_class
 from peftc.runtime.adapted.adapter_set import AdapterSet
 from peftc.runtime.adapted.base_weights import ADAPTED, STATE, BaseProvenance, BaseWeights, base_view
+from peftc.runtime.adapted.routed_call import Route
 from peftc.runtime.base.overlay import BANK
 from peftc.runtime.base.share import rebound, share
 from peftc.runtime.execution.call import Call
@@ -40,14 +41,16 @@ from peftc.runtime.execution.segments import Recompute
 from peftc.runtime.init.calibration import Batches
 from peftc.runtime.init.dense import Source
 from peftc.runtime.model import model as runtime
-from peftc.runtime.model.adding import FreshOptions, add_fresh, plan_adapters
-from peftc.runtime.model.described import described
-from peftc.runtime.model.loading import load_adapter
+from peftc.runtime.model.adding import FreshOptions, plan_adapters
+from peftc.runtime.model.described import described, described_route
+from peftc.runtime.model.loading import add_route, load_adapter
+from peftc.runtime.model.weighted import add_described
 from peftc.runtime.peft_format.load_options import LoadOptions
 from peftc.runtime.regions.modules import layers_become_regions
 from peftc.runtime.regions.places import DEFAULT, checked
 from peftc.runtime.regions.region import RegionCall, RegionTrace
 from peftc.runtime.regions.within import HEAD
+from peftc.runtime.routing.route import add_nothing_else, chosen_route
 
 
 class Compiler:
@@ -177,6 +180,7 @@ def apply(
     low_cpu_mem_usage: bool = False,
     prepare_for_kbit_training: bool = True,
     regions: Regions | None = None,
+    routes: Mapping[str, Route] | None = None,
     progress: bool = True,
 ) -> AdaptedModel:
     """Put the adapters of a spec into a model.
@@ -210,6 +214,7 @@ def apply(
             ("layers"), adapted modules alone ("modules"), or the whole model at once ("model"). Everything else runs
             the model's own Python. Said here it wins over what `base { regions = ... }` of the spec says; where neither
             says, it is "layers".
+        routes: What the spec's `route = NAME` stands for, by that name: see `AdaptedModel.set_route`.
         progress: Say on a terminal what a call waits for, where graphs are made for more than a second. Nothing is
             written to files, pipes and notebooks, nor anywhere if the environment has `PEFTC_PROGRESS=0`.
 
@@ -222,10 +227,20 @@ def apply(
         CheckpointError: a config says what is not supported, all of that at once.
         ModelError: the model cannot be copied or traced.
         UsageError: a method needs a calibration, and it is missing or reaches not every site; or a tokenizer, or the
-            dense model; or, a TypeError too, `spec` is of a type that describes no adapter.
+            dense model; what the spec combines cannot be; or, a TypeError too, `spec` is of a type that describes no
+            adapter.
     """
+    if (routed := described_route(spec)) is not None:
+        said = {"example_inputs": example_inputs, "calibration": calibration, "tokenizer": tokenizer, "dense": dense}
+        add_nothing_else(said, routes)
+        adapted = adapt(_checked(model), regions=DEFAULT if regions is None else checked(regions), progress=progress)
+        if prepare_for_kbit_training:
+            adapted._adapter_state.base.widen()
+        add_route(adapted, *routed, LoadOptions(is_trainable=True, autocast_adapter_dtype=autocast_adapter_dtype))
+        return adapted
     found = described(spec)
     meant = found.spec
+    route = chosen_route(meant.route, routes or {})
     wanted = checked(regions) if regions is not None else meant.regions or DEFAULT
     adapted = adapt(_checked(model), regions=wanted, progress=progress)
     state = adapted._adapter_state
@@ -240,8 +255,10 @@ def apply(
     if prepare_for_kbit_training:
         state.base.widen()
     options = FreshOptions(calibration, tokenizer, dense, upcast=autocast_adapter_dtype)
-    add_fresh(adapted, planned, meant.active, options, trainable=found.trains())
+    add_described(adapted, planned, meant, options, trainable=found.trains())
     state.base.facts.told(found.facts)
+    if route is not None:
+        adapted.set_route(route)
     if example_inputs is not None:
         prepare(adapted, example_inputs)
     return adapted
@@ -360,25 +377,6 @@ def mark_adapted(adapted: AdaptedModel) -> None:
     """Let transformers know that there are adapters to train, without which it refuses to train a quantized model."""
     if getattr(adapted, contract.QUANTIZED, False):
         adapted.__dict__[ADAPTED] = True
-
-
-def prepare(adapted: runtime.AdaptedModel, example_inputs: Sequence[Any] | Mapping[str, Any]) -> Call:
-    """Trace and specialise the graph for calls like this one, now. Returns the call. Raises ModelError."""
-    call = call_like(adapted, example_inputs)
-    adapted._adapter_state.engine.program(call)
-    return call
-
-
-def call_like(adapted: runtime.AdaptedModel, example_inputs: Sequence[Any] | Mapping[str, Any]) -> Call:
-    """The call that example inputs, positional or named, stand for. Traces nothing."""
-    named: Callable[..., dict[str, Any]] = adapted._named
-    if isinstance(example_inputs, Mapping):
-        arguments = named((), example_inputs)
-    elif isinstance(example_inputs, torch.Tensor):
-        arguments = named((example_inputs,), {})
-    else:
-        arguments = named(tuple(example_inputs), {})
-    return adapted._adapter_state.engine.call("", arguments)
 
 
 def _checked(model: nn.Module) -> nn.Module:

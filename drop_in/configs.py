@@ -5,10 +5,10 @@ from functools import cache
 from typing import Any
 
 from peftc.grammar.diagnostics import ArgumentTypeError, did_you_mean, fail
-from peftc.grammar.method.rule import MethodRule
 from peftc.grammar.spec.library import builtin_methods
 from peftc.passes.foreign import peft as contract
 from peftc.passes.foreign import peft_classes as classes
+from peftc.passes.foreign import peft_routes as routes
 from peftc.peft.refused import reason
 from peftc.runtime.peft_config.config_object import AdapterConfig
 
@@ -52,18 +52,17 @@ def _types() -> Any:
 
 @cache
 def _classes() -> dict[str, type[AdapterConfig]]:
-    """A class for every method of PEFT's that comes with peftc, by PEFT's name for it."""
-    rules: dict[str, list[MethodRule]] = {}
+    """A class for every method of PEFT's that comes with peftc, and for its route, by PEFT's name for it."""
+    found: dict[str, set[str]] = {routes.ROUTED_TYPE: {*routes.SETTINGS.values(), routes.EXPERTS}}
     for rule in builtin_methods().values():
-        if rule.peft_type:
-            rules.setdefault(rule.peft_type, []).append(rule)
+        own = {name for each in rule.peft_fields for name in (each.name, each.pattern) if name}
+        found.setdefault(rule.peft_type, set()).update(own)
     return {
-        classes.CONFIG_NAMES[kind]: _class(kind, own) for kind, own in rules.items() if kind in classes.CONFIG_NAMES
+        classes.CONFIG_NAMES[kind]: _class(kind, own) for kind, own in found.items() if kind in classes.CONFIG_NAMES
     }
 
 
-def _class(kind: str, rules: list[MethodRule]) -> type[AdapterConfig]:
-    own = {name for rule in rules for each in rule.peft_fields for name in (each.name, each.pattern) if name}
+def _class(kind: str, own: set[str]) -> type[AdapterConfig]:
     known = own | contract.HANDLED | contract.HARMLESS
 
     def made(self: AdapterConfig, **fields: Any) -> None:

@@ -8,9 +8,11 @@ from torch import nn
 
 from peftc.compiler.api import AdaptedModel, apply, load
 from peftc.grammar.diagnostics import ArgumentTypeError, UsageError, fail
+from peftc.passes.foreign.peft_routes import METHODS
 from peftc.runtime.adapted.adapted_class import adapted_class
 from peftc.runtime.base.overlay import BANK
 from peftc.runtime.model.described import config_and_name
+from peftc.runtime.routing.classifier import ScalingClassifier
 
 
 class PeftModel(AdaptedModel):
@@ -82,6 +84,12 @@ class PeftModel(AdaptedModel):
     def prepare_model_for_gradient_checkpointing(self, model: nn.Module) -> nn.Module:
         """The model as it is: layers are computed again in a way that no input has to have a gradient for."""
         return model
+
+    def __getattr__(self, name: str) -> Any:
+        """As any module; PEFT's methods for what a classifier chooses are the classifier's."""
+        if name in METHODS and isinstance(classifier := self.get_route(), ScalingClassifier):
+            return getattr(classifier, METHODS[name])
+        return super().__getattr__(name)
 
     @property
     def prefix(self) -> str:

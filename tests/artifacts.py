@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.export import Dim
 
@@ -67,6 +68,18 @@ class Routed(nn.Module):
 
     def forward(self, input_ids: Tensor, adapter_ids: Tensor) -> dict[str, Tensor]:
         total = self.inner.embed(input_ids).sum(1) * self.bank[adapter_ids]
+        return {"logits": self.inner.head(total)}
+
+
+class Banked(nn.Module):
+    """As `Routed`, with the bank as input: its first is the base's, which is row -1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Forward()
+
+    def forward(self, input_ids: Tensor, adapter_ids: Tensor, bank: dict[str, Tensor]) -> dict[str, Tensor]:
+        total = self.inner.embed(input_ids).sum(1) * bank["a.s"][adapter_ids + 1]
         return {"logits": self.inner.head(total)}
 
 
@@ -154,6 +167,35 @@ def routed_program() -> Any:
     torch.manual_seed(0)
     inputs = {"input_ids": torch.ones(3, 5, dtype=torch.int64), "adapter_ids": torch.tensor([0, 1, 0])}
     return exported(Routed(), inputs, {"input_ids": {0: Dim.AUTO, 1: Dim.AUTO}, "adapter_ids": {0: Dim.AUTO}})
+
+
+def banked_program() -> Any:
+    """Of `Banked`."""
+    torch.manual_seed(0)
+    inputs = {"input_ids": torch.ones(3, 5, dtype=torch.int64), "adapter_ids": torch.tensor([0, 1, 0])}
+    free: dict[str, Any] = {"input_ids": {0: Dim.AUTO, 1: Dim.AUTO}, "adapter_ids": {0: Dim.AUTO}}
+    free["bank"] = {"a.s": {0: Dim.AUTO}}
+    return exported(Banked(), {**inputs, "bank": {"a.s": torch.ones(4, WIDTH)}}, free)
+
+
+def write_banked(directory: Path, rows: Mapping[str, Tensor], *, base: bool = True, **artifact: Any) -> Path:
+    """An artifact of `Banked`, with a file for each row."""
+    (directory / "adapters").mkdir(parents=True)
+    for name, value in rows.items():
+        save_file({"a.s": value}, directory / "adapters" / f"{name}.safetensors")
+    taken = {"name": "a.s", "shape": ["adapters", WIDTH], "dtype": "float32", "slots": ["slots.p0__a"], "turned": False}
+    inputs = [TOKENS, tensor("adapter_ids", "batch", dtype="int64"), {"name": "bank", "tensors": [taken]}]
+    entry = {"file": "forward.pt2", "inputs": inputs, "outputs": [LOGITS], "state": {}}
+    facts: dict[str, Any] = {
+        "format": 2,
+        "adapters": "routed",
+        "adapter_names": [name for name in rows if name != "__base__"],
+        "adapter_files": {name: f"adapters/{name}.safetensors" for name in rows},
+        "bank": {"base": base, "constants": {}},
+        "dimensions": {**DIMENSIONS, "adapters": {"min": 1, "max": None}},
+        "entries": {"forward": entry},
+    }
+    return write_forward(directory, banked_program(), **{**facts, **artifact})
 
 
 def speaking_program() -> tuple[nn.Module, Any]:

@@ -22,9 +22,8 @@ LONGEST = 400
 MOST_FILES = 20
 
 # PEFT's own names, and the keys of other libraries' files, are foreign formats' words: one file a library.
-FOREIGN_NAMES = {f"passes/foreign/{library}.py" for library in ("peft", "peft_classes", "diffusers", "kohya")} | {
-    "drop_in/refused.py"
-}
+LIBRARIES = ("peft", "peft_classes", "peft_routes", "diffusers", "kohya")
+FOREIGN_NAMES = {f"passes/foreign/{library}.py" for library in LIBRARIES} | {"drop_in/refused.py"}
 
 FILES = sorted(file for folder in ORDER for file in (ROOT / folder).rglob("*.py"))
 
@@ -221,8 +220,9 @@ def named_methods(tree: ast.Module, methods: frozenset[str]) -> list[str]:
 
 
 # Methods whose name is a word the code has for something else: `Miss`, why a rewrite does not apply; the beginning of a
-# name; what a method puts in front of the embedded tokens (`prompt'`) or of the cache, whichever method it is.
-WORDS = frozenset({"miss", "prefix", "prompt"})
+# name; what a method puts in front of the embedded tokens (`prompt'`) or of the cache, whichever method it is; numpy's
+# polynomial of its roots.
+WORDS = frozenset({"miss", "poly", "prefix", "prompt"})
 
 
 def test_no_method_is_known_by_name():

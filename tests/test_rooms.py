@@ -48,6 +48,7 @@ ORDER = (
     "runtime/other_formats",
     "runtime/regions",
     "runtime/adapted",
+    "runtime/routing",
     "runtime/model",
     "compiler/load_model",
     "compiler/pipeline",

@@ -75,7 +75,8 @@ def _onnx(path: str) -> Callable[..., Any]:
     names = [each.name for each in session.get_outputs()]
 
     def call(**inputs: Any) -> dict[str, torch.Tensor]:
-        tensors = {f"adapter.{name}": value for name, value in inputs.pop("adapter", {}).items()}
+        groups = {name: inputs.pop(name) for name in ("adapter", "bank") if name in inputs}
+        tensors = {f"{group}.{name}": value for group, inner in groups.items() for name, value in inner.items()}
         given = {name: value.numpy() for name, value in {**inputs, **tensors}.items()}
         return dict(zip(names, map(torch.from_numpy, session.run(None, given)), strict=True))
 
@@ -96,6 +97,7 @@ class _Artifact:
         self._directory = directory
         self._facts = json.loads((directory / "manifest.json").read_text())["artifact"]
         self._modules: dict[str, Any] = {}
+        self._stacked: dict[str, torch.Tensor] = {}
 
     def call(self, calls: Sequence[Mapping[str, Any]]) -> list[dict[str, torch.Tensor]]:
         """Call entries, one after the other.
@@ -141,6 +143,8 @@ class _Artifact:
 
     def _step(self, entry: str, known: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         facts = self._facts["entries"][entry]
+        if any(each["name"] == "bank" for each in facts["inputs"]):
+            known = {**known, "bank": self._bank()}
         given = {each["name"]: _chosen(each, known[each["name"]]) for each in facts["inputs"]}
         outputs = self._module(facts["file"])(**given)
         assert list(outputs) == [each["name"] for each in facts["outputs"]]
@@ -160,6 +164,11 @@ class _Artifact:
             load = next(each for suffix, each in LOADERS.items() if file.endswith(suffix))
             self._modules[file] = load(str(self._directory / file))
         return self._modules[file]
+
+    def _bank(self) -> dict[str, torch.Tensor]:
+        if not self._stacked:
+            self._stacked = read_bank(self._directory)
+        return self._stacked
 
     def _adapter(self, name: str | None) -> dict[str, Any]:
         if name is None:
@@ -183,6 +192,14 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
             data = torch.frombuffer(bytearray(raw[start + first : start + last]), dtype=TYPES[facts["dtype"]])
             found[name] = data.reshape(facts["shape"])
     return found
+
+
+def read_bank(directory: Path) -> dict[str, torch.Tensor]:
+    """What rows of an artifact choose from: of all adapters in order, in front of them the base's."""
+    facts = json.loads((directory / "manifest.json").read_text())["artifact"]
+    names = ["__base__"] * facts["bank"]["base"] + facts["adapter_names"]
+    rows = [read_tensors(directory / facts["adapter_files"][name]) for name in names]
+    return {name: torch.stack([each[name] for each in rows]) for name in rows[0]}
 
 
 def _serve() -> None:

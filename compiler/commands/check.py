@@ -50,12 +50,11 @@ def check(
     if problems or meant is None:
         raise _error(problems)
     if json:
-        names = [each.name for each in meant.adapters]
-        console.write_json({"ok": True, "spec": str(spec), "adapters": names, "model": model})
+        console.write_json({"ok": True, "spec": str(spec), "adapters": list(meant.names), "model": model})
         return
     if adapters is not None:
         console.show(report.adapters_report(adapters))
-    count = len(meant.adapters)
+    count = len(meant.names)
     fits = "" if model is None else f", fits {model}"
     console.write(f"OK: {spec}: {count} {'adapter' if count == 1 else 'adapters'}{fits}\n")
 

@@ -9,7 +9,7 @@ import typer
 
 from peftc import compiler
 from peftc.compiler.commands import arguments
-from peftc.compiler.export_model.export_options import ExportOptions
+from peftc.compiler.export_model.export_options import MERGED, ExportOptions
 from peftc.compiler.report import console, export_report
 from peftc.compiler.report.facts import ExportFacts
 from peftc.grammar.diagnostics import UsageError
@@ -18,6 +18,7 @@ from peftc.grammar.spec.spec import Spec
 
 DEFAULT = "default"
 
+_WEIGHED = re.compile(r"(.+)=([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)", re.DOTALL)
 _NAMED = re.compile(r"([A-Za-z_][\w-]*)=(.+)", re.DOTALL)
 
 
@@ -42,7 +43,7 @@ def export(
             "--into",
             metavar="ARTIFACT",
             show_default=False,
-            help="Instead of -o: add the adapters to an artifact that takes them as inputs.",
+            help="Instead of -o: add the adapters to an artifact that takes them as inputs, or has rows choose.",
         ),
     ] = None,
     also: Annotated[
@@ -80,8 +81,20 @@ def export(
         list[str] | None,
         typer.Option(
             "--adapter",
-            metavar="NAME",
-            help="Which adapters; may be repeated. Without it all, or those that the spec activates.",
+            metavar="NAME[=WEIGHT]",
+            help="Which adapters, and with what weight they are merged; may be repeated. Without it all, or those that "
+            "the spec activates.",
+            show_default=False,
+        ),
+    ] = None,
+    rank: Annotated[
+        int | None,
+        typer.Option(
+            "--rank",
+            metavar="N",
+            min=1,
+            help="Of routed adapters: the rank that there is room for in those that --into adds later; the largest of "
+            "those that are exported, unless said.",
             show_default=False,
         ),
     ] = None,
@@ -152,6 +165,7 @@ def export(
         format=format,
         adapters=adapters,
         entry=entry,
+        rank=rank,
         max_batch_size=max_batch_size,
         max_length=max_length,
         max_drift=max_drift,
@@ -162,6 +176,9 @@ def export(
     )
     _check_place(out, into, options)
     _check_meant(options)
+    chosen = _chosen(adapter or ())
+    if isinstance(chosen, dict) and (into is not None or adapters != MERGED):
+        raise typer.BadParameter("--adapter NAME=WEIGHT has no meaning here: what is not merged has no weight")
     with console.progress(not json) as progress:
         progress("loading the model")
         source = _source(adapter_source, also or ())
@@ -181,16 +198,15 @@ def export(
         facts: ExportFacts | None = None
         try:
             if into is not None:
-                chosen = adapter or None
                 added = compiler.export_adapters(
-                    source, found, into, adapter_names=chosen, use=use, seed=seed, force=force
+                    source, found, into, adapter_names=adapter or None, use=use, seed=seed, force=force
                 )
             elif out is not None:
                 facts = compiler.export(
                     source,
                     found,
                     out,
-                    adapter_names=adapter or None,
+                    adapter_names=chosen,
                     use=use,
                     seed=seed,
                     force=force,
@@ -220,6 +236,20 @@ def _check_place(out: Path | None, into: Path | None, options: ExportOptions) ->
     if into is not None and said:
         flag = "--" + said[0].replace("_", "-")
         raise typer.BadParameter(f"{flag} has no meaning with --into: the artifact stays what it is")
+
+
+def _chosen(given: Sequence[str]) -> list[str] | dict[str, float] | None:
+    """The adapters that are named: with weights if one has a weight, and None where none is named."""
+    if not any(map(_WEIGHED.fullmatch, given)):
+        return list(given) or None
+    weights: dict[str, float] = {}
+    for each in given:
+        match = _WEIGHED.fullmatch(each)
+        name = match[1] if match else each
+        if name in weights:
+            raise typer.BadParameter(f"--adapter: {name!r} is named twice")
+        weights[name] = float(match[2]) if match else 1.0
+    return weights
 
 
 def _say_added(files: Sequence[str], into: str, json: bool) -> None:

@@ -1,4 +1,7 @@
-"""Adds adapters to an artifact that takes them as inputs: its programs stay as they are."""
+"""Adds adapters to an artifact that takes them as inputs, or has rows choose from them.
+
+Its programs stay as they are.
+"""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -9,10 +12,11 @@ from typing import Any
 
 import torch
 
+from peftc.compiler.export_model.adding_rows import bank_rows
 from peftc.compiler.export_model.artifacts import adapter_file, write_adapter
 from peftc.compiler.export_model.merged_facts import made_by
 from peftc.compiler.export_model.output import MANIFEST, digest, moved_into, write_text
-from peftc.compiler.export_model.programs import in_slots
+from peftc.compiler.export_model.slots import in_slots
 from peftc.grammar.diagnostics import UsageError, fail
 from peftc.runtime.artifact.manifest import read_manifest
 from peftc.runtime.model.model import AdaptedModel
@@ -23,9 +27,11 @@ def add_adapters(adapted: AdaptedModel, directory: Path, names: Sequence[str], *
 
     Raises UsageError, and CheckpointError for what is no artifact.
     """
-    if read_manifest(directory).adapters != "inputs":
-        message = "only an artifact with adapters as inputs can be given more of them"
-        fail(UsageError, "E640", message, help="export the adapters together", where=str(directory))
+    read = read_manifest(directory)
+    if read.adapters == "merged" or (read.adapters == "routed" and read.bank is None):
+        message = "an artifact whose programs hold their adapters can be given no more of them"
+        help = "export with adapters='inputs' or 'routed' (--adapters), by this version"
+        fail(UsageError, "E640", message, help=help, where=str(directory))
     manifest: dict[str, Any] = json.loads((directory / MANIFEST).read_bytes())
     artifact = manifest["artifact"]
     for name in names:
@@ -35,8 +41,11 @@ def add_adapters(adapted: AdaptedModel, directory: Path, names: Sequence[str], *
     if adapted.base_fingerprint() != manifest["model"]["fingerprint"]:
         message = "the artifact was made of another base"
         fail(UsageError, "E654", message, help="give the model that it was exported from", where=str(directory))
-    taken = _taken(artifact)
-    found = {name: _tensors(adapted, taken, name) for name in names}
+    if read.bank is None:
+        taken = _taken(artifact)
+        found = {name: _tensors(adapted, taken, name) for name in names}
+    else:
+        found = bank_rows(adapted, directory, read, names)
     files: dict[str, str] = artifact["adapter_files"]
     replaced = {name: files[name] for name in names if name in files}
     for name, tensors in found.items():

@@ -13,11 +13,13 @@ import torch
 from transformers import PreTrainedModel
 
 from peftc.compiler.export_model import backends, entries
+from peftc.compiler.export_model.bank import Bank, bank_facts, check_alike, read_bank
 from peftc.compiler.export_model.entries import EntryCall
 from peftc.compiler.export_model.export_options import ExportFormat, ExportOptions
 from peftc.compiler.export_model.measuring import check_drift, measured
 from peftc.compiler.export_model.programs import BuiltProgram, alone, make, own_tensors
 from peftc.grammar.diagnostics import ModelError, UsageError, fail
+from peftc.passes.export.exported import ADAPTER
 from peftc.passes.foreign import transformers as contract
 from peftc.passes.quantized.schemes.known import packed_modules
 from peftc.passes.route.laws import UnroutedError
@@ -28,7 +30,8 @@ from peftc.runtime.merge.rounding import in_evaluation
 from peftc.runtime.model.merging import merged_copy
 from peftc.runtime.model.model import AdaptedModel
 
-FORMAT = 1  # raised when a reader of the format before would misunderstand the manifest
+# Raised when a reader of the format before would misunderstand the manifest, as of a bank that programs are given.
+FORMAT, WITH_BANK = 1, 2
 
 
 def write_artifact(adapted: AdaptedModel, directory: Path, options: ExportOptions) -> dict[str, Any]:
@@ -42,25 +45,28 @@ def write_artifact(adapted: AdaptedModel, directory: Path, options: ExportOption
 
 
 def _written(adapted: AdaptedModel, directory: Path, options: ExportOptions) -> dict[str, Any]:
-    names = _alike(adapted, options)
+    names = _names(adapted, options)
+    bank = read_bank(adapted, names, options.rank) if options.adapters == "routed" else None
+    if options.adapters == "inputs":
+        check_alike({name: adapted._adapter_state.adapter(name) for name in names})
     length = options.max_length or entries.length_of(adapted)
     entry = options.entry or ("generate" if entries.can_generate(adapted) else "forward")
     with TemporaryDirectory(prefix="merged.", dir=directory, ignore_cleanup_errors=True) as scratch:
         with _source(adapted, options, names, Path(scratch)) as source:
             programs: list[BuiltProgram] = []
             for call in entries.entered(source, entry, options.example_inputs):
-                programs.append(_made(source, call, options, names, length, programs))
+                programs.append(_made(source, call, options, names, length, programs, bank))
         drift = measured(adapted, programs, options.adapters, names, options.example_inputs)
         check_drift(drift, options.max_drift, options.min_agreement)
         for each in programs:
             backends.save(each, directory, options.program_format)
-    files = _write_adapters(adapted, directory, programs[0], names) if options.adapters == "inputs" else {}
+    files = _write_adapters(directory, _tensors(adapted, programs, names, bank))
     _write_config(adapted, directory, options)
     if options.program_format in ("pt2", "onnx"):
         backends.write_layout(directory, programs, options.program_format, adapted.base_class.__name__)
     return {
         "artifact": {
-            "format": FORMAT,
+            "format": FORMAT if bank is None else WITH_BANK,
             "backend": options.program_format,
             "adapters": options.adapters,
             "dimensions": _dimensions(programs),
@@ -68,6 +74,7 @@ def _written(adapted: AdaptedModel, directory: Path, options: ExportOptions) -> 
             "entries": {name: _entry(made, options.program_format) for made in programs for name in made.entered.names},
             "adapter_names": list(names) if options.adapters != "merged" else [],
             "adapter_files": files,
+            "bank": None if bank is None else bank_facts(bank),
             "generation": _generation(adapted) if entry == entries.GENERATE else None,
             "machine": backends.machine(options.program_format),
         },
@@ -86,6 +93,12 @@ def _check(adapted: AdaptedModel, options: ExportOptions) -> None:
         fail(UsageError, "E525", "there is no adapter, so there is nothing to export", help=help)
     if options.adapters == "merged" and not (state.active or state.displaced):
         fail(UsageError, "E517", "no adapter is active, so there is nothing to export", help="call set_adapter first")
+    state.inputs.check_fixed(state.names(), "what is exported")
+    active = [name for name, _ in state.active]
+    for name in active if options.adapters == "merged" else (options.adapter_names or state.names()):
+        if any(at.bound.tasks for at in state.adapter(name).plan.sites):
+            message = f"adapter {name!r} has other weights for every task, which a program cannot be told"
+            fail(UsageError, "E656", message, help="serve the model with peftc, or export other adapters")
     held = packed_modules(adapted)
     if held and (options.adapters != "merged" or options.quantized != DEQUANTIZE):
         label = next(iter(held.values())).packing.label
@@ -94,24 +107,12 @@ def _check(adapted: AdaptedModel, options: ExportOptions) -> None:
         fail(UsageError, "E643", message, help=help)
 
 
-def _alike(adapted: AdaptedModel, options: ExportOptions) -> tuple[str, ...]:
-    """The adapters that a program is for. Raises UsageError where one of them needs another program than the first."""
+def _names(adapted: AdaptedModel, options: ExportOptions) -> tuple[str, ...]:
+    """The adapters that a program is for."""
     state = adapted._adapter_state
     if options.adapters == "merged":
         return tuple(name for name, _ in state.base.merged or state.active)
-    names = tuple(options.adapter_names or state.names())
-    first: tuple[object, Any] | None = None
-    for name in names:
-        with alone(adapted, name):
-            structure = state.engine.structure
-        sizes = [(key.site, key.role, tuple(tensor.shape)) for key, tensor in state.adapter(name).items()]
-        if first is None:
-            first = structure, sizes
-        elif first != (structure, sizes):
-            message = f"adapters {names[0]!r} and {name!r} are not laid out alike, and one program serves alike ones"
-            help = "say which with adapter_names, or --adapter: same method, places and sizes"
-            fail(UsageError, "E646", message, help=help)
-    return names
+    return tuple(options.adapter_names or state.names())
 
 
 @contextmanager
@@ -133,23 +134,36 @@ def _made(
     names: Sequence[str],
     length: int | None,
     before: Sequence[BuiltProgram],
+    bank: Bank | None,
 ) -> BuiltProgram:
     limits = {"max_batch_size": options.max_batch_size, "max_length": length}
     slots = {name: target for made in before for name, target in made.slots.items()}
     try:
-        return make(adapted, entered, options.adapters, names, **limits, beside=slots)
+        return make(adapted, entered, options.adapters, names, **limits, beside=slots, bank=bank)
     except UnroutedError as error:
         where = f" at {error.site}" if error.site else ""
         message = f"rows cannot choose among these adapters{where}: {error.reason}"
         fail(ModelError, "E647", message, help="export the adapters as inputs, or one artifact for each, merged")
 
 
-def _write_adapters(adapted: AdaptedModel, directory: Path, made: BuiltProgram, names: Sequence[str]) -> dict[str, str]:
-    """A file for each adapter, with the tensors of the input `adapter`."""
+def _tensors(
+    adapted: AdaptedModel, programs: Sequence[BuiltProgram], names: Sequence[str], bank: Bank | None
+) -> dict[str, Mapping[str, torch.Tensor]]:
+    """What the programs take of each adapter beside the other inputs, and of the base where rows choose."""
+    if bank is None:
+        taken = any(each["name"] == ADAPTER for each in programs[0].inputs)
+        return {name: own_tensors(adapted, programs[0], name) for name in names} if taken else {}
+    return {row: {name: value for made in programs for name, value in made.rows[row].items()} for row in bank.names}
+
+
+def _write_adapters(directory: Path, adapters: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, str]:
+    """A file for each adapter."""
+    if not adapters:
+        return {}
     (directory / "adapters").mkdir()
-    files = {name: adapter_file(name, index) for index, name in enumerate(names)}
+    files = {name: adapter_file(name, index) for index, name in enumerate(adapters)}
     for name, file in files.items():
-        write_adapter(directory / file, own_tensors(adapted, made, name))
+        write_adapter(directory / file, adapters[name])
     return files
 
 

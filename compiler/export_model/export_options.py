@@ -46,7 +46,8 @@ class ExportOptions:
     format: Format = CHECKPOINT
     adapters: Adapters = MERGED
     entry: Entry | None = None  # generate where the model can, else forward
-    adapter_names: Sequence[str] | None = None  # those that are inputs, or routed; all
+    adapter_names: Sequence[str] | Mapping[str, float] | None = None  # merged: the active ones; else all, no weights
+    rank: int | None = None  # of adapters that are added later; the largest of those that are routed
     example_inputs: Mapping[str, Any] | None = None  # named; drawn where it is known how
     tokenizer: Any | None = None  # written too
     max_batch_size: int | None = None  # no limit
@@ -82,8 +83,11 @@ class ExportOptions:
             return Unmeant("max_shard_size", f"it is for checkpoints, not for {self.format}", "leave it out")
         elif "safe_merge" in said and self.adapters != MERGED:
             return Unmeant("safe_merge", "nothing is merged where adapters are inputs or routed", "leave it out")
-        if "adapter_names" in said and self.adapters == MERGED:
-            return Unmeant("adapter_names", "the active adapters are merged", "call set_adapter first")
+        if isinstance(self.adapter_names, Mapping) and self.adapters != MERGED:
+            reason = "adapters that are inputs or routed have no weights"
+            return Unmeant("adapter_names", reason, "give a list of names")
+        if "rank" in said and self.adapters != "routed":
+            return Unmeant("rank", "it is for a bank that rows choose from", "choose routed adapters")
         return None
 
     def check(self) -> None:
@@ -96,7 +100,7 @@ class ExportOptions:
         found = self.unmeant()
         if found is not None:
             fail(UsageError, "E640", f"{found.option} has no meaning here: {found.reason}", help=found.help)
-        for name in ("max_batch_size", "max_length"):
+        for name in ("max_batch_size", "max_length", "rank"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 fail(UsageError, "E649", f"{name} cannot be {value!r}", help="give a whole number from 1 on")

@@ -1,6 +1,7 @@
 """export: an adapted model in a form that needs no peftc."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from os import PathLike
 from pathlib import Path
@@ -15,8 +16,11 @@ from peftc.compiler.export_model.export_options import CHECKPOINT, MERGED, Adapt
 from peftc.compiler.export_model.measuring import SEED, check_drift
 from peftc.compiler.export_model.merged_facts import adapter_facts, merged_facts
 from peftc.compiler.export_model.output import check_target, replaced, seal
+from peftc.compiler.export_model.programs import activated
 from peftc.compiler.trace.example_inputs import drawn_inputs
 from peftc.grammar.diagnostics import UsageError, fail
+from peftc.runtime.adapted.mergeable import meant
+from peftc.runtime.adapted.together import Named
 from peftc.runtime.merge.repack import Quantized
 from peftc.runtime.model.merging import write_checkpoint
 from peftc.runtime.model.model import AdaptedModel
@@ -34,7 +38,8 @@ class Exportable(AdaptedModel):
         format: Format = "checkpoint",
         adapters: Adapters = "merged",
         entry: Entry | None = None,
-        adapter_names: str | Sequence[str] | None = None,
+        adapter_names: Named | None = None,
+        rank: int | None = None,
         example_inputs: Mapping[str, Any] | None = None,
         tokenizer: Any | None = None,
         max_batch_size: int | None = None,
@@ -62,12 +67,17 @@ class Exportable(AdaptedModel):
             format: "checkpoint"; or programs: "pt2" (torch.export), "aoti" (machine code by AOTInductor, for this kind
                 of processor), "onnx".
             adapters: Of programs: "merged" has the active adapters in the weights, what changes none as constants;
-                "inputs" takes an adapter's tensors with each call, as the dictionary `adapter`; "routed" has all of
-                them, and takes `adapter_ids` `[batch]`, int64, the place of each row's in `adapter_names`.
+                "inputs" takes an adapter's tensors with each call, as the dictionary `adapter`; "routed" takes those of
+                all of them, as the dictionary `bank`, and `adapter_ids` `[batch]`, int64, the place of each row's in
+                `adapter_names`, -1 for none.
             entry: "forward" is the model's forward; "generate" has the calls that generation is made of, `prefill` and
                 `decode`, with keys and values as tensors, and the last token's logits. Left out, the latter where the
                 model can.
-            adapter_names: Which adapters are inputs, or routed; all, if left out. They are to be laid out alike.
+            adapter_names: Which adapters are merged, a list or a mapping to weights as in `merge_adapter`; the active
+                ones, if left out. Or which are inputs, or routed: all, if left out. Inputs are to be laid out alike;
+                those that are routed may have ranks and sites of their own, of one method at each site.
+            rank: Of routed adapters, the rank that there is room for in others that `export_adapters` adds later. Left
+                out, at each site the largest of those that are exported.
             example_inputs: Named arguments of a call, for a model of which they cannot be made up. The drift is
                 measured with them.
             tokenizer: Saved too, if given.
@@ -98,6 +108,7 @@ class Exportable(AdaptedModel):
             adapters=adapters,
             entry=entry,
             adapter_names=names,
+            rank=rank,
             example_inputs=example_inputs,
             tokenizer=tokenizer,
             max_batch_size=max_batch_size,
@@ -117,21 +128,25 @@ class Exportable(AdaptedModel):
         *,
         force: bool = False,
     ) -> tuple[str, ...]:
-        """Add adapters to an artifact that takes them as inputs: a file for each, and a line in its manifest.
+        """Add adapters to an artifact that takes them as inputs, or has rows choose from them: a file for each, and a
+        line in its manifest.
 
-        Nothing is traced or compiled, and the programs stay as they are.
+        Nothing is compiled, and the programs stay as they are. Whoever has opened the artifact sees them when it is
+        opened again.
 
         Args:
-            directory: What `export(..., adapters="inputs")` wrote.
-            adapter_names: Which adapters; all, if left out. They are to be laid out like those that are there.
+            directory: What `export(..., adapters="inputs")` or `"routed"` wrote.
+            adapter_names: Which adapters; all, if left out. They are to be laid out like those that are there. Where
+                rows choose, they may be of smaller ranks, where a term is of low rank, and at fewer sites: what they
+                have not is as in the base. There may be any number of them.
             force: Replace adapters of the same names.
 
         Returns:
             The names of the new files.
 
         Raises:
-            UsageError: an adapter is laid out in another way or is there already, the base is another one, the artifact
-                takes no adapters, or it cannot be written.
+            UsageError: an adapter is laid out in another way (E646), is of a larger rank than there is room for (E655)
+                or is there already, the base is another one, the artifact takes no adapters, or it cannot be written.
             CheckpointError: the directory is no artifact.
         """
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
@@ -142,10 +157,12 @@ class Exportable(AdaptedModel):
 def export_adapted(adapted: Exportable, target: Path, options: ExportOptions, *, force: bool) -> tuple[str, ...]:
     """Write an adapted model as the options say: see `AdaptedModel.export`. Returns the names of the files."""
     options.check()
-    _check_names(adapted, options.adapter_names)
+    names = options.adapter_names
+    _check_names(adapted, None if names is None else list(names))
     _check_length(adapted, options.max_length)
     check_target(target, force=force)
-    with replaced(target) as directory:
+    chosen = _merged(adapted, names) if options.adapters == MERGED and names is not None else nullcontext()
+    with chosen, replaced(target) as directory:
         if options.format == CHECKPOINT:
             facts = {**_measured(adapted, options), **merged_facts(adapted)}
             size = SHARD if options.max_shard_size is None else options.max_shard_size
@@ -155,10 +172,19 @@ def export_adapted(adapted: Exportable, target: Path, options: ExportOptions, *,
             if options.tokenizer is not None:
                 options.tokenizer.save_pretrained(directory)
         else:
-            names = options.adapter_names
-            facts = merged_facts(adapted) if options.adapters == MERGED else adapter_facts(adapted, names)
+            listed = None if names is None else list(names)
+            facts = merged_facts(adapted) if options.adapters == MERGED else adapter_facts(adapted, listed)
             facts |= write_artifact(adapted, directory, options)
         return seal(directory, facts)
+
+
+def _merged(adapted: Exportable, names: Named) -> AbstractContextManager[None]:
+    """These adapters active, which those are that are merged. Raises UsageError where they cannot be."""
+    state = adapted._adapter_state
+    if state.base.is_merged:
+        message = "the model is merged already, and which adapters are to be is said"
+        fail(UsageError, "E516", message, help="call unmerge_adapter first, or leave adapter_names out")
+    return activated(adapted, meant(state, names))
 
 
 def _measured(adapted: Exportable, options: ExportOptions) -> dict[str, Any]:

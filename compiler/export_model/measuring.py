@@ -10,7 +10,9 @@ from peftc.compiler.export_model.export_options import Adapters
 from peftc.compiler.export_model.programs import IDS, BuiltProgram, alone, own_tensors
 from peftc.grammar.diagnostics import UsageError, fail
 from peftc.passes.export.exported import ADAPTER
+from peftc.passes.export.route import BANK, NOBODY
 from peftc.passes.foreign import transformers as contract
+from peftc.passes.foreign.peft import BASE_ROWS
 from peftc.passes.ir.roles import Role, Stack
 from peftc.runtime.execution import nest
 from peftc.runtime.execution.caches import cache_in
@@ -35,10 +37,14 @@ def measured(
 
     That is the first output of a plain forward, or of a prefill and of one token after it. The inputs are those given,
     or drawn from a seed of their own: random tokens, no padding. Of adapters that are inputs, or that rows choose from,
-    at most 16 are tried. The model is to be in evaluation mode.
+    at most 16 are tried, and of the latter rows that have none, where a program can. The model is to be in evaluation
+    mode.
     """
     tried = names[:MOST]
-    given = _inputs(adapted, programs[0], inputs, rows=len(tried) if adapters == "routed" else ROWS)
+    choices: dict[int, str | None] = dict(enumerate(tried))
+    if BASE_ROWS in programs[0].rows:
+        choices[NOBODY] = None
+    given = _inputs(adapted, programs[0], inputs, rows=len(choices) if adapters == "routed" else ROWS)
     found: list[torch.Tensor] = []
     expected: list[torch.Tensor] = []
     with torch.no_grad():
@@ -51,12 +57,12 @@ def measured(
                     expected += _expected(adapted, programs, given)
                 found += _found(programs, given, [{ADAPTER: own_tensors(adapted, each, name)} for each in programs])
         else:
-            ids = torch.arange(_rows(given)) % len(tried)
+            ids = torch.tensor(list(choices))[torch.arange(_rows(given)) % len(choices)]
             own_ids: Inputs = {IDS: ids.to(next(iter(given.values())).device)}
             found += _found(programs, given, [own_ids for _ in programs])
             expected += [torch.empty_like(each) for each in found]
-            for index, name in enumerate(tried):
-                with alone(adapted, name):
+            for index, choice in choices.items():
+                with alone(adapted, choice):
                     own_rows = _expected(adapted, programs, given)
                 for rows, own in zip(expected, own_rows, strict=True):
                     rows[ids == index] = own[ids == index].to(rows.dtype)
@@ -73,7 +79,7 @@ def _found(programs: Sequence[BuiltProgram], given: Inputs, beside: Sequence[Inp
     if _goes_on(first, given):
         state = {past: outputs[present] for present, past in first.state.items()}
         known = {**state, **_one_more(given), **beside[-1]}
-        found.append(last({each["name"]: known[each["name"]] for each in last.inputs})[contract.LOGITS])
+        found.append(last(known)[contract.LOGITS])
     return found
 
 
@@ -152,7 +158,7 @@ def _inputs(adapted: AdaptedModel, made: BuiltProgram, given: Mapping[str, Any] 
     generator = torch.Generator(device).manual_seed(SEED)
     found: Inputs = {}
     for each in made.inputs:
-        if each["name"] in (ADAPTER, IDS):
+        if each["name"] in (ADAPTER, BANK, IDS):
             continue
         own = (given or {}).get(each["name"])
         if isinstance(own, torch.Tensor):

@@ -1,8 +1,9 @@
 """From an adapted model and a call to a program that stands alone."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -11,34 +12,39 @@ from torch.export import ExportedProgram
 from transformers import PreTrainedModel
 
 from peftc.compiler.export_model import entries
+from peftc.compiler.export_model.bank import Bank, Pieces, read_bank
 from peftc.compiler.export_model.entries import EntryCall
 from peftc.compiler.export_model.export_options import Adapters
+from peftc.compiler.export_model.slots import SlotValues, in_slots, slots_of, state_name
 from peftc.compiler.pipeline import managed
 from peftc.compiler.pipeline.lower import compilable
 from peftc.grammar.diagnostics import ModelError, fail
 from peftc.passes.export.exported import ADAPTER, exported_program
 from peftc.passes.export.fold import Fold, drop_unused
 from peftc.passes.export.lift import BoundError, Dimension, Lift, Lifted
-from peftc.passes.export.route import Route
+from peftc.passes.export.route import BANK, Route
 from peftc.passes.export.start_empty import StartEmpty
 from peftc.passes.foreign import transformers as contract
-from peftc.passes.ir.emit import Origin
-from peftc.passes.ir.inputs import InputSpec
+from peftc.passes.ir.inputs import InputSpec, spec_of
 from peftc.passes.ir.roles import Role
 from peftc.passes.ir.traced import Traced
+from peftc.passes.route.route_rows import prepare
 from peftc.passes.virtual_tokens.insert_prefix import CARRIED
-from peftc.runtime.execution.engine import ADAPTERS, Engine
+from peftc.runtime.adapted.base_weights import Active
+from peftc.runtime.execution.engine import Engine
 from peftc.runtime.files.tensor_file import in_file
 from peftc.runtime.model.model import AdaptedModel
 
 IDS = "adapter_ids"
+SLOTS, TURNED = "slots", "turned"  # what a manifest says of a bank's tensors
 
 
 @dataclass(frozen=True)
 class BuiltProgram:
     """A program, the call it is for, what it takes and gives: names with sizes and types, as a manifest has them.
 
-    `slots` are the attribute paths of an adapter's tensors, by the names that programs have for them.
+    `slots` are the attribute paths of an adapter's tensors, by the names that programs have for them. `rows` are what a
+    program has of each of the adapters that rows choose from, by its name.
     """
 
     entered: EntryCall
@@ -48,14 +54,21 @@ class BuiltProgram:
     dimensions: tuple[Dimension, ...]
     state: Mapping[str, str]
     slots: Mapping[str, str]
+    rows: Mapping[str, Mapping[str, torch.Tensor]] = field(default_factory=dict)
+
+    @cached_property
+    def bank(self) -> dict[str, torch.Tensor]:
+        """What rows choose from."""
+        names = next(iter(self.rows.values()), {})
+        return {name: torch.stack([each[name] for each in self.rows.values()]) for name in names}
 
     def __call__(self, inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-        """Run it as it will be run: what is given by name, dictionaries of tensors flattened."""
+        """Run it as it will be run: what is given by name, dictionaries of tensors flattened. It has its own bank."""
         signature = self.program.graph_signature
         flat: list[torch.Tensor] = []
         for each in self.inputs:
-            value = inputs[each["name"]]
-            flat += value.values() if isinstance(value, Mapping) else [value]
+            value: Any = self.bank if each["name"] == BANK else inputs[each["name"]]
+            flat += [value[inner["name"]] for inner in each["tensors"]] if "tensors" in each else [value]
         held = [self.program.state_dict[each.target] for each in signature.input_specs if each.target is not None]
         with torch.no_grad():
             results = fx.GraphModule(nn.Module(), self.program.graph).forward(*held, *flat)
@@ -71,54 +84,139 @@ def make(
     max_batch_size: int | None,
     max_length: int | None,
     beside: Mapping[str, str] | None = None,
+    bank: Bank | None = None,
 ) -> BuiltProgram:
     """The program for a call, with the adapters that are active (merged, inputs) or all of these (routed).
 
-    `beside` are the slots of the programs that it is to have the names of adapters' tensors in common with.
+    `beside` are the slots of the programs that it is to have the names of adapters' tensors in common with, `bank` is
+    that of the routed adapters.
 
-    Raises ModelError where the graph holds for some sizes only, or has operators that only peftc knows.
+    Raises UsageError where the adapters are not alike, UnroutedError where rows cannot choose among them, and
+    ModelError where the graph holds for some sizes only, or has operators that only peftc knows.
     """
-    engine: Engine = adapted._adapter_state.engine
-    traced = engine.traced(entered.call)
-    graph = compilable(engine.graph(entered.call))
-    slots = _slots_of(graph, beside or {})
-    if entered.starts:
-        _start_empty(graph, entered, traced)
-    is_known = isinstance(adapted, PreTrainedModel)
-    given = entries.program_inputs(graph)
-    rows = entries.rows_of(graph)
-    ranges = entries.dimensions(given, rows, max_batch_size=max_batch_size, max_length=max_length)
-    ranges = ranges if is_known else entries.narrowed(ranges, given, traced.guards)
-    kept, outputs, state = _returned(entered, traced, graph)
-    carries = any(name.startswith(CARRIED) for name in outputs) or any(spec.role == Role.CARRIED for spec in given)
-    if adapters == "routed" and carries:
-        message = "rows cannot choose among prompts while text is generated: what they leave behind is one for all rows"
-        fail(ModelError, "E647", message, help="export the plain forward, or the adapters as inputs")
+    if adapters == "routed":
+        bank = bank or read_bank(adapted, names)
     try:
-        lifted = _lifted(graph, _Values(engine, traced, slots), given, ranges)
+        begun = _begin(adapted, entered, beside or {}, bank, max_batch_size=max_batch_size, max_length=max_length)
+        kept, outputs, state = _returned(entered, begun)
+        carried = any(spec_of(node).role == Role.CARRIED for node in begun.lifted.inputs.values())
+        if adapters == "routed" and (carried or any(name.startswith(CARRIED) for name in outputs)):
+            message = "rows cannot choose among prompts while text is generated: what they leave is one for all rows"
+            fail(ModelError, "E647", message, help="export the plain forward, or the adapters as inputs")
+        lifted = begun.lifted
         lifted.keep_outputs(kept)
-        nodes = {name: node for node, name in lifted.names.items()}
-        own = {name: nodes[_state_name(name)] for name in slots}
-        taken: Mapping[str, fx.Node] = {}
-        if adapters == "inputs":
-            taken = dict(sorted(own.items(), key=lambda each: in_file(each[0], lifted.tensors[each[1]].dtype)))
-            lifted.move_to_inputs({f"{ADAPTER}.{name}": node for name, node in taken.items()})
-        elif adapters == "routed":
-            bank = tuple(_bank(adapted, names, slots))
-            managed.run(lifted, [Route(frozenset(map(_state_name, slots)), IDS, bank)])
-        elif own:
-            managed.run(lifted, [Fold(frozenset(map(_state_name, slots)))])
+        taken = _taken(begun, adapters, bank)
         drop_unused(lifted)
         lifted.drop_inputs(Role.ENCODED)
     except BoundError as error:
         message = f"the graph of {adapted.base_class.__name__} holds for some sizes only: {error.reasons[0]}"
         fail(ModelError, "E644", message, help="its forward takes another way for other sizes: it cannot be exported")
-    inputs = tuple(_inputs(lifted, taken, slots))
-    program = exported_program(lifted, outputs, taken)
-    return BuiltProgram(entered, program, inputs, tuple(_outputs(lifted, outputs)), lifted.dimensions, state, slots)
+    inputs = tuple(_inputs(lifted, taken))
+    program = exported_program(lifted, outputs, taken.name, taken.nodes)
+    given = tuple(_outputs(lifted, outputs))
+    return BuiltProgram(entered, program, inputs, given, lifted.dimensions, state, begun.slots, taken.rows)
 
 
-def _lifted(graph: fx.Graph, values: "_Values", given: Sequence[InputSpec], ranges: tuple[Dimension, ...]) -> Lifted:
+def pieces_of(
+    adapted: AdaptedModel, entered: EntryCall, beside: Mapping[str, str], bank: Bank
+) -> tuple[Pieces, Mapping[str, str]]:
+    """What a program for a call reads of the adapters of a bank, and the slots that it has.
+
+    Raises UnroutedError, UsageError and ModelError as `make`.
+    """
+    begun = _begin(adapted, entered, beside, bank, max_batch_size=None, max_length=None)
+    return bank.pieces(begun.lifted, begun.slots), begun.slots
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """A call's graph with adapters, lifted, and what it was made of."""
+
+    traced: Traced
+    graph: fx.Graph
+    lifted: Lifted
+    slots: Mapping[str, str]
+
+
+def _begin(
+    adapted: AdaptedModel,
+    entered: EntryCall,
+    beside: Mapping[str, str],
+    bank: Bank | None,
+    *,
+    max_batch_size: int | None,
+    max_length: int | None,
+) -> _Begun:
+    engine: Engine = adapted._adapter_state.engine
+    traced = engine.traced(entered.call)
+    if bank is None:
+        graph = engine.graph(entered.call)
+    else:
+        with bank.served(engine):
+            graph = engine.graph(entered.call)
+        prepare(graph, bank.constants)
+    graph = compilable(graph)
+    slots = slots_of(graph, beside)
+    if entered.starts:
+        _start_empty(graph, entered, traced)
+    given = entries.program_inputs(graph)
+    rows = entries.rows_of(graph)
+    ranges = entries.dimensions(given, rows, max_batch_size=max_batch_size, max_length=max_length)
+    if not isinstance(adapted, PreTrainedModel):
+        ranges = entries.narrowed(ranges, given, traced.guards)
+    lifted = _lifted(graph, SlotValues(engine, traced, slots, None if bank is None else bank.sample), given, ranges)
+    return _Begun(traced, graph, lifted, slots)
+
+
+@dataclass(frozen=True)
+class _Taken:
+    """What a program takes of adapters, as one dictionary: its name, its nodes by theirs, what is told of these.
+
+    `rows` are what a bank has for each of its adapters.
+    """
+
+    name: str = ADAPTER
+    nodes: Mapping[str, fx.Node] = field(default_factory=dict)
+    facts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    rows: Mapping[str, Mapping[str, torch.Tensor]] = field(default_factory=dict)
+
+
+def _taken(begun: _Begun, adapters: Adapters, bank: Bank | None) -> _Taken:
+    """Put the adapters where they are to be."""
+    lifted, slots = begun.lifted, begun.slots
+    if bank is not None:
+        return _routed(begun, bank)
+    if adapters == "inputs":
+        nodes = {name: node for node, name in lifted.names.items()}
+        own = _as_in_file({name: nodes[state_name(name)] for name in slots})
+        lifted.move_to_inputs({f"{ADAPTER}.{name}": node for name, node in own.items()})
+        return _Taken(ADAPTER, own, {name: {"slot": slots[name]} for name in own})
+    if slots:
+        managed.run(lifted, [Fold(frozenset(map(state_name, slots)))])
+    return _Taken()
+
+
+def _routed(begun: _Begun, bank: Bank) -> _Taken:
+    lifted, pieces = begun.lifted, bank.pieces(begun.lifted, begun.slots)
+    rows, sizes = pieces.rows()
+    turned = pieces.turned(sizes)
+    managed.run(lifted, [Route(pieces.names, pieces.constants, IDS, sizes, turned, bank.has_base)])
+    rows = {row: {name: in_bank(value, name in turned) for name, value in own.items()} for row, own in rows.items()}
+    nodes = {name: lifted.inputs[f"{BANK}.{name}"] for name in sizes}
+    facts = {name: {SLOTS: sorted(pieces.owners[name]), TURNED: name in turned} for name in sizes}
+    return _Taken(BANK, _as_in_file(nodes), facts, rows)
+
+
+def in_bank(piece: torch.Tensor, turned: bool) -> torch.Tensor:
+    """A piece as a bank has it."""
+    return piece.transpose(0, 1).contiguous() if turned else piece
+
+
+def _as_in_file(nodes: Mapping[str, fx.Node]) -> dict[str, fx.Node]:
+    return dict(sorted(nodes.items(), key=lambda each: in_file(each[0], each[1].meta["val"].dtype)))
+
+
+def _lifted(graph: fx.Graph, values: SlotValues, given: Sequence[InputSpec], ranges: tuple[Dimension, ...]) -> Lifted:
     """The graph lifted, its dimensions no larger than it holds for: a table of positions ends somewhere."""
     try:
         lifted = managed.run(graph, [Lift(tuple(given), ranges, values)]).subject
@@ -143,97 +241,26 @@ def own_tensors(adapted: AdaptedModel, made: BuiltProgram, name: str) -> dict[st
     return in_slots(adapted, made.slots, name)
 
 
-def in_slots(adapted: AdaptedModel, slots: Mapping[str, str], adapter: str) -> dict[str, torch.Tensor]:
-    """An adapter's tensors that belong in these slots, by name and in the order of files.
-
-    What it has not is left out.
-    """
-    state = adapted._adapter_state
-    own = state.engine.slots.tensors(state.adapter(adapter))
-    found = {name: own[target].detach() for name, target in slots.items() if target in own}
-    return {name: found[name] for name in sorted(found, key=lambda name: in_file(name, found[name].dtype))}
+def alone(adapted: AdaptedModel, name: str | None) -> AbstractContextManager[None]:
+    """One adapter active, with weight 1, or none; afterwards those that were."""
+    return activated(adapted, () if name is None else ((name, 1.0),))
 
 
 @contextmanager
-def alone(adapted: AdaptedModel, name: str) -> Iterator[None]:
-    """One adapter active, with weight 1; afterwards those that were."""
+def activated(adapted: AdaptedModel, active: Active) -> Iterator[None]:
+    """These adapters active; afterwards those that were. Raises UsageError where they cannot be."""
     state = adapted._adapter_state
     before = state.active
-    state.activate(((name, 1.0),))
+    state.activate(active)
     try:
         yield
     finally:
         state.activate(before)
 
 
-def _bank(
-    adapted: AdaptedModel, names: Sequence[str], slots: Mapping[str, str]
-) -> Iterator[Mapping[str, torch.Tensor]]:
-    for name in names:
-        found = in_slots(adapted, slots, name)
-        yield {_state_name(slot): found[slot] for slot in slots}
-
-
-class _Values:
-    """Finds the tensor an attribute of a graph reads, and a name for it. Tied weights have one."""
-
-    def __init__(self, engine: Engine, traced: Traced, slots: Mapping[str, str]):
-        self._engine, self._traced = engine, traced
-        self._slots = {target: _state_name(name) for name, target in slots.items()}
-        self._names: dict[int, str] = {}
-
-    def __call__(self, target: str) -> tuple[str, torch.Tensor]:
-        if target in self._traced.constants:
-            value = self._traced.constants[target]
-            if isinstance(value, nn.Module):
-                help = "it has a higher-order operator (a condition or a loop), which no program takes along"
-                fail(ModelError, "E645", f"the graph reads {target}, which is not a tensor", help=help)
-            return f"constant.{target}", value
-        if target in self._slots:
-            return self._slots[target], _read(self._engine, target)
-        value = _read(self._engine, target)
-        return self._names.setdefault(id(value), target), value
-
-
-def _read(engine: Engine, target: str) -> torch.Tensor:
-    owner, _, leaf = target.rpartition(".")
-    value = getattr(engine.find(owner), leaf)
-    assert isinstance(value, torch.Tensor)
-    return value
-
-
-def _is_slot(node: fx.Node) -> bool:
-    return str(node.target).startswith(ADAPTERS)
-
-
-def _slots_of(graph: fx.Graph, known: Mapping[str, str]) -> dict[str, str]:
-    """What the graph reads of the active adapters, by names; what tied weights share has the name of the first.
-
-    `known` are the slots of the programs beside it, which name them for all: a decode has no encoder.
-    """
-    names = {target: name for name, target in known.items()}
-    read = dict.fromkeys(str(node.target) for node in graph.find_nodes(op="get_attr") if _is_slot(node))
-    for node in graph.find_nodes(op="get_attr"):
-        if _is_slot(node):
-            names.setdefault(str(node.target), _slot_name(node))
-    return {names[target]: target for target in read}
-
-
-def _slot_name(node: fx.Node) -> str:
-    """`model.layers.0.self_attn.q_proj.A`; with a number in front for adapters that are active beside the first."""
-    origin: Origin = node.meta["peftc"]
-    role = origin.role or str(node.target).rpartition(".")[2]
-    name = f"{origin.site}.{role}".lstrip(".")
-    return f"{origin.position}.{name}" if origin.position else name
-
-
-def _state_name(name: str) -> str:
-    return f"{ADAPTER}.{name}"
-
-
-def _returned(entered: EntryCall, traced: Traced, graph: fx.Graph) -> tuple[list[int], list[str], dict[str, str]]:
+def _returned(entered: EntryCall, begun: _Begun) -> tuple[list[int], list[str], dict[str, str]]:
     """Which outputs of the graph the program gives, their names, and which of them a later call takes, and as what."""
-    (node,) = graph.find_nodes(op="output")
+    (node,), traced = begun.graph.find_nodes(op="output"), begun.traced
     count = len(node.args[0])
     layout: Any = traced.cache
     form: Any = traced.outputs
@@ -246,13 +273,14 @@ def _returned(entered: EntryCall, traced: Traced, graph: fx.Graph) -> tuple[list
     return kept, [names[index] for index in kept], state if generates else {}
 
 
-def _inputs(lifted: Lifted, adapter: Mapping[str, fx.Node], slots: Mapping[str, str]) -> Iterator[Mapping[str, Any]]:
+def _inputs(lifted: Lifted, taken: _Taken) -> Iterator[Mapping[str, Any]]:
+    inside = set(taken.nodes.values())
     for name, node in lifted.inputs.items():
-        if node not in set(adapter.values()):
+        if node not in inside:
             yield _described(lifted, name, node)
-    if adapter:
-        tensors = [{**_described(lifted, name, node), "slot": slots[name]} for name, node in adapter.items()]
-        yield {"name": ADAPTER, "tensors": tensors}
+    if inside:
+        tensors = [{**_described(lifted, name, node), **taken.facts[name]} for name, node in taken.nodes.items()]
+        yield {"name": taken.name, "tensors": tensors}
 
 
 def _outputs(lifted: Lifted, names: Sequence[str]) -> Iterator[Mapping[str, Any]]:

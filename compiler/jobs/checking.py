@@ -60,7 +60,10 @@ def _place(diagnostic: Diagnostic) -> object:
 
 
 def _parts(file: tree.File) -> Iterator[tree.File | tree.Method]:
-    """Methods alone; every adapter without its clauses, and with each of them; the rest beside sound adapters."""
+    """Methods alone; every adapter without its clauses, and with each of them; the rest beside sound adapters.
+
+    Of a combination every adapter alone, and how they are combined beside sound ones.
+    """
     definitions = tuple(each for each in file.statements if isinstance(each, tree.Use | tree.Method))
     yield from (each for each in definitions if isinstance(each, tree.Method))
     adapters = [each for each in file.statements if isinstance(each, tree.Adapter)]
@@ -68,10 +71,22 @@ def _parts(file: tree.File) -> Iterator[tree.File | tree.Method]:
         yield tree.File((*definitions, replace(each, clauses=())))
         for clause in each.clauses:
             yield tree.File((*definitions, replace(each, clauses=(clause,))))
+    named = [each for each in file.statements if isinstance(each, tree.Adapter | tree.Combined)]
     method = tree.Call(next(iter(builtin_methods())))
-    sound = tuple(replace(each, clauses=(), method=method) for each in adapters)
-    yield tree.File((*definitions, *sound))
-    sound = tuple({each.name: each for each in sound}.values())
+    stand_ins = [tree.Adapter(each.name, method, span=each.span) for each in named]
+    yield tree.File((*definitions, *stand_ins))
+    sound = tuple({each.name: each for each in stand_ins}.values())
+    for position, combined in enumerate(named):
+        if isinstance(combined, tree.Combined):
+            others = {each.name: each for each in stand_ins[:position] if each.name != combined.name}
+            later = {each.name: each for each in stand_ins[position + 1 :] if each.name not in others}
+            later.pop(combined.name, None)
+            for name in combined.adapters:
+                lone = replace(combined, adapters=(name,), options=())
+                yield tree.File((*definitions, *others.values(), lone, *later.values()))
+            parts = {each.id: tree.Adapter(each.id, method) for each in combined.adapters if each.id != combined.name}
+            if len(parts) == len(combined.adapters):
+                yield tree.File((*definitions, *parts.values(), combined))
     for statement in file.statements:
         if isinstance(statement, tree.Base):
             for entry in statement.entries:

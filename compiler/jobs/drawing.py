@@ -10,7 +10,8 @@ import torch
 from torch import fx, nn
 
 from peftc.compiler import diagram
-from peftc.compiler.api import apply, call_like
+from peftc.compiler.api import apply
+from peftc.compiler.example_calls import call_like
 from peftc.compiler.load_model.models import FoundModel, find_model, seeded
 from peftc.compiler.load_model.tokenizers import tokenizer_for
 from peftc.compiler.pipeline.lower import specialise

@@ -31,12 +31,14 @@ from peftc.passes.cost.cost import LOWERINGS, Sizes, alternatives, anonymous, ch
 from peftc.passes.plan.plan import AdapterPlan
 from peftc.passes.plan.resolve import check_base, survey
 from peftc.passes.plan.structure import AdaptedSite, Structure, structure_of
+from peftc.passes.plan.vocabulary import enlarged
 from peftc.passes.quantized.schemes.known import packed_modules
 from peftc.runtime.adapters.bank import AdapterParameters
 from peftc.runtime.init.calibration import imagined
 from peftc.runtime.init.dense import ImaginedDense
 from peftc.runtime.init.tokens import imagined as imagined_tokenizer
 from peftc.runtime.model.adding import Values, make_adapter, plan_adapters
+from peftc.runtime.model.weighted_plan import plan_combined
 from peftc.runtime.regions.modules import become_regions
 from peftc.runtime.regions.outline import partition_of
 from peftc.runtime.regions.partition import Partition
@@ -69,7 +71,7 @@ def explain(
     Raises:
         SpecError: the spec is wrong, in itself or for this model.
         ModelError: the model cannot be found or loaded, or with `why` not traced.
-        UsageError: a number of tokens is below one.
+        UsageError: a number of tokens is below one, or adapters that the spec combines cannot be.
     """
     for count in tokens:
         if count < 1:
@@ -78,8 +80,12 @@ def explain(
     found = as_found(model, meant)
     check_base(meant.base, survey(found.model))
     stored = quantized_copy(found.model, meant.quantize)
-    planned = plan_adapters(meant.adapters, survey(stored), tokenizer_for(meant, found))
+    ground = survey(stored)
+    planned = plan_adapters(meant.adapters, ground, tokenizer_for(meant, found))
     plans = {each.name: each for each in planned.plans}
+    larger = ground if planned.tokens is None else enlarged(ground, planned.tokens)
+    for combined in meant.combined:
+        plans[combined.name] = plan_combined(combined, plans, larger).plan
     together = [tuple(name for name, _ in meant.active)] if meant.active else [(name,) for name in plans]
     made = [_Imagined.of(stored, [plans[name] for name in names]) for names in together]
     told: Sequence[Refused | None] = [None] * len(together)

@@ -20,6 +20,7 @@ from peftc.compiler.load_model.tokenizers import tokenizer_beside
 from peftc.compiler.report.facts import EntryFacts, ExportFacts
 from peftc.grammar.diagnostics import UsageError, fail
 from peftc.grammar.spec.spec import Spec
+from peftc.runtime.adapted.together import Named
 from peftc.runtime.merge.drift import OutputDrift
 from peftc.runtime.merge.repack import Quantized
 
@@ -34,7 +35,8 @@ def export(
     format: Format = "checkpoint",
     adapters: Adapters = "merged",
     entry: Entry | None = None,
-    adapter_names: str | Sequence[str] | None = None,
+    adapter_names: Named | None = None,
+    rank: int | None = None,
     max_batch_size: int | None = None,
     max_length: int | None = None,
     max_drift: float | None = None,
@@ -57,8 +59,9 @@ def export(
         format: As in `AdaptedModel.export`, and so are the options down to `quantized`.
         adapters: Merged, inputs or routed.
         entry: Forward or generate.
-        adapter_names: Which adapters are merged, are inputs, or routed. Left out, all checkpoints and those that a spec
-            activates are merged; all adapters are inputs, or routed.
+        adapter_names: Which adapters are merged, a list or a mapping to weights, are inputs, or routed. Left out, all
+            checkpoints and those that a spec activates are merged; all adapters are inputs, or routed.
+        rank: Of routed adapters, the rank that there is room for in others that come later.
         max_batch_size: The most rows a program takes.
         max_length: The most tokens of a row.
         max_drift: The largest difference from the adapted model's outputs that is allowed.
@@ -78,7 +81,7 @@ def export(
         adapted = _adapted(source, model, use)
     names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
     if adapters == MERGED:
-        chosen = names or (list(source) if isinstance(source, Mapping) else None)
+        chosen: Named | None = names or (list(source) if isinstance(source, Mapping) else None)
         if chosen:
             adapted.set_adapter(chosen)
         names = None
@@ -87,6 +90,7 @@ def export(
         adapters=adapters,
         entry=entry,
         adapter_names=names,
+        rank=rank,
         example_inputs=_named(adapted, model.example_inputs),
         tokenizer=tokenizer_beside(model),
         max_batch_size=max_batch_size,
@@ -113,7 +117,8 @@ def export_adapters(
     seed: int = 0,
     force: bool = False,
 ) -> tuple[str, ...]:
-    """Add adapters to an artifact that takes them as inputs: `AdaptedModel.export_adapters` for adapters on disk.
+    """Add adapters to an artifact that takes them as inputs, or has rows choose from them: as
+    `AdaptedModel.export_adapters`, for adapters on disk.
 
     Args:
         source: As in `export`.
@@ -178,6 +183,7 @@ def _facts(
         format=format,
         adapters=adapters,
         placed=artifact.get("adapters", MERGED),
+        weights={name: each["weight"] for name, each in manifest.get("merged", {}).items()},
         files=tuple(files),
         bytes=sum(each["bytes"] for each in manifest["files"].values()),
         entries=tuple(entries),

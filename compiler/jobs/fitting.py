@@ -11,10 +11,12 @@ from peftc.compiler.load_model.quantizing import quantized_copy
 from peftc.compiler.load_model.tokenizers import tokenizer_for
 from peftc.compiler.report.facts import AdapterFacts
 from peftc.compiler.report.summary import adapter_facts
-from peftc.grammar.diagnostics import Diagnostic, ModelError, SpecError
+from peftc.grammar.diagnostics import AdapterError, Diagnostic, ModelError, SpecError
 from peftc.grammar.spec.spec import Base, Spec
+from peftc.passes.plan.plan import AdapterPlan
 from peftc.passes.plan.resolve import ModelSurvey, check_base, survey
 from peftc.runtime.model.adding import plan_adapters
+from peftc.runtime.model.weighted_plan import plan_combined
 
 
 def check_fit(spec: Spec, model: nn.Module | FoundModel) -> tuple[tuple[AdapterFacts, ...], tuple[Diagnostic, ...]]:
@@ -28,12 +30,23 @@ def check_fit(spec: Spec, model: nn.Module | FoundModel) -> tuple[tuple[AdapterF
         problems += error.diagnostics
     weights = dict(spec.active)
     facts = []
+    plans: dict[str, AdapterPlan] = {}
     for each in spec.adapters:
         try:
             tokenizer = tokenizer_for(replace(spec, adapters=(each,)), found)
             (plan,) = plan_adapters((each,), ground, tokenizer).plans
             facts.append(adapter_facts(plan, ground, {}, weights.get(each.name)))
+            plans[each.name] = plan
         except SpecError as error:
+            problems += error.diagnostics
+    for combined in spec.combined:
+        if not all(part.adapter in plans for part in combined.parts):
+            continue  # what it is made of is among the problems
+        try:
+            plan = plan_combined(combined, plans, ground).plan
+            facts.append(adapter_facts(plan, ground, {}, weights.get(combined.name)))
+            plans[combined.name] = plan
+        except AdapterError as error:
             problems += error.diagnostics
     return tuple(facts), tuple(problems)
 

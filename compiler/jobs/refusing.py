@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from peftc.compiler.api import apply, call_like
+from peftc.compiler.api import apply
+from peftc.compiler.example_calls import call_like
 from peftc.compiler.jobs.drawing import Inputs, needed_inputs, with_tasks
 from peftc.compiler.load_model.models import FoundModel, seeded
 from peftc.compiler.load_model.tokenizers import tokenizer_for

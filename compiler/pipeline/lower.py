@@ -10,7 +10,7 @@ from peftc.grammar.method.rule import PLACES
 from peftc.passes.cost.cost import Choice
 from peftc.passes.expression.apply import DropoutError
 from peftc.passes.insert.insert_copy import InsertCopy
-from peftc.passes.insert.insert_delta import InsertDelta, SlotValue, UnfitError
+from peftc.passes.insert.insert_delta import DisorderedError, InsertDelta, SlotValue, UnfitError
 from peftc.passes.insert.insert_tokens import InsertTokens
 from peftc.passes.ir import pass_manager
 from peftc.passes.ir.traced import Traced
@@ -75,6 +75,9 @@ def specialise(
         if error.site.kind in PLACES:
             what = f"the attention of {error.site.module}" if error.site.module else f"the model's {error.site.kind}"
             fail(ModelError, "E422", f"nothing can be put in front of {what}: {error.reason}")
+        if isinstance(error, DisorderedError):
+            message = f"tokens cannot be given more or less of the adapter at {error.site.name}: {error.reason}"
+            fail(ModelError, "E425", message, help="choose other sites")
         help = "choose other sites, or a method that leaves the bias alone"
         fail(ModelError, "E421", f"the adapter cannot be put in at {error.site.name}: {error.reason}", help=help)
     except DropoutError as error:

@@ -38,7 +38,8 @@ def export_report(facts: ExportFacts) -> RenderableType:
 
 def _adapters(facts: ExportFacts) -> str:
     if facts.placed == "merged":
-        return f"{' + '.join(facts.adapters)}, merged"
+        weights = ((name, facts.weights.get(name, 1.0)) for name in facts.adapters)
+        return f"{' + '.join(name if weight == 1 else f'{weight:g} * {name}' for name, weight in weights)}, merged"
     return f"{', '.join(facts.adapters)}, {'one with each call' if facts.placed == 'inputs' else 'one for each row'}"
 
 

@@ -220,7 +220,8 @@ class EntryFacts:
 class ExportFacts:
     """What `peftc export` wrote: where and as what, which adapters, whether they are merged, inputs or routed.
 
-    `dimensions` have a `min` and a `max` each (None: no limit). Of a checkpoint there are no entries and no drift.
+    `weights` are those of merged adapters, by name. `dimensions` have a `min` and a `max` each (None: no limit). Of a
+    checkpoint there are no entries and no drift.
     """
 
     directory: str
@@ -234,6 +235,7 @@ class ExportFacts:
     drift: OutputDrift | None = None
     tokenizer: bool = False
     generates: bool = False
+    weights: Mapping[str, float] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """As a JSON object."""

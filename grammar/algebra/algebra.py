@@ -9,6 +9,8 @@ the other. `W` is `[out, in]` (for a stack of experts `[experts, out, in]`), wha
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
+from peftc.grammar.algebra.functions import TASK
+
 
 @dataclass(frozen=True)
 class Weight:
@@ -118,6 +120,13 @@ def walk(matrix: Matrix) -> Iterator[Matrix]:
     yield matrix
     for child in children(matrix):
         yield from walk(child)
+
+
+def task_count(*matrices: Matrix | None) -> int:
+    """How many tasks a call may give its rows for these, the fewest that any part is for; 0 where they ask for none."""
+    nodes = (each for matrix in matrices if matrix is not None for each in walk(matrix))
+    counts = [int(each.options[0]) for each in nodes if isinstance(each, Function) and each.name == TASK]  # type: ignore[arg-type]
+    return min(counts, default=0)
 
 
 def rebuild(matrix: Matrix, change: Callable[[Matrix], Matrix]) -> Matrix:

@@ -12,6 +12,7 @@ from peftc.grammar.algebra.shapes import Dim, differ, product
 Sizes = tuple[Dim, ...]
 ONE = Dim.constant(1)
 
+TASK = "task"  # the function of what a call says for each of its rows
 MAX_AXES = 4
 MAX_ROUNDS = 1000  # of what is repeated to come nearer
 
@@ -302,6 +303,12 @@ def _marks(size: Dim, _: Dim) -> Sizes:
     return (size,)
 
 
+def _task(count: Dim) -> Sizes:
+    if count.value is not None and count.value < 1:
+        raise MisfitError(f"there is at least 1 task, not {count}")
+    return (ONE,)
+
+
 _AXIS = (("axis", "int"),)
 _RANK = (("rank", "int"),)
 
@@ -337,6 +344,9 @@ FUNCTIONS: Mapping[str, Function] = {
     # ones, of which training sets some to zero, others in every call: each with a probability, or so many
     "coins": Function(_marks, operands=0, options=(("size", "int"), ("p", "float"))),
     "thinned": Function(_marks, operands=0, options=(("size", "int"), ("zeros", "int"))),
+    # what is each row's own in a call: its task; while training x plus numbers that are drawn for it
+    TASK: Function(_task, operands=0, options=(("tasks", "int"),)),
+    "noisy": Function(_same),
     # functions of whole matrices
     "cayley": Function(_square),
     "common_basis": Function(_common_basis, options=(("ridge", "float"),)),

@@ -5,7 +5,15 @@ from collections.abc import Mapping, Sequence
 from peftc.grammar.algebra.shapes import Dim, Shape, differ
 from peftc.grammar.diagnostics import SpecError, did_you_mean, fail
 from peftc.grammar.method.allocate import check_allocation
-from peftc.grammar.method.check_tensors import COUNTED, OF_PLACES, TOGETHER, TensorChecks, check_key, check_kind
+from peftc.grammar.method.check_tensors import (
+    COUNTED,
+    OF_PLACES,
+    TOGETHER,
+    TensorChecks,
+    check_key,
+    check_kind,
+    check_no_task,
+)
 from peftc.grammar.method.infer import BOOL, TEXT, Scalar, Type, need, type_of
 from peftc.grammar.method.peft_item import check_field, names_in
 from peftc.grammar.method.rule import (
@@ -116,6 +124,7 @@ class _Checker(TensorChecks):
             message = f"'{method.name}' trains {what}: it has no kinds, parameters or formula"
             fail(SpecError, "E135", message, method_name(method))
         self._check_primes(kinds)
+        self._check_tasks()
         self._all_used()
         self._keys_differ(kinds)
         return MethodRule(
@@ -167,6 +176,13 @@ class _Checker(TensorChecks):
         elif "prompt" not in defined:
             help = "say what is put in front: prompt' = ..."
             fail(SpecError, "E135", f"'{name}' does not define prompt'", method_name(self.method), help=help)
+
+    def _check_tasks(self) -> None:
+        """Raise E138 where a task is asked for by what is computed without a call, or stands in front of it."""
+        starts = [init for each in self.params for _, init in each.init]
+        fronts = [self.primes[name] for name in self.primes if name not in ("W", "b")]
+        for each in (*starts, *fronts):
+            check_no_task(each, dict(self.lets))
 
     def _hyperparameter(self, item: tree.Hyperparameter) -> None:
         if item.choices and item.type != "text":

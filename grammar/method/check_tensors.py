@@ -1,9 +1,9 @@
 """The names and tensors of a method definition, checked one by one as they are met."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from peftc.grammar.algebra.functions import FUNCTIONS, MAX_AXES
+from peftc.grammar.algebra.functions import FUNCTIONS, MAX_AXES, TASK
 from peftc.grammar.algebra.shapes import Shape, differ
 from peftc.grammar.diagnostics import SpecError, did_you_mean, fail
 from peftc.grammar.method.infer import BOOL, DROP, INT, TEXT, Scalar, Type, need, size_of, type_of
@@ -208,6 +208,20 @@ class TensorChecks:
         if nodes > MAX_NODES or depth > 2 * MAX_DEPTH:
             fail(SpecError, "E104", "the formula is too large once its 'let's are written out", expr.span)
         return nodes, depth
+
+
+def check_no_task(expr: tree.Expr, lets: Mapping[str, tree.Expr]) -> None:
+    """Raise E138 where an expression, its `let`s written out, asks for what only a call can tell."""
+    waiting, seen = [expr], set[str]()
+    while waiting:
+        each = waiting.pop()
+        if isinstance(each, tree.Call) and each.function == TASK:
+            help = "let W' or b' ask for it"
+            fail(SpecError, "E138", f"'{TASK}' is known when a model is called, and not here", each.span, help=help)
+        if isinstance(each, tree.Name) and each.id in lets and each.id not in seen:
+            seen.add(each.id)
+            waiting.append(lets[each.id])
+        waiting += _operands(each)
 
 
 def _is_chance(expr: tree.Expr) -> bool:

@@ -209,6 +209,11 @@ class BoundRule:
     labels: algebra.Matrix | None = None
 
     @property
+    def tasks(self) -> int:
+        """For how many tasks the weight or the bias is another one; 0 where they depend on none."""
+        return algebra.task_count(self.weight, self.bias)
+
+    @property
     def starts(self) -> tuple[BoundParam, ...]:
         """Everything that is made at the start, in the order of definition."""
         made = {each.role: each for each in (*self.params, *self.drafts)}

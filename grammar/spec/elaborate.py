@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Literal, NoReturn, TypeVar
 
@@ -10,11 +10,23 @@ from peftc.grammar.diagnostics import SpecError, did_you_mean, fail
 from peftc.grammar.method.check import check_where
 from peftc.grammar.method.rule import KINDS, MethodRule
 from peftc.grammar.source import Source, Span
+from peftc.grammar.spec.combined import WORD as COMBINE
+from peftc.grammar.spec.combined import read_combined
 from peftc.grammar.spec.library import builtin_methods
 from peftc.grammar.spec.methods_of import Loader, Methods, methods_of
 from peftc.grammar.spec.peft_help import for_method
 from peftc.grammar.spec.quantize import read_quantize
-from peftc.grammar.spec.spec import REGIONS, AdapterSpec, Base, Regions, Spec, Target, Tokens
+from peftc.grammar.spec.spec import (
+    REGIONS,
+    AdapterSpec,
+    Base,
+    CombinedAdapter,
+    Regions,
+    RouteName,
+    Spec,
+    Target,
+    Tokens,
+)
 from peftc.grammar.spec.values import complete, partial
 from peftc.grammar.syntax import expression, tree
 from peftc.grammar.syntax.load import load_source
@@ -52,23 +64,30 @@ def read_source(path_or_text: str | os.PathLike[str]) -> tuple[Source, Path | No
 def elaborate(file: tree.File, source: Source, *, directory: Path | None = None, load: Loader = load_source) -> Spec:
     """The spec a file means. `directory` is where `use` looks; None for a text without a place. Raises SpecError."""
     methods = methods_of(file, directory, load, builtin_methods())
-    adapters: dict[str, AdapterSpec] = {}
-    for statement in file.statements:
-        if isinstance(statement, tree.Adapter):
-            _check_name(statement)
-            if statement.name in adapters:
-                place = adapters[statement.name].span
-                help = f"the other is in line {place.line}" if place else ""
-                message = f"there are two adapters called '{statement.name}'"
-                fail(SpecError, "E147", message, label_span(statement), help=help)
+    named = [each for each in file.statements if isinstance(each, tree.Adapter | tree.Combined)]
+    adapters: dict[str, AdapterSpec | CombinedAdapter] = {}
+    for position, statement in enumerate(named):
+        _check_name(statement)
+        if statement.name in adapters:
+            place = adapters[statement.name].span
+            help = f"the other is in line {place.line}" if place else ""
+            message = f"there are two adapters called '{statement.name}'"
+            fail(SpecError, "E147", message, label_span(statement), help=help)
+        if isinstance(statement, tree.Combined):
+            later = {each.name: each.span for each in named[position + 1 :]}
+            adapters[statement.name] = read_combined(statement, adapters, later)
+        else:
             adapters[statement.name] = _adapter(statement, methods)
     if not adapters:
         help = "an adapter is written: adapter name = lora(rank = 8) { on q_proj }"
         fail(SpecError, "E148", "there is no adapter here", _start(source), help=help)
-    return Spec(tuple(adapters.values()), _active(file, adapters), _base(file), source)
+    single = tuple(each for each in adapters.values() if isinstance(each, AdapterSpec))
+    combined = tuple(each for each in adapters.values() if isinstance(each, CombinedAdapter))
+    active = _active(file, adapters)
+    return Spec(single, active, _base(file), source, combined=combined, route=_route(file, active))
 
 
-def label_span(statement: tree.Adapter) -> Span | None:
+def label_span(statement: tree.Adapter | tree.Combined) -> Span | None:
     """Where the adapter's name stands."""
     if statement.span is None:
         return None
@@ -91,7 +110,7 @@ def _start(source: Source) -> Span:
     return Span(source, 0, 0)
 
 
-def _check_name(statement: tree.Adapter) -> None:
+def _check_name(statement: tree.Adapter | tree.Combined) -> None:
     name = statement.name
     reason = ""
     if not name:
@@ -163,7 +182,7 @@ def _adapter(statement: tree.Adapter, methods: Methods) -> AdapterSpec:
 def _unknown_method(call: tree.Call, known: Mapping[str, MethodRule]) -> NoReturn:
     span = call.span and Span(call.span.source, call.span.start, call.span.start + len(call.function))
     help = "" if call.function.lower() in known else for_method(call.function, known)
-    help = help or did_you_mean(call.function, known) or f"known methods: {', '.join(sorted(known))}"
+    help = help or did_you_mean(call.function, (*known, COMBINE)) or f"known methods: {', '.join(sorted(known))}"
     fail(SpecError, "E140", f"there is no method '{call.function}'", span, help=help)
 
 
@@ -203,7 +222,7 @@ def _tokens(listed: tuple[tree.Text | tree.Number, ...], before: list[str | int]
 # --- the rest of a file ---
 
 
-def _active(file: tree.File, adapters: Mapping[str, AdapterSpec]) -> tuple[tuple[str, float], ...]:
+def _active(file: tree.File, adapters: Mapping[str, object]) -> tuple[tuple[str, float], ...]:
     found = _only(file, tree.Activate, "activate")
     if found is None:
         return ((next(iter(adapters)), 1.0),) if len(adapters) == 1 else ()
@@ -216,6 +235,16 @@ def _active(file: tree.File, adapters: Mapping[str, AdapterSpec]) -> tuple[tuple
             fail(SpecError, "E147", f"'{term.adapter}' is activated twice", term.span)
         active[term.adapter] = term.weight
     return tuple(active.items())
+
+
+def _route(file: tree.File, active: Collection[object]) -> RouteName | None:
+    found = _only(file, tree.Route, "route")
+    if found is None:
+        return None
+    if not active:
+        help = "name them: activate a + b"
+        fail(SpecError, "E164", f"route '{found.name}' has no active adapters to choose from", found.span, help=help)
+    return RouteName(found.name, found.span)
 
 
 def _base(file: tree.File) -> Base | None:

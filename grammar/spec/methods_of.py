@@ -8,6 +8,7 @@ from peftc.grammar.diagnostics import SpecError, fail
 from peftc.grammar.method.check import check_method, method_name
 from peftc.grammar.method.rule import MethodRule
 from peftc.grammar.source import Source
+from peftc.grammar.spec.combined import WORD as COMBINE
 from peftc.grammar.syntax import expression, tree
 from peftc.grammar.syntax.parse import parse
 
@@ -32,6 +33,9 @@ class Methods:
         """Check a definition and add it. Raises SpecError; a name is defined once."""
         if method.name in self.builtin:
             message = f"'{method.name}' is a built-in method and cannot be redefined"
+            fail(SpecError, "E131", message, method_name(method), help="give it a name of its own")
+        if method.name == COMBINE:
+            message = f"'{COMBINE}' makes an adapter of others and cannot be a method"
             fail(SpecError, "E131", message, method_name(method), help="give it a name of its own")
         if method.name in self.own:
             place = self.own[method.name].span

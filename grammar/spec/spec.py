@@ -5,6 +5,7 @@ from typing import Literal, get_args
 
 from peftc.grammar.method.rule import MethodRule, Values
 from peftc.grammar.source import Source, Span
+from peftc.grammar.spec.recipe import Recipe
 from peftc.grammar.syntax import tree
 
 Regions = Literal["model", "layers", "modules"]
@@ -63,6 +64,25 @@ class AdapterSpec:
 
 
 @dataclass(frozen=True)
+class Part:
+    """An adapter that another is made of, and the weight it has in that."""
+
+    adapter: str
+    weight: float = 1.0
+    span: Span | None = field(default=None, compare=False, repr=False)
+
+
+@dataclass(frozen=True)
+class CombinedAdapter:
+    """An adapter made of others, which are before it in the spec: of a method, or combined themselves."""
+
+    name: str
+    parts: tuple[Part, ...]
+    recipe: Recipe = field(default_factory=Recipe)
+    span: Span | None = field(default=None, compare=False, repr=False)
+
+
+@dataclass(frozen=True)
 class Quantize:
     """How the base's linears are to be stored, by bitsandbytes. Which options a scheme has, `SCHEMES` says.
 
@@ -94,16 +114,27 @@ class Base:
 
 
 @dataclass(frozen=True)
+class RouteName:
+    """What says, in every call, how much of each active adapter a token is given: who makes the model has it."""
+
+    name: str
+    span: Span | None = field(default=None, compare=False, repr=False)
+
+
+@dataclass(frozen=True)
 class Spec:
     """All adapters of a file, and which start active with what weight.
 
-    `active` is empty when the file has no `activate` and more than one adapter; a lone adapter is active.
+    `active` is empty when the file has no `activate` and more than one adapter; a lone adapter is active. `combined`
+    are made of `adapters`, once these are made, and of those of `combined` that come before.
     """
 
     adapters: tuple[AdapterSpec, ...]
     active: tuple[tuple[str, float], ...] = ()
     base: Base | None = None
     source: Source | None = field(default=None, compare=False, repr=False)
+    combined: tuple[CombinedAdapter, ...] = field(default=(), kw_only=True)
+    route: RouteName | None = field(default=None, kw_only=True)
 
     @property
     def quantize(self) -> Quantize | None:
@@ -114,6 +145,11 @@ class Spec:
     def regions(self) -> Regions | None:
         """Which modules are to run graphs, if the spec says so."""
         return None if self.base is None else self.base.regions
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What the adapters are called, in the order in which a model has them."""
+        return (*(each.name for each in self.adapters), *(each.name for each in self.combined))
 
     def adapter(self, name: str) -> AdapterSpec:
         """The adapter of that name. Raises KeyError."""

@@ -3,6 +3,7 @@
 import itertools
 
 from peftc.grammar.method.rule import MethodRule, ParamRule, Value, Values
+from peftc.grammar.spec.combined import to_statement
 from peftc.grammar.spec.library import builtin_methods
 from peftc.grammar.spec.quantize import to_expression
 from peftc.grammar.spec.spec import AdapterSpec, Base, Spec, Target
@@ -19,9 +20,12 @@ def to_tree(spec: Spec) -> tree.File:
     if spec.base is not None:
         statements.append(_base(spec.base))
     statements += [_adapter(each) for each in spec.adapters]
-    lone = len(spec.adapters) == 1 and spec.active == ((spec.adapters[0].name, 1.0),)
+    statements += [to_statement(each) for each in spec.combined]
+    lone = len(spec.adapters) == 1 and not spec.combined and spec.active == ((spec.adapters[0].name, 1.0),)
     if spec.active and not lone:
         statements.append(tree.Activate(tuple(tree.ActivateTerm(weight, name) for name, weight in spec.active)))
+    if spec.route is not None:
+        statements.append(tree.Route(spec.route.name))
     return tree.File(tuple(statements))
 
 

@@ -31,7 +31,9 @@ class Builder(ExpressionBuilder):
             "use": self._use,
             "base": self._base,
             "adapter": self._adapter,
+            "combined": self._combined,
             "activate": self._activate,
+            "route": self._route,
             "method": self._method,
         }
         statements = tuple(makers[each.data](each) for each in trees_of(node))
@@ -64,6 +66,20 @@ class Builder(ExpressionBuilder):
         built = tuple(makers[each.data](each) for each in clauses)
         return tree.Adapter(self._label(label), method, built, span=self._span(node))
 
+    def _combined(self, node: LarkTree) -> tree.Combined:
+        label, *parts = trees_of(node)
+        adapters: list[tree.Name] = []
+        options: list[tree.Argument] = []
+        for each in parts:
+            if each.data == "entry":
+                options.append(tree.Argument(*self._named(each), span=self._span(each)))
+            elif options:
+                help = "the adapters come first, and then how they are combined"
+                fail(SpecError, "E141", "the options of 'combine' are given by name", self._span(each), help=help)
+            else:
+                adapters.append(tree.Name(self._label(each), span=self._span(each)))
+        return tree.Combined(self._label(label), tuple(adapters), tuple(options), span=self._span(node))
+
     def _activate(self, node: LarkTree) -> tree.Activate:
         terms: list[tree.ActivateTerm] = []
         sign = 1.0
@@ -75,6 +91,9 @@ class Builder(ExpressionBuilder):
             weight = 1.0 if number is None else float(self._number(cast(LarkTree, number)).value)
             terms.append(tree.ActivateTerm(sign * weight, self._label(cast(LarkTree, label)), span=self._span(each)))
         return tree.Activate(tuple(terms), span=self._span(node))
+
+    def _route(self, node: LarkTree) -> tree.Route:
+        return tree.Route(str(node.children[0]), span=self._span(node))
 
     # --- clauses ---
 

@@ -17,7 +17,7 @@ ALIGNED = 40  # longer initialisers do not push what follows to the right
 # A name that could go on from the value before it needs a comma between.
 _KEYWORDS = frozenset(
     ("on", "refine", "skip", "train", "bias", "tokens", "with", "where", "for", "param", "let", "default", "peft")
-) | {"saved", "if", "else", "and", "or", "not", "use", "base", "adapter", "activate", "method", "all"}
+) | {"saved", "if", "else", "and", "or", "not", "use", "base", "adapter", "activate", "route", "method", "all"}
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _DIGITS = re.compile(r"[0-9]+")
@@ -44,6 +44,8 @@ def lay_out(statement: tree.Statement) -> list[Unit]:
             return [_whole(f"use {expression.quoted(path)}", statement)]
         case tree.Activate(terms):
             return [_whole(f"activate {_sum(terms)}", statement)]
+        case tree.Route(name):
+            return [_whole(f"route = {name}", statement)]
         case tree.Base(entries):
             width = max((len(each.name) for each in entries), default=0)
             texts = [f"{each.name:<{width}} = {expression.text(each.value)}" for each in entries]
@@ -59,6 +61,9 @@ def lay_out(statement: tree.Statement) -> list[Unit]:
                 return [_whole(head, statement)]
             width = max(len(_keyword(each)) for each in clauses)
             return _block(head, statement, [_item(each, _clause(each, width)) for each in clauses])
+        case tree.Combined(name, adapters, options):
+            parts = [*(label(each.id) for each in adapters), *(expression.arguments((each,)) for each in options)]
+            return [_whole(f"adapter {label(name)} = combine({_list(parts)})", statement)]
         case tree.Method(name, hyperparameters, items):
             head = f"method {name}({_list([_hyperparameter(each) for each in hyperparameters])})"
             return _block(head, statement, _items(items))

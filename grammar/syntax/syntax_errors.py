@@ -36,7 +36,7 @@ _SIGNS = {
 _EXPRESSION = frozenset({"NAME", "FLOAT", "INT", "STRING", "TRUE", "FALSE", "NONE", "LPAR", "LSQB", "MINUS"})
 _OPERATORS = frozenset({"PLUS", "MINUS", "STAR", "SLASH", "SLASHES", "PERCENT", "AT", "STARS", "TRANSPOSE"})
 _OPERATORS |= {"EQ", "NE", "LT", "LE", "GT", "GE", "AND", "OR", "_IF"}
-_STATEMENTS = frozenset({"_USE", "_BASE", "_ADAPTER", "_ACTIVATE", "_METHOD"})
+_STATEMENTS = frozenset({"_USE", "_BASE", "_ADAPTER", "_ACTIVATE", "_ROUTE", "_METHOD"})
 _CLAUSES = frozenset({"_ON", "_REFINE", "_SKIP", "_TRAIN", "_BIAS", "_TOKENS"})
 _ITEMS = frozenset({"_DEFAULT", "SHARED", "_PARAM", "_CONST", "_LET", "_REQUIRE", "_ALLOCATE", "PRIME", "_PEFT"})
 _ITEMS |= {"_COPIES", "_ROWS", "_UNREAD"}
@@ -100,7 +100,7 @@ def expected(accepted: set[str]) -> list[str]:
         names.append("an item (default, param, let, W', peft)")
         left -= _ITEMS
     if left >= _STATEMENTS:
-        names.append("a statement (adapter, method, use, base, activate)")
+        names.append("a statement (adapter, method, use, base, activate, route)")
         left -= _STATEMENTS
     order = ("EQUAL", "COLON", "RBRACE", "RPAR", "RSQB", "COMMA", "DOT")
     names += [_human(each) for each in sorted(left, key=lambda each: (each == "$END", each not in order, each))]
@@ -166,8 +166,15 @@ def _slip(source: Source, token: Token, can: set[str], before: Sequence[Token], 
         return "write a single '='"
     if token.type == "SLASHES" and _STATEMENTS & can:
         return "a comment starts with #"
+    if token.type == "LBRACE" and _STATEMENTS & can and _statement_of(before) == "_COMBINE":
+        return "a combination has no clauses: it goes where its adapters go"
     if token.type == "LBRACE" and can & {"EQUAL"}:
         return "an adapter needs a method: adapter name = lora(rank = 8) { ... }"
     if token.type in _CLOSERS.values() and not brackets:
         return f"nothing is open that this '{token}' could close"
     return ""
+
+
+def _statement_of(before: Sequence[Token]) -> str:
+    """The word that says what the last statement is."""
+    return next((each.type for each in reversed(before) if each.type in _STATEMENTS | {"_COMBINE"}), "")

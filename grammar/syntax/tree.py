@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from peftc.grammar.syntax.activation import Activate, ActivateTerm, Route
 from peftc.grammar.syntax.syntax import (
     AllSelector,
     Argument,
@@ -39,6 +40,7 @@ __all__ = [
     "Binary",
     "Call",
     "Clause",
+    "Combined",
     "Conditional",
     "ConstItem",
     "CopiesItem",
@@ -66,6 +68,7 @@ __all__ = [
     "PrimeItem",
     "RefineClause",
     "RequireItem",
+    "Route",
     "RowsItem",
     "Segment",
     "Selector",
@@ -169,18 +172,12 @@ class Adapter(Node):
 
 
 @dataclass(frozen=True)
-class ActivateTerm(Node):
-    """`0.5 * style`, one term of an `activate` sum."""
+class Combined(Node):
+    """`adapter NAME = combine(a, b, weights = [0.7, 0.3])`: an adapter made of others. The names are as labels are."""
 
-    weight: float
-    adapter: str
-
-
-@dataclass(frozen=True)
-class Activate(Node):
-    """`activate support + 0.5 * style`."""
-
-    terms: tuple[ActivateTerm, ...]
+    name: str
+    adapters: tuple[Name, ...]
+    options: tuple[Argument, ...] = ()
 
 
 # --- methods ---
@@ -373,7 +370,7 @@ class Method(Node):
     doc: str = ""
 
 
-Statement = Use | Base | Adapter | Activate | Method
+Statement = Use | Base | Adapter | Combined | Activate | Route | Method
 
 
 @dataclass(frozen=True)

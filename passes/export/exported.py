@@ -25,18 +25,20 @@ ADAPTER = "adapter"
 """The input of a program that is a dictionary of an adapter's tensors, where it takes one."""
 
 
-def exported_program(lifted: Lifted, outputs: Sequence[str], adapter: Mapping[str, fx.Node]) -> ExportedProgram:
+def exported_program(
+    lifted: Lifted, outputs: Sequence[str], group: str, inside: Mapping[str, fx.Node]
+) -> ExportedProgram:
     """A program that takes its inputs by name and gives a dictionary of tensors: `outputs` name those of the graph.
 
-    `adapter` are the inputs that are passed together, as one dictionary, by their names in it. The graph is taken over.
-    Nothing but torch is needed to load the program, once it is saved.
+    `inside` are the inputs that are passed together, as one dictionary `group`, by their names in it. The graph is
+    taken over. Nothing but torch is needed to load the program, once it is saved.
     """
     graph = lifted.graph
     graph.eliminate_dead_code()
     for node in graph.nodes:
         node.meta = {"val": node.meta["val"]} if "val" in node.meta else {}
-    own = {name: node for name, node in lifted.inputs.items() if node not in set(adapter.values())}
-    ordered = [*own.values(), *adapter.values()]
+    own = {name: node for name, node in lifted.inputs.items() if node not in set(inside.values())}
+    ordered = [*own.values(), *inside.values()]
     for node in ordered:
         node.target = node.name  # where torch decomposes a program, it looks one up as the other
     _in_order(graph, [*lifted.tensors, *ordered])
@@ -50,7 +52,7 @@ def exported_program(lifted: Lifted, outputs: Sequence[str], adapter: Mapping[st
     (output,) = graph.find_nodes(op="output")
     results = [each.name for each in output.args[0]]
     taken: dict[str, object] = dict.fromkeys(own, 0)
-    taken |= {ADAPTER: dict.fromkeys(adapter, 0)} if adapter else {}
+    taken |= {group: dict.fromkeys(inside, 0)} if inside else {}
     call = ModuleCallSignature(
         [TensorArgument(each.name) for each in ordered],
         [TensorArgument(each) for each in results],
@@ -73,7 +75,7 @@ def exported_program(lifted: Lifted, outputs: Sequence[str], adapter: Mapping[st
         },
         constants={},
         module_call_graph=[ModuleCallEntry("", call)],
-        example_inputs=((), _examples(own, adapter)),
+        example_inputs=((), _examples(own, group, inside)),
         verifiers=[TrainingIRVerifier],
     )
 
@@ -88,10 +90,10 @@ def _in_order(graph: fx.Graph, placeholders: Sequence[fx.Node]) -> None:
             first.prepend(node)
 
 
-def _examples(own: Mapping[str, fx.Node], adapter: Mapping[str, fx.Node]) -> dict[str, object]:
+def _examples(own: Mapping[str, fx.Node], group: str, inside: Mapping[str, fx.Node]) -> dict[str, object]:
     """Inputs of the sample sizes: what ahead-of-time compilers begin with."""
     found: dict[str, object] = {name: _example(node) for name, node in own.items()}
-    return found | ({ADAPTER: {name: _example(node) for name, node in adapter.items()}} if adapter else {})
+    return found | ({group: {name: _example(node) for name, node in inside.items()}} if inside else {})
 
 
 def _example(node: fx.Node) -> torch.Tensor:

@@ -106,6 +106,12 @@ class Lifted:
         with self.graph.inserting_after(last):
             return self._put_input(spec, dtype, device)
 
+    def add_dimension(self, dimension: Dimension) -> None:
+        """A size that varies, for inputs that are added."""
+        assert self.mode.shape_env is not None
+        self.symbols = {**self.symbols, dimension.name: _symbol(self.mode.shape_env, dimension)}
+        self.dimensions = (*self.dimensions, dimension)
+
     def move_to_inputs(self, nodes: Mapping[str, fx.Node]) -> None:
         """Make inputs, by these names, of placeholders of tensors; they stand behind the others."""
         for name, node in nodes.items():
@@ -144,7 +150,7 @@ class Lifted:
         return node
 
     def _put_input(self, spec: InputSpec, dtype: torch.dtype, device: torch.device) -> fx.Node:
-        node = self.graph.placeholder(spec.name)
+        node = self.graph.placeholder(_identifier(spec.name))
         shape = tuple(self.size(size) for size in spec.axes)
         with self.mode:
             node.meta["val"] = torch.empty(shape, dtype=dtype, device=device)

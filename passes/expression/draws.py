@@ -29,6 +29,25 @@ def thinned(scene: LoweringContext[T], _: Sequence[T], options: Sequence[Option]
     return _marks(scene, size, kept)
 
 
+def noisy(scene: LoweringContext[T], operands: Sequence[T], _: Sequence[Option]) -> T:
+    """`x`, and while training `x + log(u) - log(1 - u)`, the logistic distribution's numbers, `u` even from 0 to 1.
+
+    The sigmoid of it is a relaxed Bernoulli draw at temperature 1 (Maddison et al. 2017, arXiv:1611.00712), as
+    `torch.distributions.RelaxedBernoulli` draws it.
+    """
+    (x,) = operands
+    if not scene.training:
+        return x
+    least = torch.finfo(scene.kind(x)["dtype"]).eps
+    drawn = scene.call(aten.clamp.default, scene.call(aten.rand_like.default, x), least, 1 - least)
+    odds = scene.call(
+        aten.sub.Tensor,
+        scene.call(aten.log.default, drawn),
+        scene.call(aten.log1p.default, scene.call(aten.neg.default, drawn)),
+    )
+    return scene.call(aten.add.Tensor, x, odds)
+
+
 def _marks(scene: LoweringContext[T], size: Option, kept: Callable[[T], T]) -> T:
     """Ones, and while training whether numbers that are drawn evenly from 0 to 1 are kept."""
     kind = scene.kind(scene.example)

@@ -12,8 +12,9 @@ from typing import Any, TypeVar
 import torch
 
 from peftc.grammar.algebra.algebra import Option
+from peftc.grammar.algebra.functions import TASK
 from peftc.passes.expression.activations import activation
-from peftc.passes.expression.draws import coins, for_all, thinned
+from peftc.passes.expression.draws import coins, for_all, noisy, thinned
 from peftc.passes.expression.precision import Lowering, clamp, in_float32
 from peftc.passes.expression.scene import LoweringContext
 from peftc.passes.expression.wavelets import low_pass
@@ -117,6 +118,11 @@ def _diag(scene: LoweringContext[T], operands: Sequence[T], _: Sequence[Option])
 
 def _eye(scene: LoweringContext[T], _: Sequence[T], options: Sequence[Option]) -> T:
     return for_all(scene, scene.call(aten.eye.default, options[0], **scene.kind(scene.example)))
+
+
+def _task(scene: LoweringContext[T], _: Sequence[T], __: Sequence[Option]) -> T:
+    assert scene.task is not None, "a task is known where rows of a call have adapters of their own"
+    return for_all(scene, scene.task)
 
 
 def _kron(scene: LoweringContext[T], operands: Sequence[T], _: Sequence[Option]) -> T:
@@ -352,6 +358,7 @@ LOWERINGS: Mapping[str, Lowering] = {
     "left_singular": in_float32(_singular(0)),
     "mean": _along(aten.mean.dim),
     "neumann": _neumann,
+    "noisy": noisy,
     "norm": _along(aten.linalg_vector_norm.default, 2),
     "permute": _permute,
     "qr": in_float32(_qr),
@@ -378,6 +385,7 @@ LOWERINGS: Mapping[str, Lowering] = {
     "std": _std,
     "stop_gradient": _plain(aten.detach.default),
     "sum": _along(aten.sum.dim_IntList),
+    TASK: _task,
     "tanh": _plain(aten.tanh.default),
     "tile": _tile,
     "topk": _topk,

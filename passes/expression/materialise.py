@@ -25,7 +25,7 @@ class Evaluator(Generic[T]):
     """What the names of an expression stand for. `weight` is asked for when it is needed, and so may be a dequantize.
 
     At a stack of experts (`lead` is 1) every value has the experts' axis in front. Parts that occur twice are computed
-    once. Dropout does nothing here: a merged weight has none; what `training` draws is drawn once.
+    once. Dropout does nothing here: a merged weight has none; what `training` draws is drawn once. `task` is a row's.
     """
 
     ops: Ops[T]
@@ -36,6 +36,7 @@ class Evaluator(Generic[T]):
     bias: T | None = None
     lead: int = 0
     training: bool = False
+    task: T | None = None
     known: dict[algebra.Matrix, T] = field(default_factory=dict)
 
     def of(self, matrix: algebra.Matrix) -> T:
@@ -74,7 +75,8 @@ class Evaluator(Generic[T]):
                 return self.of(operand)
             case algebra.Function(name, operands, options):
                 values = [self.of(each) for each in operands]
-                return LOWERINGS[name](LoweringContext(ops, self.lead, self._example(), self.training), values, options)
+                scene = LoweringContext(ops, self.lead, self._example(), self.training, self.task)
+                return LOWERINGS[name](scene, values, options)
 
     def _aligned(self, left: algebra.Matrix, right: algebra.Matrix) -> tuple[T, T]:
         """Two values for an operator that broadcasts; at a stack the experts' axes have to meet."""

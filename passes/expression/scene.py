@@ -42,13 +42,14 @@ class Eager:
 class LoweringContext(Generic[T]):
     """What a lowering works with: the operators, how many leading axes values have, and a value to be like.
 
-    Only while `training` is anything drawn.
+    Only while `training` is anything drawn. `task` is that of a row, `[1]`, where rows have some.
     """
 
     ops: Ops[T]
     lead: int
     example: T
     training: bool = False
+    task: T | None = None
 
     def call(self, op: Callable[..., Any], *args: Any, **kwargs: Any) -> T:
         """The result of an operator."""

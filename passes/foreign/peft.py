@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 PEFT_VERSION = "0.21.2"  # the version whose format is written
 BY_ROW = "adapter_names"  # of rows, each its adapter
 BASE_ROWS = "__base__"  # what stands there for a row without an adapter
-TASK_IDS = "task_ids"  # of rows, for prompts by task
+TASK_IDS = "task_ids"  # of rows, each its task
 TOKEN_TYPES = "input_type_mask"  # of tokens, for context-aware prompts
 
 OWN_TYPE = "PEFTC"  # the type of a method that PEFT has not: the file holds the spec's text

@@ -40,6 +40,7 @@ CONFIG_NAMES = {
     "MULTITASK_PROMPT_TUNING": "MultitaskPromptTuningConfig",
     "OFT": "OFTConfig",
     "PEANUT": "PeanutConfig",
+    "POLY": "PolyConfig",
     "PREFIX_TUNING": "PrefixTuningConfig",
     "PROMPT_TUNING": "PromptTuningConfig",
     "PSOFT": "PsoftConfig",
@@ -55,6 +56,7 @@ CONFIG_NAMES = {
     "VBLORA": "VBLoRAConfig",
     "VERA": "VeraConfig",
     "WAVEFT": "WaveFTConfig",
+    "XLORA": "XLoraConfig",
 }
 
 

@@ -1,7 +1,9 @@
 """Puts the active adapters' weight expressions into a graph."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import ClassVar
 
 import torch
@@ -11,13 +13,14 @@ from peftc.grammar.algebra import algebra
 from peftc.passes.expression.apply import Activation, Apply, DropoutError, Primes, compose, deltas, renamed
 from peftc.passes.expression.convolve import Convolve, Patches, is_low_rank
 from peftc.passes.expression.materialise import Evaluator, to_logical, to_stored, unstack
+from peftc.passes.insert.gate import gate, is_disordered, misfit, tokens_of, weighed
 from peftc.passes.insert.uses import WeightUse, use_of
 from peftc.passes.ir.bodies import used_by
 from peftc.passes.ir.emit import Emit, Origin, fake_like
 from peftc.passes.ir.pass_manager import Change, Miss
 from peftc.passes.ir.stages import Stage
 from peftc.passes.plan.site import Site
-from peftc.passes.plan.structure import MEMBER, AdaptedSite, Structure, Term, site_slot, slot_role
+from peftc.passes.plan.structure import GATE, MEMBER, TASK, AdaptedSite, Structure, Term, site_slot, slot_role
 
 aten = torch.ops.aten
 
@@ -32,6 +35,7 @@ class InsertDelta:
     Where the weight is used in a way no law covers, and at the sites of `dense`, the weight itself is replaced:
     f(W, b) -> f(W', b'). So it is at a convolution, unless something has to meet the activation alone.
     Where rows have adapters of their own, y -> where(member, apply(W', x) + b', y) for each lane.
+    Where tokens are given more or less of an adapter, y -> y + gate * (apply(W', x) + b' - y).
     """
 
     structure: Structure
@@ -62,6 +66,8 @@ class InsertDelta:
         uses = [user for user in ours if adapted.site.kind == "parameter" or adapted.site.user in used_by(user, weight)]
         if adapted.lanes:
             return sum(self._by_row(graph, each, weight, adapted) for each in uses)
+        if any(term.position in self.structure.gated for term in adapted.terms):
+            return sum(self._by_token(graph, each, weight, adapted) for each in uses)
         terms = [_primes(term) for term in adapted.terms]
         made = 0
         replaced: fx.Node | None = None
@@ -99,6 +105,30 @@ class InsertDelta:
             apply = self._apply(emit, weight, replace(adapted, terms=terms, lanes=()), use)
             made = apply.cast(_total(apply, primes, use, total), kind)
             total = emit.call(aten.where.self, member, made, total)
+        use.node.replace_all_uses_with(total, delete_user_cb=lambda user: user not in emit.made)
+        return len(emit.made)
+
+    def _by_token(self, graph: fx.Graph, node: fx.Node, weight: fx.Node, adapted: AdaptedSite) -> int:
+        use, tokens = self.check(node, weight, adapted.site), tokens_of(graph)
+        if tokens is not None and is_disordered(node, tokens):  # else what it is may look as if it were in order
+            raise DisorderedError(adapted.site, "its first axes are not the rows and tokens in their order")
+        why = "nothing it is called with has rows of tokens" if tokens is None else misfit(node, tokens)
+        if isinstance(use, Miss) or tokens is None or why:
+            why = use.reason if isinstance(use, Miss) else why
+            raise UnfitError(adapted.site, f"how much of it is used differs from token to token, and {why}")
+        emit = Emit(graph, use.node.next, Origin(self.name, adapted.site.name), like=use.node)
+        total, kind = use.node, use.node.meta["val"].dtype
+        gated = [term for term in adapted.terms if term.position in self.structure.gated]
+        others = tuple(term for term in adapted.terms if term not in gated)
+        if others:
+            primes = compose([_primes(term) for term in others], use.bias is not None)
+            total = _total(self._apply(emit, weight, replace(adapted, terms=others), use), primes, use, total)
+        for term in gated:
+            apply = self._apply(emit, weight, replace(adapted, terms=(term,)), use)
+            change = _change(apply, compose([_primes(term)], use.bias is not None), use)
+            by = gate(emit, tokens, f"{site_slot(term.position, adapted.site.name)}.{GATE}", use.node)
+            total = emit.call(aten.add.Tensor, total, weighed(emit, change, by, tokens, use.node))
+        total = apply.cast(total, kind)
         use.node.replace_all_uses_with(total, delete_user_cb=lambda user: user not in emit.made)
         return len(emit.made)
 
@@ -168,7 +198,9 @@ class InsertDelta:
                 value = self.slot_value(term.position, site.name, scalar, weight)
                 scalars[_prefix(term) + scalar] = emit.slot(f"{slot}.{slot_role(scalar)}", value, term.position, scalar)
         bias = use.bias if use is not None else None
-        values = Evaluator(emit, params, scalars, lead=site.lead, bias=bias, training=self.training)
+        values = Evaluator(
+            emit, params, scalars, lead=site.lead, bias=bias, training=self.training, task=_task(emit, weight, adapted)
+        )
 
         def base(x: Activation) -> fx.Node:
             assert use is not None
@@ -181,17 +213,46 @@ class InsertDelta:
 
 def _total(apply: Apply, primes: Primes, use: WeightUse, total: fx.Node) -> fx.Node:
     """What the adapted weight and bias give; where they are the base's plus something, `total` plus that."""
+    added = _added(apply, primes, use)
+    if added is None:
+        return _whole(apply, primes, use)
+    for each in added:
+        total = apply.emit.call(aten.add.Tensor, total, each)
+    return total
+
+
+def _change(apply: Apply, primes: Primes, use: WeightUse) -> fx.Node:
+    """What the adapted weight and bias give, less what the base does."""
+    added = _added(apply, primes, use)
+    if added is None:
+        return apply.emit.call(aten.sub.Tensor, _whole(apply, primes, use), use.node)
+    return functools.reduce(lambda one, other: apply.emit.call(aten.add.Tensor, one, other), added)
+
+
+def _added(apply: Apply, primes: Primes, use: WeightUse) -> Iterator[fx.Node] | None:
+    """What is added to what the base gives, in parts; None where weight or bias is not the base's plus something."""
     parts = deltas(primes[0])
     added = () if primes[1] is None else deltas(primes[1], algebra.Bias())
-    if parts is not None and added is not None:
-        for part in parts:
-            total = apply.emit.call(aten.add.Tensor, total, _applied(apply, apply.whole(part), use))
-        for part in added:
-            total = apply.emit.call(aten.add.Tensor, total, _spread(apply, apply.value(part), use))
-        return total
+    if parts is None or added is None:
+        return None
+    weights = (_applied(apply, apply.whole(part), use) for part in parts)
+    return chain(weights, (_spread(apply, apply.value(part), use) for part in added))
+
+
+def _whole(apply: Apply, primes: Primes, use: WeightUse) -> fx.Node:
+    """What the adapted weight and bias give."""
     total = _applied(apply, primes[0], use)
     bias = use.bias if primes[1] is None else apply.value(primes[1])
     return total if bias is None else apply.emit.call(aten.add.Tensor, total, _spread(apply, bias, use))
+
+
+def _task(emit: Emit, weight: fx.Node, adapted: AdaptedSite) -> fx.Node | None:
+    """The task of a row, read beside the tensors of what first asks for it."""
+    term = next((each for each in adapted.terms if each.tasks), None)
+    if term is None:
+        return None
+    slot = f"{site_slot(term.position, adapted.site.name)}.{TASK}"
+    return emit.slot(slot, fake_like((1,), torch.int64, weight), term.position, TASK)
 
 
 def _applied(apply: Apply, matrix: algebra.Matrix, use: WeightUse) -> fx.Node:
@@ -208,6 +269,10 @@ class UnfitError(Exception):
     def __init__(self, site: Site, reason: str):
         self.site, self.reason = site, reason
         super().__init__(f"{site.name}: {reason}")
+
+
+class DisorderedError(UnfitError):
+    """A site is used on rows in another order, wherever it is looked at."""
 
 
 def _refuse_dropout(matrix: algebra.Matrix, found: Miss, site: Site, training: bool) -> None:

@@ -7,7 +7,7 @@ import keyword
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 
@@ -20,6 +20,8 @@ FLOAT = "float__"  # in front of a scalar's name: the same value as a plain numb
 LOG_WEIGHT = "log__weight"  # the scalar that weighs attention to what stands in front of the cache
 STORED = "packed"  # where graphs read what modules store packed
 MEMBER = "member"  # the scalar that says whether a row has a lane
+GATE = "by_input"  # how much of an adapter each token is given
+TASK = "asked__task"  # the whole number `[1]` that a call says for a row; no role, nor scalar, has such a name
 WEIGHT = "weight"  # the scalar that carries an adapter's activation weight, where no other can
 
 
@@ -46,6 +48,11 @@ class Term:
     roles: tuple[Role, ...]
     scalars: tuple[str, ...]
     bias: algebra.Matrix | None = None
+
+    @property
+    def tasks(self) -> int:
+        """How many tasks it has something for, of which a call says one for each row; 0 where it asks for none."""
+        return algebra.task_count(self.weight, self.bias)
 
 
 @dataclass(frozen=True)
@@ -120,13 +127,22 @@ class ReplacedRows:
 
 @dataclass(frozen=True)
 class Structure:
-    """Everything about the active adapters that a graph depends on; `by_row` where each row of a call has its own."""
+    """Everything about the active adapters that a graph depends on; `by_row` where each row of a call has its own.
+
+    Of the adapters at the positions `gated` each token of a call is given as much as the call says.
+    """
 
     sites: tuple[AdaptedSite, ...] = ()
     copies: tuple[CopiedTensor, ...] = ()
     rows: tuple[ReplacedRows, ...] = ()
     fronts: tuple[VirtualTokens, ...] = ()
     by_row: bool = False
+    gated: frozenset[int] = frozenset()
+
+    @cached_property
+    def tasks(self) -> int:
+        """How many tasks weights are for, the fewest of any; 0 where no weight depends on the task of a row."""
+        return min((term.tasks for at in self.sites for term in at.terms if term.tasks), default=0)
 
     def at(self, kind: str) -> tuple[VirtualTokens, ...]:
         """What is put in front at the places of a kind, in order of activation."""

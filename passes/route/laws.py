@@ -10,7 +10,7 @@ from torch import fx
 
 from peftc.passes.ir.emit import Emit, Origin
 from peftc.passes.ir.infer import is_same_size
-from peftc.passes.route.order import has_rows_first
+from peftc.passes.ir.row_order import has_rows_first
 
 aten = torch.ops.aten
 

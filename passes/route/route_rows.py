@@ -1,6 +1,6 @@
 """Lets every row of a call have an adapter of its own, for graphs that are bound to live modules."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -53,6 +53,11 @@ class LanePieces:
     members: tuple[str, ...] = ()
 
     @property
+    def draws(self) -> bool:
+        """Whether numbers are drawn for each row, anew in every call."""
+        return any(_is_drawn(node) for node in self.prologue.nodes)
+
+    @property
     def guarded(self) -> bool:
         """Whether rows that have not the lane are told apart."""
         return bool(self.members)
@@ -72,13 +77,7 @@ class RouteRows:
     def run(self, graph: fx.Graph) -> Change:
         """Rewrite in place. Raises UnroutedError."""
         before = set(graph.nodes)
-        _scale_up(graph)
-        fixed = _fixed(graph)
-        for node in graph.find_nodes(op="call_function", target=aten.where.self):
-            if node in fixed and node.args[0] in fixed and str(node.args[0].target).endswith(f".{MEMBER}"):
-                raise UnroutedError(node, "what is adapted depends on no input")
-        simplify(graph, fixed)
-        graph.eliminate_dead_code()
+        prepare(graph)
         fixed = _fixed(graph)
         wanted = [each for each in fixed if any(user not in fixed for user in each.users)]
         if not wanted:
@@ -90,9 +89,23 @@ class RouteRows:
             router.rewrite(node)
         refresh(graph)
         self.lanes.extend(_lanes(graph, fixed, values))
-        graph.eliminate_dead_code()
+        graph.eliminate_dead_code(is_impure_node=lambda node: node.is_impure() and node not in fixed)
         after = set(graph.nodes)
         return Change(len(after - before), len(before - after))
+
+
+def prepare(graph: fx.Graph, constants: Collection[str] = ()) -> None:
+    """Let a graph with lanes read as little as it can of each row's own. Raises UnroutedError.
+
+    `constants` are slots that are one for all rows: what comes of them is not zero where a row has not the lane.
+    """
+    _scale_up(graph)
+    fixed = _fixed(graph, constants)
+    for node in graph.find_nodes(op="call_function", target=aten.where.self):
+        if node in fixed and node.args[0] in fixed and str(node.args[0].target).endswith(f".{MEMBER}"):
+            raise UnroutedError(node, "what is adapted depends on no input")
+    simplify(graph, fixed)
+    graph.eliminate_dead_code()
 
 
 @dataclass
@@ -152,14 +165,14 @@ def _batch(graph: fx.Graph) -> int | torch.SymInt:
     return found
 
 
-def _fixed(graph: fx.Graph) -> dict[fx.Node, None]:
-    """The nodes that depend on adapters and on no input, in the graph's order."""
+def _fixed(graph: fx.Graph, constants: Collection[str] = ()) -> dict[fx.Node, None]:
+    """The nodes that depend on adapters (in more than `constants`) and on no input, in the graph's order."""
     constant: set[fx.Node] = set()
     found: dict[fx.Node, None] = {}
     for node in graph.nodes:
         if node.op == "get_attr":
             constant.add(node)
-            if str(node.target).startswith(SLOTS):
+            if str(node.target).startswith(SLOTS) and node.target not in constants:
                 found[node] = None
         elif _is_computed(node) and all(each in constant for each in node.all_input_nodes):
             constant.add(node)
@@ -169,9 +182,32 @@ def _fixed(graph: fx.Graph) -> dict[fx.Node, None]:
 
 
 def _is_computed(node: fx.Node) -> bool:
-    """Whether a node is a tensor, or several, that is the same for the same operands."""
-    drawn = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+    """Whether a node is a tensor, or several, that is the same for the same operands; or is drawn for each row."""
+    drawn = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) and not _is_drawn(node)
     return node.op == "call_function" and not drawn and isinstance(node.meta["val"], torch.Tensor | tuple | list)
+
+
+def _is_drawn(node: fx.Node) -> bool:
+    """Whether numbers are drawn for a value of an adapter: each row has its own, as it has its own value."""
+    return node.target is aten.rand_like.default
+
+
+def draws_numbers(graph: fx.Graph) -> bool:
+    """Whether a graph draws random numbers as it runs; dropout with a probability of zero draws none."""
+    return any(
+        torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) and _p(node) for node in graph.nodes
+    )
+
+
+def _p(node: fx.Node) -> Any:
+    """The probability of a dropout, or 1 for what draws in another way."""
+    match node.target:
+        case aten.dropout.default:
+            return node.args[1] if node.args[2] else 0
+        case aten.scaled_dot_product_attention.default:
+            return node.kwargs.get("dropout_p", node.args[4] if len(node.args) > 4 else 0)
+        case _:
+            return 1
 
 
 def _scale_up(graph: fx.Graph) -> None:

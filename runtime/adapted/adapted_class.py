@@ -9,11 +9,14 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
+from peftc.grammar.diagnostics import UsageError, fail
 from peftc.passes.foreign import peft as contract
+from peftc.passes.foreign.hidden_states import ASKS_FOR_HIDDEN
 from peftc.passes.foreign.peft_classes import model_class
 from peftc.passes.foreign.transformers import GENERATION, USE_CACHE, forward_of, repeats_of, rows_of
 from peftc.runtime.adapted.adapted_module import AdaptedModule, Root
 from peftc.runtime.adapted.base_weights import COMPILED_CALLS, base_view
+from peftc.runtime.adapted.routed_call import RoutedCall
 from peftc.runtime.execution.uncached import is_recomputing, without_cache
 from peftc.runtime.execution.virtual import EXTRA_INPUTS
 
@@ -60,12 +63,15 @@ def _adapted_class(base: type[nn.Module], root: type[Root]) -> type[Root]:
 
     def forward(self: AdaptedModule, *args: Any, **kwargs: Any) -> Any:
         state = self._adapter_state
-        if contract.BY_ROW in kwargs and not self._takes_names:
+        by_task = contract.TASK_IDS in kwargs and not torch.compiler.is_compiling() and state.tasks
+        if (contract.BY_ROW in kwargs and not self._takes_names) or by_task:
             return self._by_row(self.forward, args, kwargs, rows_of(self._named(args, kwargs)))
         if makes_cache and self.training and self.is_gradient_checkpointing and is_recomputing():
             args, kwargs = (), without_cache(self._named(args, kwargs))
         if state.rows.is_on:
             return by_row(self, args, kwargs)
+        if (routed := state.inputs.now()) is not None:
+            return by_input(self, routed, self._named(args, kwargs))
         if state.whole or any(name in kwargs for name in EXTRA_INPUTS) or (state.host.stored and _is_exporting()):
             return state.run_whole("", self._named(args, kwargs))
         if not torch.compiler.is_compiling():
@@ -87,6 +93,18 @@ def _adapted_class(base: type[nn.Module], root: type[Root]) -> type[Root]:
             state.engine.penalise(output, state.host.now)
         return output
 
+    def by_input(self: AdaptedModule, routed: RoutedCall, arguments: dict[str, Any]) -> Any:
+        """A call whose tokens are given more or less of each adapter."""
+        state = self._adapter_state
+        if state.whole:
+            message = "a routed call goes through the model in its own Python, and one graph of the whole is needed"
+            fail(UsageError, "E538", message, help='choose regions="layers", or adapters of weights alone')
+        state.settle()
+        output = routed(lambda **given: plain(self, (), given), arguments)
+        if self.training:
+            state.engine.penalise(output, routed.tenant)
+        return output
+
     def plain(self: AdaptedModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """The user's own forward, whose modules are regions."""
         # A container goes through everything that it holds, and is not to meet the adapters there.
@@ -103,6 +121,7 @@ def _adapted_class(base: type[nn.Module], root: type[Root]) -> type[Root]:
         "forward": forward,
         "__reduce_ex__": reduce,
         "_named": named,
+        "_call_names": known | ({ASKS_FOR_HIDDEN} if takes_more else set()),
         "_takes_names": contract.BY_ROW in known,
         "_base_class": base,
         "_root_class": root,
@@ -116,11 +135,13 @@ def _adapted_class(base: type[nn.Module], root: type[Root]) -> type[Root]:
 
 
 def _generate(base: Any) -> Any:
-    """Generation, whose `adapter_names` hold for every call of the model in it."""
+    """Generation, whose `adapter_names` and `task_ids` hold for every call of the model in it."""
 
     @wraps(base.generate)
     def generate(self: AdaptedModule, *args: Any, **kwargs: Any) -> Any:
-        if contract.BY_ROW not in kwargs:
+        if contract.BY_ROW not in kwargs and contract.TASK_IDS not in kwargs:
+            if (routed := self._adapter_state.inputs.now()) is not None:
+                kwargs = routed.generation(kwargs)
             return self._inherited("generate")(*args, **kwargs)
         count = rows_of({f"argument {place}": each for place, each in enumerate(args)} | kwargs)
         config = kwargs.get(GENERATION, getattr(self, GENERATION, None))

@@ -41,6 +41,7 @@ class AdaptedModule(nn.Module):
     _adapter_state: AdapterSet
     _base_class: type[nn.Module]
     _root_class: "type[AdaptedModule]"
+    _call_names: frozenset[str]  # the arguments of calls of the user's class
     _takes_names: bool  # whether the user's class has an argument called `adapter_names`
     _named: Callable[[tuple[Any, ...], Mapping[str, Any]], dict[str, Any]]  # a call's arguments, by name
 
@@ -209,8 +210,11 @@ class AdaptedModule(nn.Module):
     # --- what torch and transformers call themselves ---
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the model. With `adapter_names` every row of the call has an adapter of its own: see `RowAdapters`."""
-        if contract.BY_ROW not in kwargs and not self._adapter_state.rows.is_on:
+        """Call the model. With `adapter_names` every row of the call has an adapter of its own, with `task_ids` a task:
+        see `RowAdapters`.
+        """
+        asked = contract.BY_ROW in kwargs or contract.TASK_IDS in kwargs
+        if not asked and not self._adapter_state.rows.is_on:
             return super().__call__(*args, **kwargs)
         return self._by_row(super().__call__, args, kwargs, rows_of(self._named(args, kwargs)))
 
@@ -222,17 +226,21 @@ class AdaptedModule(nn.Module):
         count: int | None,
         repeats: frozenset[int] = frozenset(),
     ) -> Any:
-        """Call something whose rows have the adapters that `adapter_names` says."""
+        """Call something whose rows have the adapters that `adapter_names` says, and the tasks that `task_ids` does."""
         rows = self._adapter_state.rows
-        if self._takes_names:
-            return function(*args, **kwargs)
-        names = kwargs.pop(contract.BY_ROW, None)
+        names = None if self._takes_names else kwargs.pop(contract.BY_ROW, None)
+        tasks = rows.tasks_in(kwargs, names)
         compiling = get_eval_frame_callback() is not None or self._compiled_call_impl is not None
-        if names is None and not rows.is_on:
+        if names is None and tasks is None and not rows.is_on:
             return function(*args, **kwargs)
-        if names is not None and (text := text_of(self, kwargs)):
-            rows.check_within(names, [name for name, each in self.named_modules() if any(each is one for one in text)])
-        before = rows.enter(names, count, compiling=compiling, repeats=repeats)
+        if self._adapter_state.inputs.is_on:
+            said = contract.TASK_IDS if names is None else contract.BY_ROW
+            message = f"a route weighs the adapters of each token, and '{said}' says it of rows"
+            fail(UsageError, "E538", message, help="take the route away first: set_route(None)")
+        if (names is not None or tasks is not None) and (text := text_of(self, kwargs)):
+            within = [name for name, each in self.named_modules() if any(each is one for one in text)]
+            rows.check_within(names, tasks, count, within)
+        before = rows.enter(names, count, compiling=compiling, repeats=repeats, tasks=tasks)
         try:
             return function(*args, **kwargs)
         finally:

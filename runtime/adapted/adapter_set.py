@@ -1,29 +1,30 @@
 """The adapters of one model: which there are, which are active."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 
 from peftc.grammar.diagnostics import ModelError, UsageError, did_you_mean, fail
 from peftc.grammar.spec.spec import Regions
 from peftc.passes.foreign import transformers as contract
-from peftc.passes.ir.emit import fake_like
-from peftc.passes.plan.plan import IDS, ORDER, ROWS, AdapterPlan, ParamKey
+from peftc.passes.plan.plan import AdapterPlan
 from peftc.passes.plan.structure import structure_of
 from peftc.runtime.adapted.base_weights import Active, BaseWeights, base_view
+from peftc.runtime.adapted.by_input import InputRouting, check_weighable
 from peftc.runtime.adapted.by_row import RowAdapters
+from peftc.runtime.adapted.routed_call import Route, Routed
+from peftc.runtime.adapted.tenant import tenant_of
 from peftc.runtime.adapted.together import check_together
 from peftc.runtime.adapters.bank import AdapterParameters
 from peftc.runtime.adapters.room import roomy
-from peftc.runtime.adapters.slots import Binding, sources
+from peftc.runtime.adapters.slots import Binding
 from peftc.runtime.base.overlay import BANK
 from peftc.runtime.base.replaced import Replaced
 from peftc.runtime.execution.engine import ActiveAdapters, Engine, Specialisation
-from peftc.runtime.execution.virtual import Owner, Virtual
 from peftc.runtime.regions.host import Host
 from peftc.runtime.regions.kinds import attached, mixed
 from peftc.runtime.regions.modules import become_regions, layers_become_regions, renew_regions
@@ -32,6 +33,9 @@ from peftc.runtime.regions.partition import Partition
 from peftc.runtime.regions.places import DEFAULT, why_whole
 from peftc.runtime.regions.watch import Holds
 from peftc.runtime.regions.whole import watch_whole
+
+ROUTE = "_route"
+"""Beside the adapters, the module that is a route."""
 
 Bindings = Callable[[], Sequence[Binding]]
 """What puts the tensors of adapters into slots, worked out when a graph first reads these."""
@@ -51,8 +55,10 @@ class AdapterSet:
     regions: Regions = DEFAULT
     host: Host = field(init=False)
     rows: RowAdapters = field(init=False)
-    configs: dict[str, tuple[AdapterPlan, Any]] = field(default_factory=dict)  # PEFT's, as they were asked for
+    inputs: InputRouting = field(init=False)
+    configs: dict[str, tuple[object, Any]] = field(default_factory=dict)  # PEFT's, as they were asked for
     shown_configs: dict[str, Any] = field(default_factory=dict)  # what `peft_config` gives: always this very one
+    routed: Routed | None = None  # a route that says how much of some adapters each token is given
     room: int = 0  # the rank up to which another adapter fits into what a compiler has
     _holds: Holds | None = None  # whether the model is as graphs of the whole were made for
     _prepared: dict[Active, tuple[ActiveAdapters, Bindings]] = field(default_factory=dict)
@@ -61,12 +67,14 @@ class AdapterSet:
     def __post_init__(self) -> None:
         self.host = Host(self.engine)
         self.rows = RowAdapters(self)
+        self.inputs = InputRouting(self)
         self.engine.when_reset.append(self.host.reset)
         self.host.renew = self._renew
 
     def __reduce__(self) -> Any:
         """Without programs, and not yet activated: see `AdaptedModule.__setstate__`."""
-        state = {"active": self.active, "enabled": self.enabled, "regions": self.regions, "room": self.room}
+        kept = ("active", "enabled", "regions", "room", "routed")
+        state = {name: getattr(self, name) for name in kept}
         return AdapterSet, (self.engine, self.bank, self.base), state
 
     @property
@@ -123,6 +131,11 @@ class AdapterSet:
     def _needs(self) -> str:
         return why_whole(self.engine.structure) or f'regions = "{self.regions}"'
 
+    @property
+    def tasks(self) -> int:
+        """How many tasks the weights of the active adapters are for, also while these rest; 0 where they have none."""
+        return self.tenant(self.active).specialisation.structure.tasks if self.active else 0
+
     def partition(self) -> Partition:
         """Which modules run graphs now, and why."""
         return partition_of(self.host, self.engine.structure, self.regions)
@@ -136,14 +149,14 @@ class AdapterSet:
         """The adapter of that name. Raises UsageError with the nearest names."""
         found = self.bank._modules.get(name)
         if not isinstance(found, AdapterParameters):
-            known = tuple(self.bank._modules)
+            known = self.names()
             help = did_you_mean(name, known) or (f"the adapters are {', '.join(known)}" if known else "there is none")
             fail(UsageError, "E510", f"there is no adapter {name!r}", help=help)
         return found
 
     def names(self) -> tuple[str, ...]:
         """All adapters, in the order they were added."""
-        return tuple(self.bank._modules)
+        return tuple(name for name in self.bank._modules if name != ROUTE)
 
     def plans(self) -> dict[str, AdapterPlan]:
         """Every adapter's plan."""
@@ -151,9 +164,9 @@ class AdapterSet:
 
     def check_name(self, name: str, help: str = "choose another name or delete it") -> None:
         """Raise UsageError if no adapter can be added under this name."""
-        if name in self.bank._modules:
+        if name in self.bank._modules and name != ROUTE:
             fail(UsageError, "E511", f"there already is an adapter {name!r}", help=help)
-        if hasattr(self.bank, name):  # the adapters are modules, and reached by their names
+        if name == ROUTE or hasattr(self.bank, name):  # the adapters are modules, and reached by their names
             help = "choose another name; in a spec, or by adapter_name"
             fail(UsageError, "E575", f"an adapter cannot be called {name!r}: modules of torch have that", help=help)
 
@@ -183,6 +196,47 @@ class AdapterSet:
             self.activate(before)
             raise
 
+    def set_route(
+        self,
+        route: Route | None,
+        names: Sequence[str],
+        known: Collection[str],
+        *,
+        name: str = "default",
+        activate: bool = True,
+    ) -> None:
+        """Let a route say how much of these adapters each token is given; None takes the present one away.
+
+        They become active unless they are, or `activate` says not. Raises UsageError, and changes nothing, as
+        `InputRouting.read` and `activate`.
+        """
+        before, trained = (self.routed, self.bank._modules.get(ROUTE)), list[AdapterParameters]()
+        self.inputs.clear()
+        try:
+            self.routed = None if route is None else self.inputs.read(name, route, names, known)
+            self._place_route(route if isinstance(route, nn.Module) else None)
+            weights = dict(self.active)
+            missing = tuple((each, 1.0) for each in names if each not in weights)
+            if route is not None and activate and any(self.adapter(each).is_trainable for each in weights):
+                trained = [
+                    each for each in map(self.adapter, dict(missing)) if not each.frozen and not each.is_trainable
+                ]
+                for each in trained:
+                    each.train_only(True)
+            self.activate((*self.active, *missing) if route is not None and activate else self.active)
+        except BaseException:
+            self.routed = before[0]
+            self._place_route(before[1])
+            for each in trained:
+                each.train_only(False)
+            self.activate(self.active)
+            raise
+
+    def _place_route(self, module: nn.Module | None) -> None:
+        self.bank._modules.pop(ROUTE, None)
+        if module is not None:
+            self.bank.add_module(ROUTE, module)
+
     def remove(self, name: str) -> None:
         """Take an adapter away; if it was active, the others that were stay active."""
         self.adapter(name)
@@ -193,7 +247,9 @@ class AdapterSet:
         """Put an adapter in the place of one, active as that is. Raises UsageError, and changes nothing, as `check`."""
         others = [adapter if each == name else self.adapter(each) for each, _ in self.active]
         check_together(self.active, others)
-        order = self.names()
+        if self.routed is not None and name in self.routed.names:
+            check_weighable(adapter)
+        order = tuple(self.bank._modules)
         self._forget([name])
         self.bank.add_module(name, adapter)
         modules = {each: self.bank._modules[each] for each in order}
@@ -215,17 +271,21 @@ class AdapterSet:
         carry, or two adapters that train a copy of the same tensor.
         """
         self.check(active)
+        self.inputs.check(active)
         chosen = {name for name, _ in active}
         self.active = active
         if trainable is not None:
-            for name, adapter in self.bank._modules.items():
-                assert isinstance(adapter, AdapterParameters)
+            for name in self.names():
+                adapter = self.adapter(name)
                 if name in chosen or not adapter.frozen or adapter.is_trainable:
                     adapter.train_only(trainable and name in chosen)
             for name in chosen:
                 self.adapter(name).frozen = not trainable
         if self.enabled and not self.displaced:
-            self.engine.activate(self.tenant(active), self._prepared[active][1])
+            tenant, bindings = self.tenant(active), self._prepared[active][1]
+            if self.inputs.holds(active):
+                tenant = self.inputs.gated(tenant, active)
+            self.engine.activate(tenant, bindings)
             if self.whole or self.host.compiled:
                 self.engine.bind()
         else:
@@ -270,6 +330,9 @@ class AdapterSet:
         base = self.base.copy_for(model, engine, memo)
         copied = AdapterSet(engine, model.get_submodule(BANK), base, enabled=self.enabled, regions=self.regions)
         copied.room = self.room
+        if self.routed is not None:  # whose tensors were copied with the adapters'
+            module = copied.bank._modules.get(ROUTE)
+            copied.routed = self.routed if module is None else replace(self.routed, route=module)
         if self._holds is not None:
             if not self._holds():
                 engine.forget()
@@ -291,6 +354,7 @@ class AdapterSet:
         if gone:
             self.engine.slots.clear()
             self.rows.forget(gone)
+            self.inputs.clear()
 
     def _retrained(self, active: Active, trainable: bool) -> ActiveAdapters:
         """The same adapters where they can, or can no longer, be trained: another choice of lowerings."""
@@ -313,31 +377,7 @@ class AdapterSet:
             self._placed.add((specialisation, self.regions))
         weighed = list(zip(adapters, weights, strict=True))
 
-        def lookup(position: int, site: str, role: str) -> torch.Tensor:
-            adapter = adapters[position]
-            return adapter.at_site(site)[role]
-
-        def slot_value(position: int, site: str, role: str, near: fx.Node) -> torch.Tensor:
-            if role in (ROWS, IDS, ORDER):
-                own = adapters[position].tensor(ParamKey(adapters[position].plan.name, site, role))
-                return fake_like(own.shape, own.dtype, near)
-            tensors = adapters[position].at_site(site)
-            if role in tensors:
-                return fake_like(tensors[role].shape, tensors[role].dtype, near)
-            kinds = [each.dtype for each in tensors.values() if each.is_floating_point()]
-            return fake_like((), kinds[0] if kinds else torch.float32, near)
-
-        penalties = tuple(each.penalty for each in adapters if each.allocator is not None)
-        virtual = Virtual(specialisation.structure.fronts, owner=Owner(active, adapters))
-        tenant = ActiveAdapters(
-            specialisation,
-            slot_value,
-            lookup,
-            penalties=penalties,
-            virtual=virtual,
-            sources=cache(lambda: sources(weighed)),
-            holders=cache(lambda: [each for adapter in adapters for each in adapter.modules()]),
-        )
+        tenant = tenant_of(specialisation, active, adapters)
 
         def bindings() -> Sequence[Binding]:
             instead = roomy(weighed, self.room) if self.room else None

@@ -1,30 +1,29 @@
 """Calls whose rows have adapters of their own: names become choices, choices what regions are served with."""
 
 import threading
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 from weakref import WeakSet
 
 import torch
-from torch import fx, nn
+from torch import nn
 
 from peftc.grammar.diagnostics import UsageError, fail
-from peftc.passes.foreign.peft import BASE_ROWS, BY_ROW
-from peftc.passes.ir.emit import fake_like
+from peftc.grammar.spec.spec import Regions
+from peftc.passes.foreign.peft import BASE_ROWS, BY_ROW, TASK_IDS
 from peftc.passes.plan.by_row import ByRow, by_row
-from peftc.passes.plan.plan import IDS, ORDER, ROWS, ParamKey
-from peftc.passes.plan.structure import rows_slot, site_slot, structure_of
+from peftc.passes.plan.structure import structure_of
 from peftc.runtime.adapted.base_weights import Active
+from peftc.runtime.adapted.row_names import Row, named, rows_with, with_tasks
+from peftc.runtime.adapted.row_slots import slot_values
 from peftc.runtime.adapters.bank import AdapterParameters
 from peftc.runtime.execution.engine import ActiveAdapters, Engine, Specialisation
 from peftc.runtime.mixed_batch.batch import Assigned, Chosen, MixedBatch
 from peftc.runtime.regions.host import Host
 from peftc.runtime.regions.modules import become_regions
+from peftc.runtime.regions.places import DEFAULT
 from peftc.runtime.regions.within import is_within
-
-Name = str | Sequence[str] | Mapping[str, float]
-"""What a row has: an adapter, several in order, or several with weights."""
 
 
 class Adapters(Protocol):
@@ -33,6 +32,8 @@ class Adapters(Protocol):
     engine: Engine
     host: Host
     enabled: bool
+    active: Active
+    regions: Regions
 
     def adapter(self, name: str) -> AdapterParameters:
         """The adapter of that name. Raises UsageError."""
@@ -51,6 +52,11 @@ class Adapters(Protocol):
         """What is merged has the place of these."""
         ...
 
+    @property
+    def tasks(self) -> int:
+        """How many tasks the weights of the active adapters are for."""
+        ...
+
     def tenant(self, active: Active) -> ActiveAdapters:
         """What calls are served with while these are active."""
         ...
@@ -64,7 +70,7 @@ KEPT = 8
 class Before:
     """What a thread's calls were served with before the rows of one got adapters of their own."""
 
-    names: tuple[Active, ...] | None
+    names: tuple[Row, ...] | None
     repeats: frozenset[int]
     tenant: ActiveAdapters | None
     assigned: Assigned | None
@@ -76,7 +82,7 @@ class _Now(threading.local):
 
     def __init__(self) -> None:
         self.is_on = False
-        self.names: tuple[Active, ...] | None = None
+        self.names: tuple[Row, ...] | None = None
         self.repeats: frozenset[int] = frozenset()
         self.looked: set[ActiveAdapters] = set()
         self.known: dict[tuple[Specialisation, int], ActiveAdapters] = {}
@@ -88,7 +94,7 @@ class RowAdapters:
 
     def __init__(self, state: Adapters):
         self._state = state
-        self._chosen: dict[Active, Chosen] = {}
+        self._chosen: dict[Row, Chosen] = {}
         self._order: dict[Specialisation, None] = {}  # the kinds that there were, as they came
         self._shared: dict[tuple[Specialisation, ...], tuple[ByRow, Specialisation]] = {}
         self._compiled: dict[Specialisation, ActiveAdapters] = {}  # of which there is one, as of the slots
@@ -105,8 +111,8 @@ class RowAdapters:
 
     def forget(self, names: Collection[str]) -> None:
         """These adapters are no more: what was made for other rows stays."""
-        for active in [each for each in self._chosen if any(name in names for name, _ in each)]:
-            del self._chosen[active]
+        for row in [each for each in self._chosen if any(name in names for name, _ in each.active)]:
+            del self._chosen[row]
         for batch in list(self._batches):
             batch.forget(lambda chosen: any(adapter.plan.name in names for adapter, _ in chosen.weighed))
 
@@ -116,18 +122,38 @@ class RowAdapters:
         return self._now.is_on
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def enter(self, names: Any, count: int | None, *, compiling: bool, repeats: frozenset[int] = frozenset()) -> Before:
-        """From now on, and in this thread, the rows of calls have these adapters, each its own; None goes on as before.
+    def tasks_in(self, arguments: dict[str, Any], names: Any) -> Any:
+        """Take out of a call's arguments the tasks that are for rows, if any: where rows have names, or what is active
+        has weights by task. While adapters rest they mean nothing, as in PEFT.
+        """
+        if TASK_IDS not in arguments or (names is None and not self._state.tasks):
+            return None
+        tasks = arguments.pop(TASK_IDS)
+        return tasks if names is not None or self._state.enabled else None
 
-        `repeats` are how many times as many rows generation will call the model with, or an encoder by itself: so many
-        in a row have the same. With `compiling` other names are to need no other graph. Raises UsageError, and changes
-        nothing: an unknown name, or a number of rows that the names do not fit.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def enter(
+        self,
+        names: Any,
+        count: int | None,
+        *,
+        compiling: bool,
+        repeats: frozenset[int] = frozenset(),
+        tasks: Any = None,
+    ) -> Before:
+        """From now on, and in this thread, the rows of calls have these adapters, each its own, and these tasks.
+
+        Without names all have what is active; with neither it goes on as before. `repeats` are how many times as many
+        rows generation will call the model with, or an encoder by itself: so many in a row have the same. With
+        `compiling` other names are to need no other graph. Raises UsageError, and changes nothing: an unknown name or
+        task, or a number of rows that the names or tasks do not fit.
         """
         compiling = compiling or self._state.host.compiled
-        own = self._now.names if names is None else self._read(names)
+        goes_on = names is None and tasks is None
+        own = self._now.names if goes_on else self.read(names, tasks, count)
         assert own is not None
         times, left = (1, 0) if count is None else divmod(count, len(own) or 1)
-        if left or not own or times not in {1} | (self._now.repeats if names is None else frozenset()):
+        if left or not own or times not in {1} | (self._now.repeats if goes_on else frozenset()):
             message = f"'{BY_ROW}' has {len(own)} names, and the call {count or 'no'} rows"
             fail(UsageError, "E529", message, help=f"give one name for each row, {BASE_ROWS!r} for none")
         tenant, rows = self._tenant(own, times, compiling=compiling)
@@ -138,15 +164,15 @@ class RowAdapters:
         assigned = None if mixed is None else mixed.assigned
         before = Before(self._now.names, self._now.repeats, pinned, assigned, compiling)
         try:
-            if names is not None:
+            if not goes_on:
                 self._now.repeats = repeats
-            self._serve(own, tenant, Assigned(rows, repeats), looked=names is None)
+            self._serve(own, tenant, Assigned(rows, repeats), looked=goes_on)
         except BaseException:
             self.leave(before)
             raise
         return before
 
-    def _serve(self, names: tuple[Active, ...], tenant: ActiveAdapters, assigned: Assigned, *, looked: bool) -> None:
+    def _serve(self, names: tuple[Row, ...], tenant: ActiveAdapters, assigned: Assigned, *, looked: bool) -> None:
         if not looked:
             self._now.looked = set()
         if tenant.mixed is not None:
@@ -172,63 +198,87 @@ class RowAdapters:
             self._lock.release()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def check_within(self, names: Any, modules: Sequence[str]) -> None:
+    def check_within(self, names: Any, tasks: Any, count: int | None, modules: Sequence[str]) -> None:
         """Raise UsageError where an adapter has a place outside of these modules, which alone compute with the rows."""
-        for name, _ in dict.fromkeys(one for active in self._read(names) for one in active):
+        told = TASK_IDS if names is None else BY_ROW
+        for name, _ in dict.fromkeys(one for row in self.read(names, tasks, count) for one in row.active):
             places = (at.site.module for at in self._state.adapter(name).plan.sites)
             for place in places:
                 if not any(is_within(place, module) for module in modules):
-                    message = f"'{BY_ROW}' cannot be given: adapter {name!r} adapts {place}, whose rows are images"
+                    message = f"'{told}' cannot be given: adapter {name!r} adapts {place}, whose rows are images"
                     fail(UsageError, "E528", message, help="call once for each adapter, or choose sites of the text")
 
-    def _read(self, names: Any) -> tuple[Active, ...]:
-        """The choices that a call's `adapter_names` mean. Raises UsageError, and changes nothing."""
-        if isinstance(names, torch.Tensor):
-            names = self._by_number(names)
-        if isinstance(names, str | Mapping) or not isinstance(names, Sequence):
-            message = f"'{BY_ROW}' is a {type(names).__name__}"
-            fail(UsageError, "E529", message, help=f"give a list with a name for each row, {BASE_ROWS!r} for none")
+    def read(self, names: Any, tasks: Any, count: int | None) -> tuple[Row, ...]:
+        """What the rows of a call have by its `adapter_names` and `task_ids`; without names, what is active.
+
+        Raises UsageError, and changes nothing.
+        """
+        if names is None:
+            found: tuple[Active, ...] = (self._state.active,)
+        else:
+            found = named(names, self._state.names())
         if self._state.displaced or not self._state.enabled:
+            told = TASK_IDS if names is None else BY_ROW
             why = "adapters are merged" if self._state.displaced else "the adapters are disabled"
             help = "call unmerge_adapter first" if self._state.displaced else "call enable_adapters first"
-            fail(UsageError, "E528", f"'{BY_ROW}' cannot be given: {why}", help=help)
-        found = tuple(map(_active, names))
-        for active in dict.fromkeys(found):
-            if active:
-                self._choice(active)
-        return found
+            fail(UsageError, "E528", f"'{told}' cannot be given: {why}", help=help)
+        told = TASK_IDS if names is None else BY_ROW
+        counts = {active: self._tasks(active, told) for active in dict.fromkeys(found)}
+        if names is None:
+            found *= rows_with(tasks, count)
+        return with_tasks(found, counts, tasks)
 
-    def _tenant(
-        self, names: tuple[Active, ...], times: int, *, compiling: bool
-    ) -> tuple[ActiveAdapters, tuple[Chosen | None, ...]]:
-        """What calls are served with whose rows have these, so many times each, and what the rows have."""
-        kinds = dict.fromkeys(names)
-        if len(kinds) == 1 and not compiling:
-            return self._state.tenant(names[0]) if names[0] else self._state.engine.plain, ()
-        chosen = {active: self._choice(active) if active else None for active in kinds}
-        rows = tuple(chosen[each] for each in names for _ in range(times))
-        adapted = [each for each in chosen.values() if each is not None]
-        return self._sharing(adapted, len(rows), compiling=compiling), rows
+    def _tasks(self, active: Active, told: str) -> int:
+        """How many tasks there are for rows with these adapters. Raises UsageError where rows cannot have them."""
+        if not active:
+            return 0
+        return self._adapters(active, told).structure.tasks
 
-    def _choice(self, active: Active) -> Chosen:
-        if active not in self._chosen:
+    def _adapters(self, active: Active, told: str = BY_ROW) -> Specialisation:
+        """The kind of these adapters. Raises UsageError, telling which argument asks, where rows cannot have them."""
+        if (row := Row(active)) not in self._chosen:
             self._state.check(active)
             adapters = [self._state.adapter(name) for name, _ in active]
             weights = [weight for _, weight in active]
             structure = structure_of([(each.plan, each.dtypes()) for each in adapters], weights)
             if structure.fronts:
-                message = f"'{BY_ROW}' cannot be given: adapter {active[0][0]!r} puts virtual tokens in front"
+                front = next(each.plan.name for each in adapters if not self._is_weight(each.plan.name))
+                message = f"'{told}' cannot be given: adapter {front!r} puts virtual tokens in front"
                 fail(UsageError, "E528", message, help="call once for each adapter that is no weight")
             kind = self._state.engine.specialisation(structure)
             self._order.setdefault(kind)
-            self._chosen[active] = Chosen(list(zip(adapters, weights, strict=True)), kind)
-        return self._chosen[active]
+            self._chosen[row] = Chosen(list(zip(adapters, weights, strict=True)), kind)
+        found = self._chosen[row].kind
+        assert isinstance(found, Specialisation)
+        return found
+
+    def _choice(self, row: Row) -> Chosen:
+        if row not in self._chosen:
+            self._adapters(row.active)
+            if row.task is not None:
+                self._chosen[row] = self._chosen[Row(row.active)].at(row.task)
+        return self._chosen[row]
+
+    def _tenant(
+        self, names: tuple[Row, ...], times: int, *, compiling: bool
+    ) -> tuple[ActiveAdapters, tuple[Chosen | None, ...]]:
+        """What calls are served with whose rows have these, so many times each, and what the rows have."""
+        kinds = dict.fromkeys(names)
+        alike = names[0].active if len(kinds) == 1 and names[0].task is None and not compiling else None
+        if alike is not None:
+            return self._state.tenant(alike) if alike else self._state.engine.plain, ()
+        chosen = {row: self._choice(row) if row.active else None for row in kinds}
+        rows = tuple(chosen[each] for each in names for _ in range(times))
+        adapted = [each for each in chosen.values() if each is not None]
+        return self._sharing(adapted, len(rows), compiling=compiling), rows
 
     def _sharing(self, chosen: Sequence[Chosen], rows: int, *, compiling: bool) -> ActiveAdapters:
         """What serves calls of so many rows that have choices of these structures."""
         if compiling:
             names = [name for name in self._state.names() if self._is_weight(name)]
-            chosen = list(dict.fromkeys([*chosen, *(self._choice(((name, 1.0),)) for name in names)]))
+            alone = [Row(((name, 1.0),)) for name in names]
+            more = [each._replace(task=0) if self._tasks(each.active, BY_ROW) else each for each in alone]
+            chosen = list(dict.fromkeys([*chosen, *map(self._choice, more)]))
         own = {each.kind: each for each in chosen}
         kinds = tuple(kind for kind in self._order if kind in own)
         if kinds not in self._shared:
@@ -264,18 +314,9 @@ class RowAdapters:
     def _made(self, shared: ByRow, specialisation: Specialisation, chosen: Sequence[Chosen]) -> ActiveAdapters:
         batch = MixedBatch()
         self._batches.add(batch)
-        become_regions(self._state.engine.model, self._state.host, shared.structure)
-
-        like = _like(shared, chosen)
-
-        def slot_value(position: int, site: str, role: str, near: fx.Node) -> torch.Tensor:
-            if role in (ROWS, IDS, ORDER):
-                return fake_like(*like[rows_slot(position, site)][role], near)
-            tensors = like[site_slot(position, site)]
-            if role in tensors:
-                return fake_like(*tensors[role], near)
-            kinds = [dtype for _, dtype in tensors.values() if dtype.is_floating_point]
-            return fake_like((), kinds[0] if kinds else torch.float32, near)
+        regions = DEFAULT if self._state.regions == "model" else self._state.regions
+        become_regions(self._state.engine.model, self._state.host, shared.structure, regions)
+        slot_value = slot_values(shared, chosen)
 
         def penalty() -> torch.Tensor | None:
             found = [adapter.penalty() for each in batch.present if each is not None for adapter, _ in each.weighed]
@@ -288,47 +329,19 @@ class RowAdapters:
 
         return ActiveAdapters(specialisation, slot_value, _no_lookup, True, (penalty,), holders=holders, mixed=batch)
 
+    def shared_by(self, names: Sequence[str]) -> ActiveAdapters:
+        """What a graph is made with in which every row has one of these adapters, or none.
+
+        Raises UsageError where one of them cannot be a row's.
+        """
+        own = {each.kind: each for each in (self._choice(Row(((name, 1.0),))) for name in names)}
+        kinds = [kind for kind in self._order if kind in own]
+        made = by_row([kind.structure for kind in kinds])
+        specialisation = self._state.engine.specialisation(made.structure)
+        return ActiveAdapters(specialisation, slot_values(made, [own[each] for each in kinds]), _no_lookup)
+
     def _is_weight(self, name: str) -> bool:
         return all(at.bound.prompt is None for at in self._state.adapter(name).plan.sites)
-
-    def _by_number(self, ids: torch.Tensor) -> list[str]:
-        names = self._state.names()
-        numbers = ids.tolist() if ids.dim() == 1 and not ids.is_floating_point() else None
-        if numbers is None or any(not -1 <= each < len(names) for each in numbers):
-            message = f"'{BY_ROW}' is a tensor that has not the numbers of adapters, one for each row"
-            fail(
-                UsageError, "E529", message, help=f"give from 0 to {len(names) - 1} in the order of adding, -1 for none"
-            )
-        return [names[each] if each >= 0 else BASE_ROWS for each in numbers]
-
-
-def _like(shared: ByRow, chosen: Sequence[Chosen]) -> dict[str, dict[str, tuple[torch.Size, torch.dtype]]]:
-    """The sizes and types of what slots have, by role: of one choice that has the slot, which may be gone later."""
-    found: dict[str, dict[str, tuple[torch.Size, torch.dtype]]] = {}
-    for owners, each in zip(shared.owners, chosen, strict=True):
-        own = {slot: shared_slot for shared_slot, slot in owners.items()}
-        for place, (adapter, _) in enumerate(each.weighed):
-            name, plan = adapter.plan.name, adapter.plan
-            for at in plan.sites:
-                tensors = {role: (tensor.shape, tensor.dtype) for role, tensor in adapter.at_site(at.site.name).items()}
-                found.setdefault(own[site_slot(place, at.site.name)], tensors)
-            for rows in plan.rows:
-                trained = {role: adapter.tensor(ParamKey(name, rows.module, role)) for role in (ROWS, IDS, ORDER)}
-                kinds = {role: (tensor.shape, tensor.dtype) for role, tensor in trained.items()}
-                found.setdefault(own[rows_slot(place, rows.module)], kinds)
-    return found
-
-
-def _active(name: Any) -> Active:
-    """What a row is to have, as `set_adapter` reads it."""
-    if isinstance(name, str):
-        return () if name == BASE_ROWS else ((name, 1.0),)
-    if isinstance(name, Mapping):
-        return tuple((each, float(weight)) for each, weight in name.items())
-    if isinstance(name, Sequence) and all(isinstance(each, str) for each in name):
-        return tuple((each, 1.0) for each in name)
-    message = f"'{BY_ROW}' has {name!r} for a row"
-    fail(UsageError, "E529", message, help="give a name, several in a tuple, or a dictionary of names and weights")
 
 
 def _no_lookup(*_: object) -> torch.Tensor:

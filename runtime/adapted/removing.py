@@ -15,6 +15,11 @@ def remove(state: AdapterSet, names: Sequence[str]) -> None:
     if merged:
         message = f"adapter {merged[0]!r} cannot be deleted while it is merged"
         fail(UsageError, "E515", message, help="call unmerge_adapter first")
+    routed = () if state.routed is None else state.routed.names
+    for name in names:
+        if name in routed:
+            message = f"adapter {name!r} cannot be deleted while a route chooses from it"
+            fail(UsageError, "E536", message, help="take the route away first: set_route(None)")
     had_active = bool(state.active)
     trained = any(state.adapter(name).is_trainable for name, _ in state.active)
     for name in dict.fromkeys(names):

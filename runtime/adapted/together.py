@@ -13,6 +13,27 @@ from peftc.passes.plan.structure import weighted
 from peftc.runtime.adapted.base_weights import Active
 from peftc.runtime.adapters.bank import AdapterParameters
 
+Named = str | Sequence[str] | Mapping[str, float]
+"""Adapters as callers mean them: one, several in order, or several with weights."""
+
+
+def as_active(names: Named, usual: Mapping[str, float] | None = None) -> Active:
+    """The adapters that are meant, in order, with their weights: where none is said the usual one, or else one.
+
+    Raises UsageError (E513) for a weight that is no number; whether there are such adapters is not looked at.
+    """
+    if isinstance(names, Mapping):
+        return tuple((name, _number(name, weight)) for name, weight in names.items())
+    known = usual or {}
+    return tuple((name, known.get(name, 1.0)) for name in ([names] if isinstance(names, str) else names))
+
+
+def _number(name: str, weight: object) -> float:
+    try:
+        return float(weight)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        fail(UsageError, "E513", f"adapter {name!r} is given the weight {weight!r}", help="give it a number")
+
 
 def check_together(active: Active, adapters: Sequence[AdapterParameters]) -> None:
     """Raise UsageError where these cannot be active in this order and with these weights: a name twice, a weight that a
@@ -23,19 +44,22 @@ def check_together(active: Active, adapters: Sequence[AdapterParameters]) -> Non
         if names.count(name) > 1:
             fail(UsageError, "E512", f"adapter {name!r} is activated twice", help="give it one weight")
     _check_fronts(active, adapters)
+    for name, weight in active:
+        if not math.isfinite(weight):
+            fail(UsageError, "E513", f"adapter {name!r} is given the weight {weight}", help="give it a finite number")
     copied: dict[str, str] = {}
     for (name, weight), adapter in zip(active, adapters, strict=True):
         for at in adapter.plan.sites:
             in_cache = at.site.kind == "cache"
             if weight != 1.0 and not in_cache and weighted(at.bound.weight, at.bound.bias)[1] is None:
                 message = f"method {at.bound.rule.name!r} of adapter {name!r} cannot be weighted"
-                fail(UsageError, "E513", message, help="activate it with weight 1")
+                fail(UsageError, "E513", message, help="give it weight 1")
         for copy in adapter.plan.copies:
             if copy.read:
                 continue
             if weight != 1.0:
                 message = f"adapter {name!r} trains {copy.module} as a whole, which cannot be weighted"
-                fail(UsageError, "E513", message, help="activate it with weight 1")
+                fail(UsageError, "E513", message, help="give it weight 1")
             for tensor, _, _ in copy.tensors:
                 for full in copy.names(tensor):
                     if full in copied:
@@ -67,7 +91,7 @@ def _check_rows(active: Active, adapters: Sequence[AdapterParameters], copied: M
         for rows in adapter.plan.rows:
             if weight != 1.0:
                 message = f"adapter {name!r} trains tokens of {rows.module}, whose rows cannot be weighted"
-                fail(UsageError, "E513", message, help="activate it with weight 1")
+                fail(UsageError, "E513", message, help="give it weight 1")
             for module in rows.modules:
                 other = copied.get(f"{module}.weight")
                 if other is not None:
@@ -104,4 +128,4 @@ def _check_fronts(active: Active, adapters: Sequence[AdapterParameters]) -> None
                 fail(UsageError, "E513", message, help="activate it with a weight from 0 on")
             if at.site.kind != "cache" and weight != 1.0:
                 message = f"adapter {name!r} puts virtual tokens in front, which cannot be weighted"
-                fail(UsageError, "E513", message, help="activate it with weight 1")
+                fail(UsageError, "E513", message, help="give it weight 1")

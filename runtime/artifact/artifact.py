@@ -7,11 +7,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from peftc.grammar.diagnostics import UsageError, did_you_mean, fail
-from peftc.runtime.artifact.checks import ROUTE, Checks
+from peftc.grammar.diagnostics import CheckpointError, UsageError, did_you_mean, fail
+from peftc.passes.foreign.peft import BASE_ROWS
+from peftc.runtime.artifact.checks import NOBODY, ROUTE, Checks, dtype_of
 from peftc.runtime.artifact.decoding import decode, generation_of, read_prompt
 from peftc.runtime.artifact.files import check_files
-from peftc.runtime.artifact.manifest import ArtifactManifest, Entry, TensorGroup, read_manifest
+from peftc.runtime.artifact.manifest import AGAIN, BANK, ArtifactManifest, Entry, TensorGroup, read_manifest
 from peftc.runtime.artifact.programs import Program, Value, load_program
 from peftc.runtime.artifact.sampling import Sampling
 from peftc.runtime.artifact.tensors import read_tensors
@@ -30,6 +31,7 @@ class Artifact:
         self._checks = {name: Checks(each, manifest) for name, each in manifest.entries.items()}
         self._programs: dict[str, Program] = {}
         self._adapters: dict[str, dict[str, Tensor]] = {}
+        self._banks: dict[torch.device, dict[str, Tensor]] = {}
 
     @classmethod
     def load(cls, directory: str | PathLike[str], *, verify: bool = True) -> "Artifact":
@@ -65,22 +67,24 @@ class Artifact:
             UsageError: there is no such entry (E610), an input is missing or unknown (E611), of another type (E612),
                 shape (E613) or size (E614), names an adapter that is not there (E615), or the program fails on the
                 values (E619).
-            CheckpointError: the program cannot be loaded (E606, E608).
+            CheckpointError: the program cannot be loaded (E606, E608), or an adapter that rows choose from (E616).
         """
         facts = self._entry(entry)
         self._checks[entry](inputs)
         program = self._program(facts)
         try:
             with torch.no_grad():
-                return program(facts, inputs)
+                return program(facts, self._with_bank(inputs) if facts.bank else inputs)
         except (RuntimeError, IndexError) as error:  # what shapes do not tell: a token that is not in the vocabulary
             lines = str(error).strip().splitlines() or [type(error).__name__]
             fail(UsageError, "E619", f"the program fails on these values: {lines[0]}", where=entry)
 
     def prepare(self) -> None:
-        """Load every program now, and not when it is first used. Raises CheckpointError."""
+        """Load every program now, and not when it is first used, and the bank. Raises CheckpointError."""
         for each in self.manifest.entries.values():
             self._program(each)
+        if self.manifest.bank_tensors:
+            self._bank(torch.device("cpu"))
 
     def adapter(self, name: str) -> dict[str, Tensor]:
         """The tensors of one of the adapters beside the programs, for the input "adapter"; read once.
@@ -89,7 +93,7 @@ class Artifact:
             UsageError: there is none of this name (E615).
             CheckpointError: its file cannot be read (E616).
         """
-        files = self.manifest.adapter_files
+        files = self.manifest.adapter_files if self.manifest.adapters == "inputs" else {}
         if name not in files:
             self._no_adapter(name, tuple(files))
         if name not in self._adapters:
@@ -124,8 +128,8 @@ class Artifact:
             top_p: Draw only from the most probable tokens that have this probability together.
             seed: For the same draws again.
             adapter: For adapters as inputs a name in the artifact or a dict of tensors (the one there is, unless said);
-                for routed ones a name, or one for each row.
-            adapter_ids: For routed adapters, their numbers, int64 [batch].
+                for routed ones a name, or one for each row, "__base__" for a row that has none.
+            adapter_ids: For routed adapters, their numbers, int64 [batch], -1 for a row that has none.
 
         Returns:
             int64 [batch, tokens + new], the prompt in front; of an encoder-decoder [batch, 1 + new]. Behind the end of
@@ -197,8 +201,9 @@ class Artifact:
 
     def _numbers(self, rows: int, adapter: Adapter | None) -> Tensor:
         names = self.manifest.adapter_names
+        known = (*names, BASE_ROWS) if self.manifest.has_base else names
         if isinstance(adapter, Mapping):
-            help = f"give names: {', '.join(names)}"
+            help = f"give names: {', '.join(known)}"
             fail(UsageError, "E615", "the adapters are in this artifact, it takes no others", help=help)
         wanted = [adapter] * rows if adapter is None or isinstance(adapter, str) else list(adapter)
         if len(wanted) != rows:
@@ -206,9 +211,40 @@ class Artifact:
         for each in wanted:
             if each is None and len(names) == 1:
                 continue
-            if each not in names:
-                self._no_adapter(each, names)
-        return torch.tensor([0 if each is None else names.index(each) for each in wanted])
+            if each == BASE_ROWS and not self.manifest.has_base:
+                message = "a row cannot have none of the adapters: this artifact has nothing for that"
+                help = "export it again; what stands in front of a text or of a cache does so in every row"
+                fail(UsageError, "E615", message, help=help, where=str(self.directory))
+            if each not in known:
+                self._no_adapter(each, known)
+        numbers = {name: number for number, name in enumerate(names)} | {BASE_ROWS: NOBODY, None: 0}
+        return torch.tensor([numbers[each] for each in wanted])
+
+    def _with_bank(self, inputs: Mapping[str, Value]) -> Mapping[str, Value]:
+        ids = inputs[ROUTE]
+        assert isinstance(ids, Tensor)
+        return {**inputs, BANK: self._bank(ids.device)}
+
+    def _bank(self, device: torch.device) -> dict[str, Tensor]:
+        """What programs take of all adapters: read once, as each call has it."""
+        if device not in self._banks:
+            rows = [self._row(name) for name in self.manifest.rows]
+            self._banks[device] = {
+                name: torch.stack([each[name] for each in rows]).to(device) for name in self.manifest.bank_tensors
+            }
+        return self._banks[device]
+
+    def _row(self, name: str) -> dict[str, Tensor]:
+        """What programs take of one adapter. Raises CheckpointError: its file is not what the manifest says."""
+        path = self.directory / self.manifest.adapter_files[name]
+        found = read_tensors(path)
+        for each, facts in self.manifest.bank_tensors.items():
+            tensor = found.get(each)
+            sizes = tuple(size.number for size in facts.facts.shape)
+            if tensor is None or tensor.dtype is not dtype_of(facts.facts) or tensor.shape != sizes:
+                message = f"the file has not what programs take of an adapter: {each}"
+                fail(CheckpointError, "E616", message, help=AGAIN, where=str(path))
+        return found
 
     def _no_adapter(self, name: str | None, known: tuple[str, ...]) -> None:
         message = "it has to be said which adapter" if name is None else f"there is no adapter '{name}'"

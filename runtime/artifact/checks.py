@@ -11,6 +11,7 @@ from peftc.grammar.diagnostics import CheckpointError, UsageError, did_you_mean,
 from peftc.runtime.artifact.manifest import AGAIN, ArtifactManifest, Dimension, Entry, Size, TensorFacts, TensorGroup
 
 ROUTE = "adapter_ids"
+NOBODY = -1  # there, of a row that has none of the adapters
 _TOTAL = ("past", "sequence")  # what a row has in all
 
 
@@ -30,6 +31,7 @@ class Checks:
         self.entry, self.dimensions = entry, dict(manifest.dimensions)
         self.length = manifest.length
         self.adapters = manifest.adapter_names if manifest.adapters == "routed" else ()
+        self.lowest = NOBODY if manifest.has_base else 0
         self.plain = [each for each in entry.inputs if isinstance(each, TensorFacts)]
         self.groups = [each for each in entry.inputs if isinstance(each, TensorGroup)]
         self.names = frozenset(each.name for each in entry.inputs)
@@ -94,7 +96,7 @@ class Checks:
         if not self.adapters or ROUTE not in self.names or not inputs[ROUTE].numel():
             return True
         least, most = torch.aminmax(inputs[ROUTE])
-        return int(least) >= 0 and int(most) < len(self.adapters)
+        return int(least) >= self.lowest and int(most) < len(self.adapters)
 
     # --- what is wrong, once something is ---
 
@@ -111,6 +113,7 @@ class Checks:
             total = " + ".join(each for each in _TOTAL if each in sizes)
             self._fail("E614", f"{total} is {sum(sizes.get(each, 0) for each in _TOTAL)}, at most {self.length}")
         names = ", ".join(f"{index} {name}" for index, name in enumerate(self.adapters))
+        names = f"{NOBODY} for none, {names}" if self.lowest else names
         found = inputs[ROUTE].tolist()
         self._fail("E615", f"input '{ROUTE}' is {found}, and there are {len(self.adapters)} adapters", names)
 

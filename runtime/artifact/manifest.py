@@ -2,16 +2,18 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from peftc.grammar.diagnostics import CheckpointError, fail
+from peftc.passes.foreign.peft import BASE_ROWS
 from peftc.passes.foreign.transformers import LOGITS
 from peftc.runtime.artifact.fields import Fields
 
 MANIFEST = "manifest.json"
-FORMAT = 1
+BANK = "bank"  # the input of programs that has all adapters
+FORMAT = 2
 BACKENDS = ("pt2", "aoti", "onnx")
 ADAPTERS = ("merged", "inputs", "routed")
 DTYPES = (
@@ -57,6 +59,29 @@ class TensorFacts:
 
 
 @dataclass(frozen=True)
+class BankTensor:
+    """What a program takes of all adapters that rows choose from, as one tensor `[adapters, ..]`; of one it is `facts`.
+
+    `slots` are the attribute paths that peftc has for where it is read. With `turned` a matrix has its axes in the
+    other order.
+    """
+
+    facts: TensorFacts
+    slots: tuple[str, ...]
+    turned: bool
+
+
+@dataclass(frozen=True)
+class Bank:
+    """What rows choose from: with `base` none of the adapters is a choice. `constants` are, by attribute path, digests
+    of what programs hold of all adapters alike.
+    """
+
+    base: bool
+    constants: Mapping[str, str]
+
+
+@dataclass(frozen=True)
 class TensorGroup:
     """An input that is a dict of tensors by their names: an adapter."""
 
@@ -66,13 +91,17 @@ class TensorGroup:
 
 @dataclass(frozen=True)
 class Entry:
-    """A function of the artifact. `state`: which output of one call is which input of the next."""
+    """A function of the artifact. `state`: which output of one call is which input of the next.
+
+    `bank` is what the program takes beside its inputs, the same in every call: what rows choose from.
+    """
 
     name: str
     file: str
     inputs: tuple[TensorFacts | TensorGroup, ...]
     outputs: tuple[TensorFacts, ...]
     state: Mapping[str, str]
+    bank: tuple[BankTensor, ...] = ()
 
     def takes(self, name: str) -> bool:
         """Whether there is an input of this name."""
@@ -111,6 +140,22 @@ class ArtifactManifest:
     generation: Generation | None
     machine: Mapping[str, str] | None
     files: Mapping[str, FileFacts]
+    bank: Bank | None = None
+
+    @property
+    def rows(self) -> tuple[str, ...]:
+        """Whose the rows of the bank are, in order."""
+        return (*([BASE_ROWS] if self.has_base else ()), *self.adapter_names)
+
+    @property
+    def has_base(self) -> bool:
+        """Whether a row may have none of the adapters."""
+        return self.bank is not None and self.bank.base
+
+    @property
+    def bank_tensors(self) -> dict[str, BankTensor]:
+        """What any program takes of the bank, by name."""
+        return {each.facts.name: each for entry in self.entries.values() for each in entry.bank}
 
 
 def read_manifest(directory: Path) -> ArtifactManifest:
@@ -159,12 +204,13 @@ def _manifest(artifact: Fields, files: Mapping[str, FileFacts]) -> ArtifactManif
     names = artifact.texts("adapter_names", optional=adapters == "merged")
     if adapters == "routed" and not names:
         artifact.wrong("adapter_names", "a list of at least one name")
-    adapter_files = artifact.table("adapter_files", optional=adapters != "inputs")
+    bank = _bank(artifact) if adapters == "routed" and artifact.value.get("bank") is not None else None
+    adapter_files = artifact.table("adapter_files", optional=adapters != "inputs" and bank is None)
     generation = _generation(artifact)
     if generation is not None:
         _check_generates(artifact, entries)
     machine = artifact.table("machine", optional=True)
-    return ArtifactManifest(
+    found = ArtifactManifest(
         artifact.choice("backend", BACKENDS),
         adapters,
         dimensions,
@@ -175,18 +221,43 @@ def _manifest(artifact: Fields, files: Mapping[str, FileFacts]) -> ArtifactManif
         generation,
         {name: machine.text(name) for name in machine.value} or None,
         files,
+        bank,
     )
+    for name in found.rows if bank is not None else ():
+        if name not in found.adapter_files:
+            adapter_files.wrong(name, "the name of a file")
+    if bank is not None and BASE_ROWS in names:
+        artifact.wrong("adapter_names", f"a list of names other than {BASE_ROWS!r}")
+    return found
+
+
+def _bank(artifact: Fields) -> Bank:
+    fields = artifact.table("bank")
+    constants = fields.table("constants")
+    return Bank(fields.truth("base"), {path: constants.text(path) for path in constants.value})
 
 
 def _entry(name: str, fields: Fields, dimensions: Mapping[str, Dimension], files: Mapping[str, FileFacts]) -> Entry:
-    inputs = tuple(_input(each, dimensions) for each in fields.list_of_tables("inputs"))
+    taken = fields.list_of_tables("inputs")
+    banks = [each for each in taken if each.value.get("name") == BANK and "tensors" in each.value]
+    inputs = tuple(_input(each, dimensions) for each in taken if each not in banks)
+    bank = tuple(_bank_tensor(tensor, dimensions) for each in banks for tensor in each.list_of_tables("tensors"))
     outputs = tuple(_tensor(each, dimensions) for each in fields.list_of_tables("outputs"))
     state = fields.table("state", optional=True)
     given = {each.name for each in outputs}
     for output in state.value:
         if output not in given:
             state.wrong(output, "the name of an output")
-    return Entry(name, _file(fields, "file", files), inputs, outputs, {each: state.text(each) for each in state.value})
+    states = {each: state.text(each) for each in state.value}
+    return Entry(name, _file(fields, "file", files), inputs, outputs, states, bank)
+
+
+def _bank_tensor(fields: Fields, dimensions: Mapping[str, Dimension]) -> BankTensor:
+    read = _tensor(fields, dimensions)
+    count, *shape = read.shape or (Size(()),)
+    if len(count.dimensions) != 1 or any(each.dimensions for each in shape):
+        fields.wrong("shape", "a list of a dimension and then numbers")
+    return BankTensor(replace(read, shape=tuple(shape)), fields.texts("slots"), fields.truth("turned"))
 
 
 def _input(fields: Fields, dimensions: Mapping[str, Dimension]) -> TensorFacts | TensorGroup:

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from peftc.grammar.diagnostics import AdapterError, CheckpointError, UsageError, fail
 from peftc.runtime.artifact.machine import check_machine
-from peftc.runtime.artifact.manifest import AGAIN, ArtifactManifest, Entry, TensorFacts, TensorGroup
+from peftc.runtime.artifact.manifest import AGAIN, BANK, ArtifactManifest, Entry, TensorFacts, TensorGroup
 
 _NOT_NUMPY = frozenset(("bfloat16", "float8_e4m3fn", "float8_e5m2"))
 
@@ -140,6 +140,9 @@ def _feeds(entry: Entry, names: Sequence[str], where: str) -> dict[str, tuple[st
             flat |= {f"{each.name}.{inner.name}": inner for inner in each.tensors}
         else:
             known[each.name], flat[each.name] = (each.name, None), each
+    for tensor in entry.bank:
+        name = f"{BANK}.{tensor.facts.name}"
+        known[name], flat[name] = (BANK, tensor.facts.name), tensor.facts
     foreign = [name for name, facts in flat.items() if facts.dtype in _NOT_NUMPY]
     if foreign:
         message = f"'{foreign[0]}' is of a type that onnxruntime takes from no Python program: {flat[foreign[0]].dtype}"

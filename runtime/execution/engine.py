@@ -1,95 +1,33 @@
 """Keeps the traces and programs of one model, and finds the one that serves a call."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import cached_property
-from typing import Any, Protocol
+from functools import cached_property, partial
+from typing import Any
 
 import torch
 from torch import fx, nn
 
 from peftc.grammar.diagnostics import ModelError, fail
-from peftc.grammar.spec.spec import Base
 from peftc.passes.cost.cost import Choice, Lookup, Sizes, all_sizes, choose
 from peftc.passes.foreign import transformers as contract
 from peftc.passes.insert.insert_delta import SlotValue
 from peftc.passes.ir.traced import Traced
 from peftc.passes.plan import structure as structures
-from peftc.passes.plan.resolve import ModelSurvey
 from peftc.passes.plan.structure import Structure
 from peftc.runtime.adapters.slots import Binding, Slots, Sources, bind
+from peftc.runtime.execution.backend import CompilerProtocol
 from peftc.runtime.execution.call import Call, Signature, read_call
 from peftc.runtime.execution.call_routing import positions_of, widened
 from peftc.runtime.execution.outside import outside
-from peftc.runtime.execution.program import Lowered, Program
+from peftc.runtime.execution.program import Program
 from peftc.runtime.execution.segments import Recompute
 from peftc.runtime.execution.storage import Storage
-from peftc.runtime.execution.virtual import Virtual
+from peftc.runtime.execution.virtual import Virtual, no_task
 from peftc.runtime.mixed_batch.batch import MixedBatch
+from peftc.runtime.mixed_batch.gates import Gates
 from peftc.runtime.mixed_batch.row_pieces import RowPieces
-
-
-class CompilerProtocol(Protocol):
-    """What the runtime needs from a compiler: traces, graphs and plans for one model."""
-
-    def trace(self, call: Call) -> Traced:
-        """The base graph for calls of this signature."""
-        ...
-
-    def specialise(
-        self,
-        traced: Traced,
-        structure: Structure,
-        slot_value: SlotValue,
-        *,
-        training: bool,
-        autocast: bool,
-        choice: Choice,
-        mode: str,
-        region: nn.Module | None = None,
-    ) -> fx.Graph:
-        """The base graph with adapters of this structure in it, widened in a way; the trace is left as it is.
-
-        The graph is that of the whole model, or of a `region` of it.
-        """
-        ...
-
-    def lower(self, graph: fx.Graph, *, autocast: bool, choice: Choice, by_row: bool = False) -> Lowered:
-        """Copies of a specialised graph: for torch.compile to trace, and for Python to run as it is.
-
-        With `by_row` every row has an adapter of its own; raises ModelError where an operator has no form for that.
-        """
-        ...
-
-    def trace_region(self, module: nn.Module, call: Any) -> Any:
-        """The graph of a module by itself: see `peftc.runtime.regions`. Raises ModelError for what has none."""
-        ...
-
-    def trace_weights(self, module: nn.Module, names: Sequence[str]) -> Traced:
-        """The graph that gives these tensors of a module's own, for one whose forward has no graph."""
-        ...
-
-    def takes_cache(self, call: Call) -> bool:
-        """Whether the model can be given keys and values that attention sees beside the call's own."""
-        ...
-
-    def survey(self) -> ModelSurvey:
-        """What there is to adapt on the model, without what is merged."""
-        ...
-
-    def check_base(self, base: Base | None) -> None:
-        """Raise SpecError unless the model is, is stored and is run as a spec demands."""
-        ...
-
-    def step(self, what: str) -> AbstractContextManager[None]:
-        """Around what a call waits for, which is said on the terminal if it takes long."""
-        ...
-
-    def for_model(self, model: nn.Module) -> "CompilerProtocol":
-        """The same compiler for a copy of the model."""
-        ...
-
 
 ADAPTERS = ("slots.", "copies.")  # how the attribute paths of slots begin
 STORED = f"{structures.STORED}."
@@ -130,6 +68,18 @@ class ActiveAdapters:
     regions: dict[str, Any] = field(default_factory=dict)  # what modules by themselves run with these adapters
     mixed: MixedBatch | None = None  # which of them each row has, where rows have adapters of their own
     compiled: list[RowPieces] = field(default_factory=list)  # what graphs that a compiler has read of these
+    gates: Gates | None = None  # how much of them each token is given, where tokens differ
+
+    @property
+    def is_one_for_all(self) -> bool:
+        """Whether rows and tokens all have the same of them."""
+        return self.mixed is None and self.gates is None
+
+    def as_now(self) -> Callable[[], AbstractContextManager[None]]:
+        """What, later, lets rows and tokens have what they have now."""
+        if self.mixed is not None:
+            return partial(self.mixed.having, self.mixed.rows)
+        return nullcontext if self.gates is None else partial(self.gates.having, self.gates.now)
 
 
 class Engine:
@@ -343,6 +293,8 @@ class Engine:
         return tenant.choices[key]
 
     def _make(self, call: Call, autocast: bool, choice: Choice) -> Program:
+        if self.structure.tasks:
+            no_task(self.structure.tasks)  # what rows have of their own is no graph of the whole model's
         with outside():
             traced = self.traced(call)
             call = self._graded(call)

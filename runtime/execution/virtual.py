@@ -8,7 +8,7 @@ holds real tokens only, and whatever transformers does with it (counting, reorde
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
@@ -85,11 +85,27 @@ def tasks_of(value: Any, count: int) -> torch.Tensor | None:
     """The tasks of a call's rows, checked. Raises UsageError where they are missing, or none of the adapter's."""
     if not count:
         if value is not None:
-            fail(UsageError, "E563", "no active adapter has tasks", help=f"leave '{TASK_IDS}' out", where=TASK_IDS)
+            no_task(count)
         return None
     if value is None:
-        help = f"pass {TASK_IDS}=..., a whole number from 0 to {count - 1} for every row"
-        fail(UsageError, "E563", "the active adapter has a prompt for each of its tasks", help=help, where=TASK_IDS)
+        no_task(count)
+    found = task_numbers(value)
+    if not torch.compiler.is_compiling() and len(found) and not 0 <= int(found.min()) <= int(found.max()) < count:
+        fail(UsageError, "E563", f"tasks are numbered from 0 to {count - 1}, and one is not", where=TASK_IDS)
+    return found
+
+
+def no_task(count: int) -> NoReturn:
+    """Raise UsageError: tasks are missing, of which the active adapters have so many, or they have none."""
+    if not count:
+        fail(UsageError, "E563", "no active adapter has tasks", help=f"leave '{TASK_IDS}' out", where=TASK_IDS)
+    help = f"pass {TASK_IDS}=..., a whole number from 0 to {count - 1} for every row"
+    message = f"the active adapter has tasks, and {TASK_IDS!r} are not given"
+    fail(UsageError, "E563", message, help=help, where=TASK_IDS)
+
+
+def task_numbers(value: Any) -> torch.Tensor:
+    """The tasks that a call is given, `[rows]` or `[1]`. Raises UsageError where they are no whole numbers."""
     try:
         found = torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError):
@@ -97,8 +113,6 @@ def tasks_of(value: Any, count: int) -> torch.Tensor | None:
     if found.dim() != 1 or found.is_floating_point() or found.dtype == torch.bool:
         message = f"a task is a whole number for each row, not a tensor {found.dtype} of shape {list(found.shape)}"
         fail(UsageError, "E563", message, where=TASK_IDS)
-    if not torch.compiler.is_compiling() and len(found) and not 0 <= int(found.min()) <= int(found.max()) < count:
-        fail(UsageError, "E563", f"tasks are numbered from 0 to {count - 1}, and one is not", where=TASK_IDS)
     return found
 
 

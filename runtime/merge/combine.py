@@ -4,99 +4,16 @@ The ways, and what they are called, are PEFT's. All is computed in float32 at le
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, NoReturn
 
 import torch
 
-from peftc.grammar.diagnostics import UsageError, did_you_mean, fail
+from peftc.grammar.diagnostics import UsageError, fail
+from peftc.grammar.spec.recipe import DENSE, JOINED, Recipe, like_kind
 from peftc.passes.expression.precision import at_least_float32
 
 Tensor = torch.Tensor
-
-JOINED = "cat"
-DENSE = "svd"
-SUM = "linear"
-_DRIVERS = ("gesvd", "gesvdj", "gesvda")
-_MAJORITIES = ("total", "frequency")
-
-
-@dataclass(frozen=True)
-class Mix:
-    """How tensors become one: which of their numbers are dropped first, and whether what is left votes on signs."""
-
-    dropped: Literal["", "smallest", "random"] = ""
-    votes: bool = False
-
-
-# Of factors, or with "_svd" behind the name of whole updates, whose largest singular values are kept.
-_MIXES: Mapping[str, Mix] = {
-    SUM: Mix(),
-    "ties": Mix("smallest", votes=True),
-    "dare_linear": Mix("random"),
-    "dare_ties": Mix("random", votes=True),
-    "magnitude_prune": Mix("smallest"),
-}
-KINDS = (*_MIXES, JOINED, DENSE, *(f"{each}_svd" for each in _MIXES if each != SUM))
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """A way to combine, and its settings, as `AdaptedModel.add_weighted_adapter` has them."""
-
-    kind: str
-    density: float | None = None
-    majority: str = "total"
-    rank: int | None = None
-    clamp: float | None = None
-    driver: str | None = None
-
-    @property
-    def is_dense(self) -> bool:
-        """Whether whole updates are combined, and taken apart again."""
-        return self.kind.endswith(DENSE)
-
-    @property
-    def mix(self) -> Mix:
-        """What is done number by number."""
-        return _MIXES.get(self.kind.removesuffix("_svd"), _MIXES[SUM])
-
-    def check(self) -> None:
-        """Raise UsageError for a way that is not known, or a setting that means nothing there."""
-        if self.kind not in KINDS:
-            help = did_you_mean(self.kind, KINDS) if isinstance(self.kind, str) else ""
-            message = f"there is no combination_type {self.kind!r}"
-            fail(UsageError, "E581", message, help=help or f"it is one of {', '.join(KINDS)}")
-        if self.mix.dropped:
-            self._check_density()
-        if self.majority not in _MAJORITIES:
-            _refuse("majority_sign_method", self.majority, "'total' or 'frequency'")
-        if self.rank is not None and (isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1):
-            _refuse("svd_rank", self.rank, "a whole number from 1 on")
-        if self.clamp is not None and not (_is_number(self.clamp) and 0 <= self.clamp <= 1):
-            _refuse("svd_clamp", self.clamp, "a quantile, from 0 to 1")
-        if self.driver is not None and self.driver not in _DRIVERS:
-            _refuse("svd_driver", self.driver, f"one of {', '.join(_DRIVERS)}")
-
-    def _check_density(self) -> None:
-        if self.density is None:
-            message = f"combination_type {self.kind!r} drops a share of the numbers, and which is not said"
-            fail(UsageError, "E584", message, help="give density, the share that is kept, such as 0.5")
-        if not (_is_number(self.density) and self.density >= 0):
-            _refuse("density", self.density, "the share of numbers that is kept, from 0 to 1")
-        if self.density == 0 and self.mix.dropped == "random":
-            _refuse("density", self.density, "more than 0 where what is kept is enlarged in proportion")
-
-    def unread(self) -> tuple[str, ...]:
-        """The settings that were given, by PEFT's names, and that this way does not read."""
-        given = {
-            "density": self.density is not None and not self.mix.dropped,
-            "svd_rank": self.rank is not None and not self.is_dense,
-            "svd_clamp": self.clamp is not None and not self.is_dense,
-            "svd_driver": self.driver is not None and not self.is_dense,
-        }
-        return tuple(name for name, idle in given.items() if idle)
 
 
 @dataclass(frozen=True)
@@ -112,6 +29,15 @@ class Update:
     def factor(self) -> float:
         """Weight and scale in one."""
         return self.weight * self.scale
+
+
+def check(recipe: Recipe) -> None:
+    """Raise UsageError for a way that is not known (E581), or a setting that means nothing there (E584)."""
+    if not recipe.is_known:
+        fail(UsageError, "E581", f"there is no combination_type {recipe.kind!r}", help=like_kind(str(recipe.kind)))
+    found = recipe.fault()
+    if found is not None:
+        fail(UsageError, "E584", found.message, help=found.help)
 
 
 Turn = Callable[[Tensor], Tensor]
@@ -181,7 +107,7 @@ def _taken_apart(
         whole = logical(mixed(dense, [each.weight for each in updates], recipe))
         u, s, v = _singular(whole, recipe)
     b, a = u[:, :rank] * s[:rank], v[:rank]
-    if recipe.clamp is None:
+    if recipe.clamp is None or a.is_meta:
         return a, b
     bound = _quantile(torch.cat([b.flatten(), a.flatten()]), recipe.clamp)
     if bound <= 0:
@@ -222,11 +148,3 @@ def _filled(tensor: Tensor, axis: int, size: int) -> Tensor:
     shape = list(tensor.shape)
     shape[axis] = missing
     return torch.cat([tensor, tensor.new_zeros(shape)], axis)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _refuse(name: str, value: object, wanted: str) -> NoReturn:
-    fail(UsageError, "E584", f"{name} = {value!r} is not {wanted}")

@@ -3,7 +3,7 @@
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import starmap
 from typing import Any
@@ -11,6 +11,7 @@ from weakref import WeakSet
 
 import torch
 
+from peftc.passes.plan.structure import TASK
 from peftc.runtime.adapters.slots import Kept, Sources, Weighed, sources
 
 _version = operator.attrgetter("_version")
@@ -20,16 +21,33 @@ _version = operator.attrgetter("_version")
 class Chosen:
     """The adapters of a row, in order and with their weights.
 
-    `kind` is one object for all that have the same structure when they are active alone.
+    `kind` is one object for all that have the same structure when they are active alone. With a task it is one of
+    several choices of the same adapters, `of`; `asked` has what graphs read of it.
     """
 
     weighed: Weighed
     kind: object
+    of: "Chosen | None" = None
+    asked: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def at(self, task: int) -> "Chosen":
+        """The same adapters for a task. Its number, an index, may be on the CPU wherever they are."""
+        return Chosen(self.weighed, self.kind, self, {TASK: torch.tensor([task])})
+
+    @property
+    def task(self) -> torch.Tensor | None:
+        """The number of the task, `[1]`, if it is for one."""
+        return self.asked.get(TASK)
+
+    @property
+    def adapters(self) -> "Chosen":
+        """The choice of the adapters alone, whose tensors it has."""
+        return self.of or self
 
     @cached_property
     def sources(self) -> Sources:
         """Where everything is kept that slots would have of them."""
-        return sources(self.weighed)
+        return sources(self.weighed) if self.of is None else self.of.sources
 
     @cached_property
     def _kept(self) -> Sequence[Kept]:
@@ -57,6 +75,10 @@ def looked(now: Sequence[torch.Tensor], before: Seen | None) -> Seen:
     if before is None or versions != before.versions or any(map(operator.is_not, now, before.tensors)):
         return Seen(now, versions)
     return before
+
+
+AWAY = 16
+"""Of how many choices, at least, that rows had before it is known what they were."""
 
 
 @dataclass(frozen=True)
@@ -139,19 +161,22 @@ class MixedBatch:
     def look(self) -> None:
         """See whether a tensor of what the rows have was written to or replaced."""
         before, self._trains = self._seen, None
-        self._seen = {each: looked(list(each.tensors()), before.get(each)) for each in self.present if each is not None}
-        if any(before.get(each) is not seen for each, seen in self._seen.items()):
+        present = dict.fromkeys(each.adapters for each in self.present if each is not None)
+        seen = {each: looked(list(each.tensors()), before.get(each)) for each in present}
+        if any(before.get(each) is not now for each, now in seen.items()):
             self.contents = object()
+        away = [each for each in before if each not in seen][-max(AWAY, len(seen)) :]  # may come back as they were
+        self._seen = {**{each: before[each] for each in away}, **seen}
 
     def content(self, chosen: Chosen | None) -> object:
         """What is another object when the tensors of a choice are others, or were written to, when it was looked at."""
-        return None if chosen is None else self._seen.get(chosen)
+        return None if chosen is None else self._seen.get(chosen.adapters)
 
     @property
     def trains(self) -> bool:
         """Whether a gradient can reach what the rows have."""
         if self._trains is None:
-            present = [each for each in self.present if each is not None]
+            present = dict.fromkeys(each.adapters for each in self.present if each is not None)
             self._trains = any(tensor.requires_grad for each in present for tensor in each.tensors())
         return self._trains
 
@@ -161,7 +186,7 @@ class MixedBatch:
 
     def kept(self, chosen: Chosen, slot: str, name: str) -> Kept:
         """Where a choice keeps what a slot of the structure has under a name."""
-        return chosen.sources[self._owners(chosen)[slot], name]
+        return (chosen.asked, name) if name in chosen.asked else chosen.sources[self._owners(chosen)[slot], name]
 
     def _owners(self, chosen: Chosen) -> Mapping[str, str]:
         return self._owned[chosen.kind]

@@ -1,21 +1,24 @@
 """What a graph reads of the rows' adapters: computed for each adapter, laid out by row, kept while both stay."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import pad
 
 from peftc.grammar.diagnostics import UsageError, fail
 from peftc.passes.route.route_rows import IDS, LanePieces, Piece
+from peftc.runtime.adapters.room import empty, largest, padded
 from peftc.runtime.adapters.slots import Kept
 from peftc.runtime.mixed_batch.batch import Chosen, MixedBatch, Seen, looked
 
 Tensors = tuple[torch.Tensor, ...]
 Compute = Callable[[Chosen | None], Tensors]
 """What a lane's prologue gives for the tensors of a choice."""
+
+Draw = Callable[[Chosen, torch.Tensor], Tensors]
+"""The same for the tensors of a choice and each of several tasks, `[rows, 1]`; numbers are drawn for every row."""
 
 
 @dataclass
@@ -30,13 +33,31 @@ class Lane:
     compute: Compute
     everyone: bool
     base: Sequence[Kept] = ()  # where the base's tensors are kept that it is computed from
+    drawing: Draw | None = None  # where numbers are drawn for each row
     room: Tensors | None = None  # for each value zeros, as large as the largest that are to fit
+
+    def of(self, seats: Mapping[int, Chosen | None]) -> dict[int, Tensors]:
+        """What these have. Where numbers are drawn, all rows of an adapter have theirs of one draw, as in PEFT."""
+        if self.drawing is None:
+            return {seat: self.compute(each) for seat, each in seats.items()}
+        found: dict[int, Tensors] = {}
+        alike: dict[Chosen, list[int]] = {}
+        for seat, each in seats.items():
+            if each is None or each.task is None:
+                found[seat] = self.compute(each)
+            else:
+                alike.setdefault(each.adapters, []).append(seat)
+        for adapters, own in alike.items():
+            tasks = torch.stack([seats[seat].task for seat in own])  # type: ignore[union-attr, misc]
+            drawn = self.drawing(adapters, tasks)
+            found |= dict(zip(own, zip(*(each.unbind() for each in drawn), strict=True), strict=True))
+        return found
 
     def made_room(self, choices: Sequence[Chosen]) -> Tensors:
         """Zeros that are as large as the values of any of these choices."""
         if self.room is None:
             made = [self.compute(each) for each in choices]
-            self.room = tuple(each[0].new_zeros(_largest(each)) for each in zip(*made, strict=True))
+            self.room = tuple(each[0].new_zeros(largest(each)) for each in zip(*made, strict=True))
         return self.room
 
 
@@ -51,7 +72,8 @@ class RowPieces:
     """The pieces of one program, refreshed before it runs.
 
     The values of all choices that rows have are kept side by side, in *seats*; a choice that leaves gives its seat to
-    one that comes. What graphs read is chosen from these, once for as long as the rows have what they have.
+    one that comes. What graphs read is chosen from these, once for as long as the rows have what they have. Where
+    numbers are drawn for each row, every row has a seat of its own, in every call anew.
     """
 
     def __init__(self, batch: MixedBatch, lanes: Sequence[Lane], near: nn.Module):
@@ -60,9 +82,12 @@ class RowPieces:
         self._layout: object = None
         self._contents: object = None
         self._seats: Seats = ()
+        self._laid: Sequence[object] = ()  # whose values each row of what graphs read has; of none where that is shared
         self._seen: dict[Any, object] = {}  # what each that sits had when its values were computed
         self._sitting: dict[str, torch.Tensor] = {}  # of each piece the values of all seats
         self._lent = False  # whether a backward pass may read what there is
+        self._tables = {piece.name for lane in lanes for piece in lane.lane.pieces if piece.form == "tables"}
+        self._draws = any(each.lane.draws for each in lanes)
         self._base = list({(id(held), leaf): (held, leaf) for lane in lanes for held, leaf in lane.base}.values())
         self._base_seen: Seen | None = None
         batch.laid_out.add(self)
@@ -75,6 +100,8 @@ class RowPieces:
         """Let go of choices that there are no more."""
         self._seats = tuple(FREE if isinstance(each, Chosen) and gone(each) else each for each in self._seats)
         self._seen = {each: seen for each, seen in self._seen.items() if each is None or not gone(each)}
+        if any(isinstance(each, Chosen) and gone(each) for each in self._laid):
+            self._laid = ()
 
     def check(self, tensors: Sequence[torch.Tensor]) -> None:
         """Raise UsageError unless the first of these tensors has as many rows as there are choices."""
@@ -91,7 +118,7 @@ class RowPieces:
         """Lay out the pieces anew unless the rows have what they had, unwritten since."""
         batch, graded = self._batch, torch.is_grad_enabled()
         base = [held[leaf] for held, leaf in self._base]
-        if graded and (batch.trains or any(each.requires_grad for each in base)):
+        if self._draws or (graded and (batch.trains or any(each.requires_grad for each in base))):
             self._seats = ()
             self._lay_out()
             self._seats, self._layout = (), None  # a graph is for one backward pass
@@ -107,23 +134,50 @@ class RowPieces:
     def _lay_out(self) -> None:
         batch, before = self._batch, self._seats
         self._seats, self._layout = (), None  # until all is done
-        seats = _seated(before, batch.present)
+        seats = tuple(batch.rows) if self._draws else _seated(before, batch.present)
         seen: dict[Any, object] = {each: batch.content(each) for each in batch.present}
+        away = {each: self._seen[each] for each in seats if each in self._seen and each not in seen}
         stays = {each for each in batch.present if each in before and self._seen.get(each) is seen[each]}
         fresh = [seat for seat, each in enumerate(seats) if each in seen and each not in stays]
+        made = False
         for lane in self._lanes:
             if len(seats) != len(before) or (fresh and not self._written(lane, seats, fresh)):
                 self._made(lane, seats)
+                made = True
         numbers = {each: seat for seat, each in enumerate(seats)}
-        self._choose([numbers[each] for each in batch.rows], len(seats))
-        self._seats, self._seen, self._lent = seats, seen, False
+        rows = list(range(len(seats))) if self._draws else [numbers[each] for each in batch.rows]
+        changed = None if made or self._lent or self._draws else self._changed(stays)
+        self._laid = ()
+        if changed is None:
+            self._choose(rows, len(seats))
+        else:
+            self._exchange(rows, changed)
+        self._laid = () if rows == list(range(len(seats))) else batch.rows
+        self._seats, self._seen, self._lent = seats, {**away, **seen}, False
+
+    def _changed(self, stays: Collection[Chosen | None]) -> Sequence[int] | None:
+        """Which rows have something else than was laid out; None where that is shared or most have."""
+        rows, laid = self._batch.rows, self._laid
+        if len(laid) != len(rows):
+            return None
+        changed = [row for row, each in enumerate(rows) if each not in stays or each is not laid[row]]
+        return changed if len(changed) <= len(rows) // 2 else None
+
+    def _exchange(self, rows: Sequence[int], changed: Sequence[int]) -> None:
+        """Let some rows of what graphs read have what these seats have; the others have it."""
+        self.values[IDS] = torch.tensor(rows, device=self._device)
+        if changed:
+            places = torch.tensor(changed, device=self._device)
+            ids = self.values[IDS][places]
+            for name, value in self._sitting.items():
+                if name not in self._tables:
+                    self.values[name].index_copy_(0, places, value.index_select(0, ids))
 
     def _choose(self, rows: Sequence[int], seats: int) -> None:
         """Let graphs read what these seats have."""
         ids, plain = torch.tensor(rows, device=self._device), rows == list(range(seats))
-        tables = {piece.name for lane in self._lanes for piece in lane.lane.pieces if piece.form == "tables"}
         for name, value in self._sitting.items():
-            if plain or name in tables:
+            if plain or name in self._tables:
                 self.values[name] = value
             elif value.dim() < 2 or value.requires_grad or not value.is_floating_point():
                 self.values[name] = value.index_select(0, ids)
@@ -133,15 +187,15 @@ class RowPieces:
 
     def _made(self, lane: Lane, seats: Seats) -> None:
         """Compute a lane for all seats."""
-        own = {seat: lane.compute(each) for seat, each in enumerate(seats) if self._has(lane, each)}  # type: ignore[arg-type]
+        own = lane.of({seat: each for seat, each in enumerate(seats) if self._has(lane, each)})  # type: ignore[misc]
         room = [each for each in self._batch.room if self._batch.has(each, lane.slots)]
         for piece in lane.lane.pieces:
             values = {seat: made[piece.index].to(piece.dtype) for seat, made in own.items()}
-            largest = [*values.values(), *([lane.made_room(room)[piece.index]] if room else [])]
-            filler = largest[0].detach() if lane.lane.guarded else torch.full_like(largest[0], _empty(piece.dtype))
-            sizes = _largest(largest)
-            padded = [_padded(values.get(seat, filler), sizes) for seat in range(len(seats))]
-            self._sitting[piece.name] = torch.stack([_turned(piece, each) for each in padded])
+            made = [*values.values(), *([lane.made_room(room)[piece.index]] if room else [])]
+            filler = made[0].detach() if lane.lane.guarded else torch.full_like(made[0], empty(piece.dtype))
+            sizes = largest(made)
+            alike = [padded(values.get(seat, filler), sizes) for seat in range(len(seats))]
+            self._sitting[piece.name] = torch.stack([_turned(piece, each) for each in alike])
         for name in lane.lane.members:
             self._sitting[name] = torch.tensor([seat in own for seat in range(len(seats))], device=self._device)
 
@@ -162,7 +216,7 @@ class RowPieces:
             sitting = self._sitting[piece.name]
             for seat in fresh:
                 if seat in values or not lane.lane.guarded:  # what nobody looks at may stay
-                    sitting[seat].fill_(_empty(piece.dtype))
+                    sitting[seat].fill_(empty(piece.dtype))
                 if seat in values:
                     sitting[seat][tuple(map(slice, values[seat].shape))] = values[seat]
         for name in lane.lane.members:
@@ -175,34 +229,18 @@ class RowPieces:
 
 
 def _seated(before: Seats, present: Sequence[Chosen | None]) -> Seats:
-    """Who has which seat now: as before, those who come where somebody has left; all anew where there are too few."""
-    stay = [each if each in present else FREE for each in before]
-    coming = [each for each in present if each not in stay]
-    if stay.count(FREE) < len(coming):
+    """Who has which seat now: as before, those who come where nobody sits or who is not here; all anew where these are
+    too few. Who is not here keeps the seat until then.
+    """
+    coming = [each for each in present if each not in before]
+    free = [seat for seat, each in enumerate(before) if each is FREE or each not in present]
+    if len(free) < len(coming):
         return tuple(present)
-    for each in coming:
-        stay[stay.index(FREE)] = each
-    return tuple(stay)
-
-
-def _largest(values: Sequence[torch.Tensor]) -> list[int]:
-    return [max(sizes) for sizes in zip(*(each.shape for each in values), strict=True)]
-
-
-def _padded(value: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
-    """A value of this size: a smaller one ends in zeros, which change no product, or in tokens that there are not."""
-    missing = [size - own for own, size in zip(value.shape, sizes, strict=True)]
-    if not any(missing):
-        return value
-    if value.is_floating_point():
-        return pad(value, [each for size in reversed(missing) for each in (0, size)])
-    padded = value.new_full(tuple(sizes), _empty(value.dtype))
-    padded[tuple(map(slice, value.shape))] = value
-    return padded
-
-
-def _empty(dtype: torch.dtype) -> int:
-    return torch.iinfo(dtype).max if dtype in (torch.int32, torch.int64) else 0
+    free.sort(key=lambda seat: before[seat] is not FREE)
+    seats = list(before)
+    for seat, each in zip(free, coming, strict=False):
+        seats[seat] = each
+    return tuple(seats)
 
 
 def _turned(piece: Piece, value: torch.Tensor) -> torch.Tensor:

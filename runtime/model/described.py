@@ -22,6 +22,7 @@ from peftc.runtime.peft_config.peft_config import ConfigFacts, read_config
 from peftc.runtime.peft_config.peft_targets import MODULE
 from peftc.runtime.peft_config.unmatched import check_names
 from peftc.runtime.peft_format.found_tensors import modules_of
+from peftc.runtime.routing.saved_route import is_route
 
 _ACCEPTED = (
     "pass a spec (a path, its text, a Spec or AdapterSpec), a PEFT config or its fields as a dict, "
@@ -132,6 +133,14 @@ def described(said: Any, name: str | None = None) -> Described:
     return Described(_lone(facts.spec), {facts.spec.name: facts})
 
 
+def described_route(said: Any, name: str | None = None) -> tuple[str, Mapping[str, object]] | None:
+    """The name and the fields of a route's config, or of one in a mapping of its name to it; None for anything else."""
+    if isinstance(said, Mapping) and len(said) == 1 and fields.TYPE not in said:
+        ((name, said),) = said.items()
+    given = None if isinstance(said, str | PathLike | Spec | AdapterSpec | Described) else _fields(said)
+    return (name or "default", given) if given is not None and is_route(given) else None
+
+
 def one_adapter(said: Any, name: str | None) -> Described:
     """The one adapter that is meant, under the name asked for, and what is demanded of the model it is for.
 
@@ -139,10 +148,17 @@ def one_adapter(said: Any, name: str | None) -> Described:
     """
     found = described(said, name)
     spec = found.spec
-    if len(spec.adapters) != 1 and name is None:
-        names = ", ".join(each.name for each in spec.adapters) or "none"
-        fail(UsageError, "E518", f"the spec has not one adapter but {names}", help="name one with adapter_name")
-    matching = [each for each in spec.adapters if len(spec.adapters) == 1 or each.name == name]
+    names = spec.names
+    if spec.route is not None:
+        message = f"the spec has the route '{spec.route.name}', and one adapter is added"
+        fail(UsageError, "E518", message, spec.route.span, help="leave it out, and call set_route")
+    if len(names) != 1 and name is None:
+        message = f"the spec has not one adapter but {', '.join(names) or 'none'}"
+        fail(UsageError, "E518", message, help="name one with adapter_name")
+    if any(each.name == name for each in spec.combined):
+        message, help = f"adapter {name!r} of the spec is made of others", "add these, then call add_weighted_adapter"
+        fail(UsageError, "E518", message, help=help)
+    matching = [each for each in spec.adapters if len(names) == 1 or each.name == name]
     if not matching:
         fail(UsageError, "E518", f"the spec has no adapter {name!r}")
     chosen = matching[0]
@@ -150,7 +166,7 @@ def one_adapter(said: Any, name: str | None) -> Described:
     weight = dict(spec.active).get(chosen.name, 1.0)
     facts = {called: found.facts[chosen.name]} if chosen.name in found.facts else {}
     meant = chosen if chosen.name == called else replace(chosen, name=called)
-    return Described(replace(spec, adapters=(meant,), active=((called, weight),)), facts)
+    return Described(replace(spec, adapters=(meant,), active=((called, weight),), combined=()), facts)
 
 
 def config_and_name(first: Any, second: Any, peft_config: Any = None) -> tuple[Any, str | None]:

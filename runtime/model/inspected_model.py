@@ -21,6 +21,8 @@ from peftc.runtime.model.status import (
 )
 from peftc.runtime.peft_config.config_object import config_object
 from peftc.runtime.regions.partition import Partition
+from peftc.runtime.routing.classifier import ScalingClassifier
+from peftc.runtime.routing.saved_route import route_config
 
 _WHOLE: "WeakKeyDictionary[nn.Module, InspectedModel]" = WeakKeyDictionary()
 _CLASSES: dict[type[nn.Module], Any] = {}
@@ -81,8 +83,9 @@ class InspectedModel(AdaptedModule):
     def peft_config(self) -> dict[str, Any]:
         """Every adapter's configuration, by name: of PEFT's classes where it is installed and has the method.
 
-        They say what the adapters are. Another value in one changes no adapter: `add_adapter` makes one of it. Raises
-        CheckpointError for an adapter that PEFT's format has no words for.
+        They say what the adapters are; that of a classifier that chooses from them is among them. Another value in one
+        changes no adapter: `add_adapter` makes one of it. Raises CheckpointError for an adapter that PEFT's format has
+        no words for.
         """
         state = self._adapter_state
         for name, plan in state.plans().items():
@@ -92,6 +95,11 @@ class InspectedModel(AdaptedModule):
                 state.configs[name] = plan, config
         state.shown_configs.clear()
         state.shown_configs.update({name: state.configs[name][1] for name in state.names()})
+        if state.routed is not None and isinstance(classifier := state.routed.route, ScalingClassifier):
+            name = state.routed.name
+            if name not in state.configs or state.configs[name][0] is not classifier:
+                state.configs[name] = classifier, config_object(route_config(classifier, classifier.sources))
+            state.shown_configs[name] = state.configs[name][1]
         return state.shown_configs
 
     @property

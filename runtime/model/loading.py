@@ -33,7 +33,7 @@ from peftc.runtime.other_formats.other_file import other_file
 from peftc.runtime.peft_config.peft_config import ConfigFacts, read_config
 from peftc.runtime.peft_config.peft_rule import with_values
 from peftc.runtime.peft_config.spec_config import check_growth, known_methods
-from peftc.runtime.peft_format.adapter_files import locate, read_adapter, read_tensors
+from peftc.runtime.peft_format.adapter_files import CONFIG, locate, read_adapter, read_json, read_tensors
 from peftc.runtime.peft_format.carry import carried
 from peftc.runtime.peft_format.checkpoint import entries, fit, unpruned
 from peftc.runtime.peft_format.found_tensors import named_earlier, spelled, without_idle
@@ -43,6 +43,8 @@ from peftc.runtime.peft_format.manifest import compare, read_manifest
 from peftc.runtime.peft_format.older_files import lost_biases, with_heads
 from peftc.runtime.peft_format.own_embeddings import own_embeddings
 from peftc.runtime.peft_format.saved_value import settled
+from peftc.runtime.routing.routed_adapters import put_route
+from peftc.runtime.routing.saved_route import is_route, read_route
 
 
 def load_adapter(
@@ -58,10 +60,13 @@ def load_adapter(
     With `follows_regions` the model's regions begin where the checkpoint's spec said.
     """
     state = model._adapter_state
+    place = _located(source, options)
+    if (config := _route_in(place, options)) is not None:
+        return _load_route(model, source, place, config, name, options)
     known = state.adapter(name) if name in state.names() else None
     if known is None:
         state.check_name(name, help="choose another adapter_name")
-    file = _read(model, source, name, options)
+    file = _read(model, place, name, options)
     found = _fitted(model, file, options)
     if known is not None:
         told = _put(model, known, file, found, options)
@@ -70,6 +75,45 @@ def load_adapter(
     if not options.is_trainable and _trains(model):
         model.eval()
     return told
+
+
+def add_route(model: AdaptedModule, name: str, config: Mapping[str, object], options: LoadOptions) -> None:
+    """Put a fresh route over saved adapters into a model. Raises CheckpointError or UsageError and changes nothing."""
+    saved = read_route(config, "the PEFT config")
+    put_route(model, name, saved, options, lambda place, expert, own: load_adapter(model, place, expert, own))
+
+
+def _route_in(directory: Path, options: LoadOptions) -> Mapping[str, object] | None:
+    """The configuration of a checkpoint that is a route, and no adapter."""
+    if not (directory / CONFIG).is_file():
+        return None
+    said = {} if options.config is None else config_fields(options.config)
+    config = {**read_json(directory / CONFIG), **{name: value for name, value in said.items() if value is not None}}
+    return config if is_route(config) else None
+
+
+def _load_route(
+    model: AdaptedModule,
+    source: str | PathLike[str],
+    directory: Path,
+    config: Mapping[str, object],
+    name: str,
+    options: LoadOptions,
+) -> IncompatibleKeys:
+    _, tensors = read_adapter(directory, allow_pickle=options.allow_pickle)
+    put_route(
+        model,
+        name,
+        read_route(config, str(directory), strict=options.strict),
+        options,
+        lambda place, expert, own: load_adapter(model, place, expert, own),
+        directory=directory,
+        repository="" if Path(source).expanduser().exists() else str(source),
+        tensors={options.renamed(key): tensor for key, tensor in tensors.items()},
+    )
+    if not options.is_trainable and _trains(model):
+        model.eval()
+    return IncompatibleKeys([], [])
 
 
 def _trains(model: AdaptedModule) -> bool:
@@ -96,8 +140,8 @@ class _File:
         return str(self.directory)
 
 
-def _read(model: AdaptedModule, source: str | PathLike[str], name: str, options: LoadOptions) -> _File:
-    directory = locate(
+def _located(source: str | PathLike[str], options: LoadOptions) -> Path:
+    return locate(
         source if isinstance(source, str) else Path(source),
         revision=options.revision,
         subfolder=options.subfolder,
@@ -105,6 +149,9 @@ def _read(model: AdaptedModule, source: str | PathLike[str], name: str, options:
         cache_dir=options.cache,
         local_files_only=options.local_files_only,
     )
+
+
+def _read(model: AdaptedModule, directory: Path, name: str, options: LoadOptions) -> _File:
     where = str(directory)
     config, tensors = _contents(model, directory, options)
     tensors = {options.renamed(key): tensor for key, tensor in tensors.items()}

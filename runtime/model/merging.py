@@ -28,6 +28,8 @@ from peftc.runtime.adapted.base_weights import (
     has_other_packing,
     restore_requires_grad,
 )
+from peftc.runtime.adapted.mergeable import beside, changes_no_weight, check_mergeable, meant, mergeable
+from peftc.runtime.adapted.together import Named
 from peftc.runtime.adapters.bank import AdapterParameters
 from peftc.runtime.base.overlay import BANK
 from peftc.runtime.base.replaced import Replaced, put
@@ -38,14 +40,13 @@ from peftc.runtime.merge.merge import merged_tensors
 from peftc.runtime.merge.merged_checkpoint import can_stream, is_one_by_one, write_merged
 from peftc.runtime.merge.repack import Quantized, check_packed, forget_quantization, in_types_of
 from peftc.runtime.merge.rounding import in_evaluation, output_drift, tensor_drift
-from peftc.runtime.regions.modules import is_moved
 
 MAPPED = "merged.safetensors"
 
 Changes = Mapping[str, torch.Tensor | nn.Module]
 
 
-def merge(state: AdapterSet, names: Sequence[str] | None, *, safe: bool, quantized: Quantized | None) -> None:
+def merge(state: AdapterSet, names: Named | None, *, safe: bool, quantized: Quantized | None) -> None:
     """Put the active adapters (or those named) into the weights: see `AdaptedModel.merge_adapter`."""
     merged = state.base.merged_adapters
     if merged:
@@ -80,22 +81,16 @@ def _merge_more(state: AdapterSet, active: Active, *, safe: bool, quantized: Qua
             rest(state)
 
 
-def _more(state: AdapterSet, names: Sequence[str] | None, merged: Active) -> Active:
+def _more(state: AdapterSet, names: Named | None, merged: Active) -> Active:
     """The active adapters, or those named, that are not merged yet. Says what becomes of the others, as PEFT does."""
     there = ", ".join(name for name, _ in merged)
-    more = _not_in(merged, state.active if names is None else _subset(state, names))
-    _check_mergeable(state, more)
+    more = beside(state, names, merged)
     if more:
         message = f"{', '.join(name for name, _ in more)} will be merged beside what is merged: {there}"
     else:
         message = f"All adapters are already merged, nothing to do: {there}"
     warnings.warn(message, stacklevel=4)
     return more
-
-
-def _not_in(merged: Active, wanted: Active) -> Active:
-    names = [name for name, _ in merged]
-    return tuple(each for each in wanted if each[0] not in names)
 
 
 def unmerge(state: AdapterSet) -> None:
@@ -159,24 +154,21 @@ def disabled(state: AdapterSet) -> Iterator[None]:
             state.enable(before)
 
 
-def merged_model(
-    model: AdaptedModule, names: Sequence[str] | None, *, safe: bool, quantized: Quantized | None
-) -> nn.Module:
+def merged_model(model: AdaptedModule, names: Named | None, *, safe: bool, quantized: Quantized | None) -> nn.Module:
     """A plain model with the adapters in its weights: see `AdaptedModel.merge_and_unload`."""
     state = model._adapter_state
     tensors: Changes
     there = state.base.merged if state.displaced else ()
-    more = () if not there else _not_in(there, state.active if names is None else _subset(state, names))
+    more = beside(state, names, there) if there else ()
     if more:
-        _check_mergeable(state, more)
         with taken_out(state):
             tensors = merged_tensors(model, _weighted(state, (*there, *more)), safe_merge=safe, quantized=quantized)
     elif there:
         merged = [now for _, now in state.base.merged_names()]
         tensors = _owned({name: _there(model, name) for name in reversed(merged)})
     else:
-        active = state.active if names is None else _subset(state, names)
-        _check_mergeable(state, active)
+        active = meant(state, names)
+        check_mergeable(state, active)
         tensors = merged_tensors(model, _weighted(state, active), safe_merge=safe, quantized=quantized)
     plain = state.base.own().copy()
     tensors = in_types_of(plain, tensors)
@@ -223,7 +215,7 @@ def merged_copy(model: Root, scratch: Path, *, safe: bool, quantized: Quantized 
     state = model._adapter_state
     if state.displaced:
         return model
-    kept = tuple(each for each in state.active if _changes_no_weight(state, each[0]))
+    kept = tuple(each for each in state.active if changes_no_weight(state, each[0]))
     adapters = _weighted(state, [each for each in state.active if each not in kept])
     if is_one_by_one(model, adapters):
         return _copy_with(model, mapped_tensors(model, adapters, scratch / MAPPED, safe=safe), kept)
@@ -246,19 +238,6 @@ def measured_drift(
         return drift
     merged = _copy_with(model, merged_tensors(model, adapters, quantized=quantized), ())
     return replace(drift, outputs=_output_drift(model, merged, args, kwargs))
-
-
-def mergeable(state: AdapterSet, names: Sequence[str] | None) -> Active:
-    """The active adapters, or those named, if they can be merged now. Raises UsageError."""
-    if state.base.is_merged:
-        fail(UsageError, "E516", "the model is merged already", help="call unmerge_adapter first")
-    active = state.active if names is None else _subset(state, names)
-    if not state.names():
-        fail(UsageError, "E525", "there is no adapter, so there is nothing to merge", help="add or load one first")
-    if not active:
-        fail(UsageError, "E517", "no adapter is active, so there is nothing to merge", help="call set_adapter first")
-    _check_mergeable(state, active)
-    return active
 
 
 def _exchange(state: AdapterSet, tensors: Mapping[str, Any], displaced: Replaced | None, merged: Active) -> Replaced:
@@ -320,30 +299,6 @@ def _output_drift(
 
 def _weighted(state: AdapterSet, active: Sequence[tuple[str, float]]) -> list[tuple[AdapterParameters, float]]:
     return [(state.adapter(name), weight) for name, weight in active]
-
-
-def _subset(state: AdapterSet, names: Sequence[str]) -> Active:
-    weights = dict(state.active)
-    for name in names:
-        state.adapter(name)
-    return tuple((name, weights.get(name, 1.0)) for name in names)
-
-
-def _check_mergeable(state: AdapterSet, active: Active) -> None:
-    for name, _ in active:
-        for at in state.adapter(name).plan.sites:
-            if is_moved(state.base.model, state.host, at.site.user):
-                message = f"{at.site.user}, which adapter {name!r} adapts, was moved or taken out of the model"
-                help = "merge before layers are moved, or put them back"
-                fail(UsageError, "E585", message, help=help)
-        if _changes_no_weight(state, name):
-            message = f"adapter {name!r} changes no weight: what it puts in front cannot be merged"
-            help = "merge the others by name, or serve the model with its adapters"
-            fail(UsageError, "E522", message, help=help)
-
-
-def _changes_no_weight(state: AdapterSet, name: str) -> bool:
-    return any(at.bound.prompt is not None for at in state.adapter(name).plan.sites)
 
 
 def _owned(values: Mapping[str, Any]) -> dict[str, Any]:

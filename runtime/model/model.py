@@ -11,8 +11,8 @@ from torch import nn
 
 from peftc.grammar.diagnostics import ArgumentTypeError, fail
 from peftc.grammar.method.rule import Value
-from peftc.runtime.adapted.base_weights import Active
 from peftc.runtime.adapted.removing import remove
+from peftc.runtime.adapted.together import Named, as_active
 from peftc.runtime.init.calibration import Batches
 from peftc.runtime.init.dense import Source
 from peftc.runtime.merge.drift import MergeDrift
@@ -20,15 +20,16 @@ from peftc.runtime.merge.repack import Quantized
 from peftc.runtime.model import weighted
 from peftc.runtime.model.adding import FreshOptions, add_fresh, plan_adapters
 from peftc.runtime.model.allocating import regularization_loss, update_and_allocate
-from peftc.runtime.model.described import config_and_name, one_adapter
+from peftc.runtime.model.described import config_and_name, described_route, one_adapter
 from peftc.runtime.model.hotswap import make_room, swap_adapter
 from peftc.runtime.model.kv_prefix import start_from_cache, start_from_text
-from peftc.runtime.model.loading import load_adapter
+from peftc.runtime.model.loading import add_route, load_adapter
 from peftc.runtime.model.merging import disabled, measured_drift, merge, merged_model, rest, unmerge, wake
 from peftc.runtime.model.saved_model import SavedModel
 from peftc.runtime.model.state_dicts import IncompatibleKeys
 from peftc.runtime.peft_format.checkpoint import kept_masks
 from peftc.runtime.peft_format.load_options import LoadOptions
+from peftc.runtime.routing import route
 
 
 class AdaptedModel(SavedModel):
@@ -66,6 +67,9 @@ class AdaptedModel(SavedModel):
         wrong type) and leaves the model as it was.
         """
         config, name = config_and_name(adapter_config, adapter_name, peft_config)
+        if (routed := described_route(config, name)) is not None:
+            add_route(self, *routed, LoadOptions(is_trainable=True, autocast_adapter_dtype=autocast_adapter_dtype))
+            return
         one, state = one_adapter(config, name), self._adapter_state
         active, surveyed = one.spec.active, state.engine.backend.survey()
         state.check_name(active[0][0], help="choose another name")
@@ -161,6 +165,9 @@ class AdaptedModel(SavedModel):
         make_room(self, target_rank, check_compiled)
 
     add_weighted_adapter = weighted.add_weighted_adapter
+    set_route = route.set_route
+    get_route = route.get_route
+    get_route_places = route.get_route_places
 
     def delete_adapter(
         self, adapter_name: str | Sequence[str] | None = None, *, adapter_names: str | Sequence[str] | None = None
@@ -186,8 +193,9 @@ class AdaptedModel(SavedModel):
         Gradients reach the active ones unless `inference_mode`. A merged model is unmerged first, with a warning, as
         in PEFT. Switching between adapters of one structure rebinds tensors and does nothing else.
         """
-        active = _as_active(adapter_name)
+        active = as_active(adapter_name)
         self._adapter_state.check(active)
+        self._adapter_state.inputs.check(active)
         self._unmerge_for_others(stacklevel=3)
         self._adapter_state.activate(active, trainable=not inference_mode)
 
@@ -222,18 +230,25 @@ class AdaptedModel(SavedModel):
 
     def merge_adapter(
         self,
-        adapter_names: Sequence[str] | None = None,
+        adapter_names: Named | None = None,
         safe_merge: bool = False,
         *,
         quantized: Quantized | None = None,
     ) -> None:
         """Put the active adapters (or those named) into the weights, until `unmerge_adapter`.
 
+        `adapter_names` are a list, in which an active adapter keeps its weight and others have one, or a mapping to
+        weights, as `set_adapter` takes it: `{"a": 0.7, "b": 0.3}` gives W + 0.7 * (W'_a - W) + 0.3 * (W'_b - W), where
+        W'_a is the weight with `a` merged alone, of methods that are W plus something. Others adapt what is there, in
+        order.
+
         Those that are merged already stay so, and a warning says it; others are merged beside them, as in PEFT.
         The user's own weights are not written to: merged tensors take their place in this model only. Of a quantized
         base `quantized` says what becomes of the weights: "requantize" rounds the merged ones as the base's were,
         "dequantize" makes every packed weight of the model dense. Raises UsageError, and leaves everything as it was,
-        if `quantized` is not said and needed, or, with `safe_merge`, if a merged value is not finite.
+        if `quantized` is not said and needed, with `safe_merge` if a merged value is not finite (E520), or if adapters
+        cannot be merged so: one is unknown (E510) or named twice (E512), changes no weight (E522), cannot have its
+        weight (E513), is merged with another one (E516), or replaces a tensor that another replaces (E514).
         """
         merge(self._adapter_state, adapter_names, safe=safe_merge, quantized=quantized)
 
@@ -267,12 +282,13 @@ class AdaptedModel(SavedModel):
         self,
         progressbar: bool = False,
         safe_merge: bool = False,
-        adapter_names: Sequence[str] | None = None,
+        adapter_names: Named | None = None,
         *,
         quantized: Quantized | None = None,
     ) -> nn.Module:
         """A plain model of the user's class with the active adapters (or those named) in its weights.
 
+        `adapter_names` are a list or a mapping to weights, as in `merge_adapter`, which says what is raised.
         It shares every other tensor with this model, which stays as it is. Where a tied weight was merged for one of
         its uses only, the tie is broken, and the config says so. `quantized` is as in `merge_adapter`: after
         "dequantize" the model is a dense one, for its config too. With `progressbar` a line on the terminal says what
@@ -357,11 +373,3 @@ class AdaptedModel(SavedModel):
         if self._adapter_state.base.is_merged:
             warnings.warn("the merged adapters are unmerged before others are activated", stacklevel=stacklevel)
             unmerge(self._adapter_state)
-
-
-def _as_active(names: str | Sequence[str] | Mapping[str, float]) -> Active:
-    if isinstance(names, str):
-        return ((names, 1.0),)
-    if isinstance(names, Mapping):
-        return tuple((name, float(weight)) for name, weight in names.items())
-    return tuple((name, 1.0) for name in names)

@@ -27,6 +27,7 @@ from peftc.runtime.peft_format.adapter_files import adapter_directory, write_ada
 from peftc.runtime.peft_format.checkpoint import Entry, entries, kept_masks
 from peftc.runtime.peft_format.manifest import AdapterFacts, Manifest, spec_digest, write_manifest
 from peftc.runtime.peft_format.saved_value import settled_value
+from peftc.runtime.routing.routed_adapters import is_saved_route, save_route
 
 # Where PEFT is not installed, a Trainer resumes only from this file, and saves nowhere else under such names.
 TRAINER_STATE = "model.safetensors"
@@ -60,6 +61,7 @@ def save_adapters(
         if resumable and adapter.allocator is not None:
             whole = {key: value.detach().cpu().contiguous() for key, value in adapter.state_dict().items()}
             write_files(place, {TRAINING: partial(save_file, whole)})
+    save_route(model, root, {name: saved_name(model, name) for name in names}, state_dict, safe=safe)
     if resumable and not is_installed():
         given = model.state_dict() if state_dict is None else state_dict
         own = {key: value.detach().cpu().contiguous() for key, value in given.items() if is_adapters(key)}
@@ -68,7 +70,8 @@ def save_adapters(
 
 def saved_name(model: AdaptedModule, name: str) -> str:
     """The name that an adapter is saved by, which says where: a lone one may be saved as the one called `default`."""
-    lone = model.lone_is_default and len(model._adapter_state.names()) == 1
+    state = model._adapter_state
+    lone = model.lone_is_default and len(state.names()) == 1 and not is_saved_route(state)
     return "default" if lone else name
 
 

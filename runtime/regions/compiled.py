@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from peftc.grammar.diagnostics import ModelError, fail
+from peftc.grammar.diagnostics import ModelError, UsageError, fail
 from peftc.passes.cost.cost import Choice
 from peftc.passes.route.route_rows import ROUTED
 from peftc.runtime.execution import nest
@@ -36,7 +36,7 @@ class Lowering(Protocol):
 
 def inlined(host: Lowering, region: Region, tensors: Sequence[torch.Tensor], names: tuple[str, ...]) -> Bound:
     """A program of an adapted module for torch's operators to be recorded as it runs."""
-    local = host.local(region.path)
+    local = _local(host, region)
     form = tuple((each.dim(), each.dtype) for each in tensors)
     key = ("inlined", form, region.module.training)
     found = local.programs.get(key)
@@ -56,7 +56,7 @@ def inlined(host: Lowering, region: Region, tensors: Sequence[torch.Tensor], nam
 def graph_of(host: Lowering, region: Region, form: Any, names: tuple[str, ...]) -> nn.Module:
     """The graph of an adapted module for a compiler, which reads adapters from slots, or what rows have of them."""
     with outside():
-        local = host.local(region.path)
+        local = _local(host, region)
         trace = _traced_from(host, region, local, form, names)
         lowered = host.lowered(trace, local, False, COMPILED, region.module)
         find, rows = finder(host.engine, region.module, local), _rows(host, region, local)
@@ -69,6 +69,14 @@ def graph_of(host: Lowering, region: Region, form: Any, names: tuple[str, ...]) 
             fail(ModelError, "E424", message, help="compile the model, or call it once with what is active")
         graph = graph_module(lowered.traceable, trace.traced.constants, find)
         return Inlined(graph, trace.traced.outputs)  # type: ignore[arg-type]
+
+
+def _local(host: Lowering, region: Region) -> Local:
+    local = host.local(region.path)
+    if local.tenant.gates is not None:
+        message = f"a compiler came to {region.path}, whose adapters a route weighs in each call"
+        fail(UsageError, "E538", message, help="take the route away: set_route(None)")
+    return local
 
 
 def _rows(host: Lowering, region: Region, local: Local) -> LocalRows | None:

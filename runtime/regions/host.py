@@ -15,11 +15,13 @@ from peftc.grammar.diagnostics import AdapterError, ModelError, fail
 from peftc.passes.cost.cost import Choice
 from peftc.passes.plan.plain import plain_class
 from peftc.passes.plan.structure import Structure
+from peftc.passes.route.route_rows import draws_numbers
 from peftc.runtime.execution import nest
 from peftc.runtime.execution.engine import COMPILED, ActiveAdapters, Engine, Specialisation
 from peftc.runtime.execution.outside import outside
 from peftc.runtime.execution.program import Lowered
 from peftc.runtime.execution.segments import Recompute
+from peftc.runtime.execution.virtual import no_task
 from peftc.runtime.regions.arguments import Arguments
 from peftc.runtime.regions.code import watch_code
 from peftc.runtime.regions.compiled import graph_of, inlined
@@ -33,6 +35,7 @@ from peftc.runtime.regions.watch import Facts, Holds, watch, while_attached
 from peftc.runtime.regions.within import HEAD, Part, is_within, moved, part_of, standing
 
 _LOCK = threading.RLock()
+IN_TURN = "numbers are drawn for the rows of a module inside, after others that this one draws"
 DISORDER = "E425"
 """The error of rows that are in another order: modules further in cannot tell."""
 
@@ -229,7 +232,7 @@ class Host:
         if local.shared.own is None:
             local.shared.own = owned_tensors(module, local.part.structure), self.is_refused(region, local.part)
         names, refused = local.shared.own
-        if refused or (names and local.tenant.mixed is not None):
+        if refused or (names and not local.tenant.is_one_for_all):
             message = f"{region.path or 'the model'} holds adapted weights and has no graph: {reason}"
             fail(ModelError, "E465", message, help="choose other sites")
         if not names:
@@ -278,9 +281,12 @@ class Host:
                     lowered = self.lowered(trace, local, autocast, choice, module)
                 except AdapterError as error:
                     told = error.diagnostics[0]
-                    if local.tenant.mixed is None or told.code == DISORDER:
+                    if local.tenant.is_one_for_all or told.code == DISORDER:
                         raise
                     return Split(told.message, watch(module, trace.facts))  # it may fit further in
+                inside = all(at.site.user != HEAD for at in local.part.structure.sites) if local.part else False
+                if inside and any(each.draws for each in lowered.lanes) and draws_numbers(trace.traced.graph):
+                    return Split(IN_TURN, watch(module, trace.facts))
                 template = self._templates[key] = Template(lowered, trace.traced.constants)
             found = recipes[key] = Recipe(key, template, trace, watch(module, trace.facts), choice)
         return found
@@ -293,7 +299,8 @@ class Host:
             rows = None if mixed is None else LocalRows(self.engine, module, local, mixed)
             code = recipe.template.bind(kept, rows)
             form: nest.Form = trace.traced.outputs  # type: ignore[assignment]
-            found = Bound(code, form, form[0] == nest.TENSOR, bool(trace.updates), recipe.holds, trace)
+            single, gates = form[0] == nest.TENSOR, local.tenant.gates
+            found = Bound(code, form, single, bool(trace.updates), recipe.holds, trace, gates)
             local.bound[recipe.key] = found
         return found
 
@@ -301,6 +308,8 @@ class Host:
         """A trace with what adapters have inside of its module. Raises ModelError."""
         tenant, part = local.tenant, local.part
         assert part is not None
+        if part.structure.tasks and tenant.mixed is None:
+            no_task(part.structure.tasks)
 
         def slot_value(position: int, site: str, role: str, near: fx.Node) -> torch.Tensor:
             return tenant.slot_value(position, part.absolute(site), role, near)
@@ -323,7 +332,7 @@ class Host:
 
     def _choice(self, arguments: Arguments, local: Local) -> Choice:
         assert local.part is not None
-        if local.tenant.mixed is not None:
+        if not local.tenant.is_one_for_all:
             return COMPILED
         choice, path = self.engine.choice(arguments.tokens, arguments.device, local.tenant), local.part.path
         return Choice(_below(choice.dense, path), _below(choice.kept, path), choice.frozen)

@@ -3,7 +3,7 @@
 import warnings
 import zlib
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -17,6 +17,7 @@ from peftc.passes.ir.traced import Traced
 from peftc.runtime.execution import nest
 from peftc.runtime.execution.program import Guard, guard_of
 from peftc.runtime.execution.segments import Recompute
+from peftc.runtime.mixed_batch.gates import Gates
 from peftc.runtime.mixed_batch.row_pieces import RowPieces
 from peftc.runtime.regions.arguments import Arguments, OpaqueError, taken
 from peftc.runtime.regions.kinds import indices
@@ -112,6 +113,7 @@ class Bound:
     cached: bool  # whether it takes the cache
     holds: Holds
     trace: RegionTrace | None = None
+    gates: Gates | None = None  # where tokens are given more or less of the adapters
 
     def serves(self, arguments: Arguments, module: nn.Module) -> bool:
         """Whether it is right for a call that differs in sizes from the one that it was made for."""
@@ -121,6 +123,8 @@ class Bound:
     def __call__(self, arguments: Arguments, recompute: Recompute | None = None) -> Any:
         """Run it, and put the output together as the module would have."""
         code = self.code
+        if self.gates is not None:
+            self.gates.check(arguments.tensors)
         if code.pieces is not None:
             if isinstance(code.pieces, RowPieces):
                 code.pieces.check(arguments.tensors)
@@ -319,11 +323,10 @@ class Region:
         """The user's own forward; what it calls again in the backward pass is served with the adapters of now."""
         if recompute is None:
             return plain(*args, **kwargs)
-        count, names, mixed = len(args), tuple(kwargs), local.tenant.mixed
-        rows = () if mixed is None else mixed.rows
+        count, names, as_now = len(args), tuple(kwargs), local.tenant.as_now()
 
         def again(*values: Any) -> Any:
-            with self.host.pinned(local.tenant), nullcontext() if mixed is None else mixed.having(rows):
+            with self.host.pinned(local.tenant), as_now():
                 return plain(*values[:count], **dict(zip(names, values[count:], strict=True)))
 
         return recompute.run(again, (*args, *kwargs.values()))

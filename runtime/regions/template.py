@@ -10,12 +10,13 @@ import torch
 from torch import fx, nn
 
 from peftc.passes.optimize.hoist import PIECES
+from peftc.passes.plan.structure import TASK
 from peftc.passes.route.route_rows import ROUTED, LanePieces
 from peftc.runtime.adapters.slots import Kept
 from peftc.runtime.execution.program import Alias, Held, HoistedConstants, Lowered, constant_name, namespace_of
 from peftc.runtime.execution.segments import Namespace, python_function, writes_outside
 from peftc.runtime.mixed_batch.batch import Chosen, MixedBatch
-from peftc.runtime.mixed_batch.row_pieces import Compute, Lane, RowPieces
+from peftc.runtime.mixed_batch.row_pieces import Compute, Draw, Lane, RowPieces
 
 OWN = ("slots.", "copies.r")  # of adapters, and of nothing that the base has
 OURS = (PIECES, ROUTED)  # what is computed beforehand, and not read from modules
@@ -94,6 +95,7 @@ def _row_pieces(lanes: Sequence[LanePieces], readers: "Sequence[_Reader]", rows:
             _computing(reader, rows),
             rows.everyone(lane.slots),
             reader.base(base),
+            drawing=_drawing(reader, rows) if lane.draws else None,
         )
         for lane, reader in zip(lanes, readers, strict=True)
     ]
@@ -114,6 +116,28 @@ def _computing(reader: "_Reader", rows: Rows) -> Compute:
         return made
 
     return compute
+
+
+def _drawing(reader: "_Reader", rows: Rows) -> Draw:
+    """What gives the values of a lane for tasks of one adapter, a row each: all that is drawn for them at once."""
+
+    def draw(chosen: Chosen, tasks: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        kept, held, asked = (
+            rows.held(chosen),
+            dict[str, torch.Tensor](),
+            tasks.to(next(rows.module.parameters()).device),
+        )
+        root = reader.root(lambda owner, leaf: (held, leaf) if leaf == TASK else kept(owner, leaf), {})
+
+        def one(task: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            held[TASK] = task
+            made: tuple[torch.Tensor, ...] = reader.code(root)
+            return made
+
+        found: tuple[torch.Tensor, ...] = torch.vmap(one, randomness="different")(asked)
+        return found
+
+    return draw
 
 
 class _Reader:

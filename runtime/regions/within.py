@@ -87,7 +87,8 @@ def part_of(structure: Structure, path: str) -> Part | None:
             owners[site_slot(front.term.position, own_site.name)] = site_slot(front.term.position, front.site.name)
     if not (sites or copies or rows or fronts):
         return None
-    return Part(path, Structure(tuple(sites), tuple(copies), tuple(rows), tuple(fronts), structure.by_row), owners)
+    found = Structure(tuple(sites), tuple(copies), tuple(rows), tuple(fronts), structure.by_row, structure.gated)
+    return Part(path, found, owners)
 
 
 def standing(model: nn.Module, path: str) -> nn.Module | None:

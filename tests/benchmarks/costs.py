@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from peftc import compiler
-from peftc.compiler.api import call_like
+from peftc.compiler.example_calls import call_like
 from peftc.passes.cost.cost import LOWERINGS, Choice, Lowering, alternatives, sizes_of
 from peftc.runtime.execution.program import Program
 

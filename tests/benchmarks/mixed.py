@@ -2,7 +2,8 @@
 
     python tests/benchmarks/mixed.py [--layers 6] [--width 512] [--adapters 16] [--rank 8] [--rounds 25] [--threads 1]
 
-There are as many rows as adapters, each with its own. "changing" has another order of names at every call. `generate`
+There are as many rows as adapters, each with its own. "changing" has another order of names at every call, "one row"
+another name in one of the rows. `generate`
 makes 16 tokens, and is compared with groups, one call for each adapter. Every number is a median of the ratios of
 rounds in which all take turns.
 """
@@ -73,6 +74,17 @@ def orders(names: list[str]) -> Callable[[], list[str]]:
     return lambda: next(shifts)
 
 
+def exchanges(names: list[str]) -> Callable[[], list[str]]:
+    rows, calls = list(names), itertools.count()
+
+    def exchanged() -> list[str]:
+        call = next(calls)
+        rows[call % len(rows)] = names[(3 * call + 5) % len(names)]
+        return list(rows)
+
+    return exchanged
+
+
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser()
@@ -83,14 +95,16 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
     ours, theirs, names = models(arguments)
-    table = Table("tokens a row", "kept names", "changing", "peft", "ours / peft's")
+    table = Table("tokens a row", "kept names", "one row", "changing", "peft", "ours / peft's")
     for tokens in (1, 16):
         ids, another = torch.randint(3, 512, (len(names), tokens)), orders(names)
         call = dict(input_ids=ids, use_cache=False)
+        one = lambda call=call: ours(**call)  # noqa: E731
         rounds = arguments.rounds if tokens == 1 else arguments.rounds // 2
-        one, other = lambda call=call: ours(**call), another
-        changing = {"one": one, "changing": lambda call=call, other=other: ours(**call, adapter_names=other())}
-        changed = ratios(changing, rounds, "one")["changing"]
+        changed = []
+        for other in (exchanges(names), another):
+            changing = {"one": one, "changing": lambda call=call, other=other: ours(**call, adapter_names=other())}
+            changed.append(ratios(changing, rounds, "one")["changing"])
         found = ratios(
             {
                 "one": one,
@@ -102,7 +116,7 @@ def main() -> None:
             "one",
         )
         peft_ratio = found["peft"] / found["peft one"]
-        numbers = (found["mixed"], changed, peft_ratio, found["mixed"] / found["peft"])
+        numbers = (found["mixed"], *changed, peft_ratio, found["mixed"] / found["peft"])
         table.add_row(str(tokens), *(f"{each:.2f}" for each in numbers))
     ids, more = torch.randint(3, 512, (len(names), 16)), dict(max_new_tokens=16, min_new_tokens=16)
 

@@ -10,7 +10,8 @@ from torch import nn
 from torch.testing import assert_close
 
 from peftc import compiler
-from peftc.compiler.api import adapt, prepare
+from peftc.compiler.api import adapt
+from peftc.compiler.example_calls import prepare
 from peftc.grammar.diagnostics import ModelError, SpecError
 from peftc.grammar.spec.elaborate import read_spec
 

@@ -13,7 +13,7 @@ from torch.testing import assert_close
 from transformers.pytorch_utils import Conv1D
 
 from peftc import compiler
-from peftc.runtime.merge.combine import KINDS
+from peftc.grammar.spec.recipe import KINDS
 from tests import zoo
 
 IDS = torch.arange(5, 17).reshape(2, 6)
@@ -130,6 +130,46 @@ def test_every_way(kind: str, weights: list[float], tmp_path: Path) -> None:
     ours, theirs = both(model, {"a": lora(), "b": lora(lora_alpha=3, target_modules=["q_proj", "v_proj"])}, tmp_path)
     density = {"density": 0.5} if kind in (*PRUNED, *DRAWN) else {}
     compare(ours, theirs, tmp_path, ["a", "b"], weights, combination_type=kind, again=llama, **density)
+
+
+OPTIONS: list[dict[str, Any]] = [
+    *({"by": kind, **({"density": 0.5} if kind in (*PRUNED, *DRAWN) else {})} for kind in KINDS),
+    {"by": "ties", "density": 0.4, "majority_sign_method": "frequency"},
+    {"svd_rank": 2, "svd_clamp": 0.9, "svd_full_matrices": False},
+    {"by": "dare_ties_svd", "density": 0.7, "svd_rank": 3, "majority_sign_method": "frequency"},
+    {},
+]
+CALLED = {"by": "combination_type"}
+
+
+def written(value: Any) -> str:
+    """As a spec has it."""
+    return str(value).lower() if isinstance(value, bool) else f'"{value}"' if isinstance(value, str) else str(value)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("no_chance")
+@pytest.mark.parametrize("options", OPTIONS, ids=[" ".join(map(str, each.values())) or "left out" for each in OPTIONS])
+def test_a_spec_combines_as_peft(options: dict[str, Any], tmp_path: Path) -> None:
+    given = "".join(f", {name} = {written(value)}" for name, value in options.items())
+    spec = f"""
+        adapter a = lora(rank = 4, alpha = 6, init = "random") {{ on q_proj, down_proj }}
+        adapter b = lora(rank = 4, alpha = 3, init = "random") {{ on q_proj, v_proj }}
+        adapter new = combine(a, b, weights = [0.7, -0.4]{given})
+        activate new
+    """
+    torch.manual_seed(3)
+    ours = compiler.apply(llama(), spec).eval()
+    ours.save_pretrained(tmp_path)
+    theirs = peft.PeftModel.from_pretrained(llama(), tmp_path / "a", adapter_name="a").eval()
+    theirs.load_adapter(tmp_path / "b", adapter_name="b")
+    called = {CALLED.get(name, name): value for name, value in options.items()}
+    theirs.add_weighted_adapter(["a", "b"], [0.7, -0.4], "new", **called)
+    theirs.set_adapter("new")
+    wanted = outputs(theirs)
+    size = float(wanted.abs().max())
+    assert (wanted - outputs(llama().eval())).abs().max() > 1e-2 * size
+    assert_close(outputs(ours), wanted, rtol=0, atol=1e-5 * size)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -269,3 +309,41 @@ def test_vectors(options: tuple[str, ...], tmp_path: Path) -> None:
     ours.save_pretrained(tmp_path / "saved", selected_adapters=["new"])
     back = peft.PeftModel.from_pretrained(llama(), tmp_path / "saved" / "new").eval()
     assert_close(outputs(back), wanted, rtol=0, atol=1e-5)
+
+
+def delta(theirs: nn.Module, module: str, name: str) -> torch.Tensor:
+    """What peft adds to the weight of a module for an adapter."""
+    return theirs.base_model.model.get_submodule(module).get_delta_weight(name)
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+@pytest.mark.parametrize("weights", [{"a": 0.7, "b": 0.3}, {"b": -1.2, "a": 0.5}, {"b": 0.4}])
+def test_weights_are_merged_by_the_formula(weights: dict[str, float], use_rslora: bool, tmp_path: Path) -> None:
+    """W + the sum of w times peft's delta, in a model, unloaded, and in a checkpoint; unmerged, W is the same bits."""
+    configs = {"a": lora(use_rslora=use_rslora), "b": lora(r=2, target_modules=["q_proj", "v_proj"])}
+    model = llama()
+    ours, theirs = both(model, configs, tmp_path)
+    base = {name: each.clone() for name, each in model.state_dict().items()}
+    wanted = {name: each.clone() for name, each in base.items()}
+    for name, weight in weights.items():
+        for target in configs[name].target_modules:
+            for key in base:
+                module = key.removesuffix(".weight")
+                if module.endswith(target):
+                    wanted[key] += weight * delta(theirs, module, name)
+    moved = [key for key in base if not torch.equal(base[key], wanted[key])]
+    assert len(moved) == 2 * len({target for name in weights for target in configs[name].target_modules})
+
+    assert_close(ours.merge_and_unload(adapter_names=weights).state_dict(), wanted, rtol=0, atol=1e-6)
+    active = ours.active_adapters()
+    ours.export(tmp_path / "out", adapter_names=weights)
+    assert ours.active_adapters() == active
+    saved = type(model).from_pretrained(tmp_path / "out")
+    assert_close(saved.state_dict(), wanted, rtol=0, atol=1e-6)
+    ours.merge_adapter(adapter_names=weights)
+    found = ours.state_dict()
+    assert_close({key: found[key] for key in moved}, {key: wanted[key] for key in moved}, rtol=0, atol=1e-6)
+    ours.unmerge_adapter()
+    found = ours.state_dict(keep_vars=True)
+    own = dict(model.named_parameters())
+    assert all(torch.equal(found[key], base[key]) and found[key].data_ptr() == own[key].data_ptr() for key in moved)

@@ -431,7 +431,11 @@ CASES: dict[str, Case] = {
     "export_routed_checkpoint": lambda g: g.export(adapters="routed"),
     "export_shards_of_a_program": lambda g: g.export(format="pt2", max_shard_size="1GB"),
     "export_safe_merge_of_inputs": lambda g: g.export(format="pt2", adapters="inputs", safe_merge=True),
-    "export_names_of_merged": lambda g: g.export(format="pt2", adapter_names="a"),
+    "export_weights_of_routed": lambda g: g.export(format="pt2", adapters="routed", adapter_names={"a": 0.5}),
+    "export_merged_that_cannot_be_weighted": lambda g: g.export(
+        "adapter a = oft(block = 2) { on q_proj }", adapter_names={"a": 0.5}
+    ),
+    "export_merged_twice": lambda g: g.export(adapter_names=["a", "a"]),
     "export_adapter_unknown": lambda g: g.export(format="pt2", adapters="routed", adapter_names=["a", "aa"]),
     "export_adapter_twice": lambda g: g.export(format="pt2", adapters="routed", adapter_names=["a", "a"]),
     "export_adapters_unlike": lambda g: g.export(

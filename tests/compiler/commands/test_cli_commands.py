@@ -48,6 +48,16 @@ activate b + a
 """
 
 
+def test_check_counts_combinations(place):
+    (place / "both.adapter").write_text("adapter a = lora { on q_proj }\nadapter b = combine(a, weights = [0.5])\n")
+    assert peftc("check", "both.adapter").out == "OK: both.adapter: 2 adapters\n"
+    assert peftc("check", "both.adapter", "tiny", "--json").json["adapters"] == ["a", "b"]
+    (place / "bad.adapter").write_text("adapter a = dora { on q_proj }\nadapter b = combine(a)\n")
+    done = peftc("check", "bad.adapter", "tiny")
+    assert done.code == 1
+    assert "bad.adapter:2:21: error[E582]" in done.err
+
+
 def test_check_tells_everything_at_once(place, golden):
     (place / "many.adapter").write_text(MANY)
     done = peftc("check", "many.adapter")

@@ -31,7 +31,11 @@ REFUSED = {
     "rows of a checkpoint": ({"max_batch_size": 2}, "E640", "max_batch_size has no meaning here: it is for programs"),
     "shards": ({"format": "onnx", "max_shard_size": 3}, "E640", "it is for checkpoints, not for onnx"),
     "a merge of none": ({"format": "pt2", "adapters": "inputs", "safe_merge": True}, "E640", "nothing is merged"),
-    "names of merged ones": ({"format": "pt2", "adapter_names": ["a"]}, "E640", "the active adapters are merged"),
+    "weights of inputs": (
+        {"format": "pt2", "adapters": "inputs", "adapter_names": {"a": 0.5}},
+        "E640",
+        "adapters that are inputs or routed have no weights",
+    ),
     "no rows": ({"format": "pt2", "max_batch_size": 0}, "E649", "max_batch_size cannot be 0"),
     "no number": ({"format": "pt2", "max_length": True}, "E649", "max_length cannot be True"),
     "a drift": ({"max_drift": float("inf")}, "E649", "max_drift cannot be inf"),

@@ -19,6 +19,7 @@ from peftc.compiler import CheckpointError, UsageError
 from peftc.compiler.export_model.export_options import ExportOptions
 from peftc.compiler.export_model.output import check_target
 from tests.compiler.commands.cli_help import peftc
+from tests.torch_only import read_bank
 
 CLAUSES = "on q_proj, v_proj"
 IDS = torch.arange(3, 12)[None]
@@ -84,7 +85,7 @@ def test_several_checkpoints_routed(here):
     assert "merged" not in manifest
     assert (out / "tokenizer.json").exists()
     for index, name in enumerate(("a", "b")):
-        found = ran(out, adapter_ids=torch.tensor([index]))
+        found = ran(out, adapter_ids=torch.tensor([index]), bank=read_bank(out))
         torch.testing.assert_close(found, logits(name), rtol=0, atol=1e-5)
 
 
@@ -137,6 +138,80 @@ def test_checkpoints_merged_together_and_one_of_them(here):
         plain = transformers.AutoModelForCausalLM.from_pretrained(out).eval()
         with torch.no_grad():
             torch.testing.assert_close(plain(IDS).logits, logits(*names), rtol=0, atol=1e-5)
+
+
+def weighted(weights):
+    """The logits of the base with these checkpoints active, with weights."""
+    adapted = compiler.load(transformers.AutoModelForCausalLM.from_pretrained("base"), "a", adapter_name="a").eval()
+    adapted.load_adapter("b", "b")
+    adapted.set_adapter(weights)
+    with torch.no_grad():
+        return adapted(input_ids=IDS).logits
+
+
+def test_weights_of_what_is_merged(here):
+    wanted = weighted({"a": 0.7, "b": -0.3})
+    assert not torch.allclose(wanted, weighted({"a": 1, "b": 1}), atol=1e-3)
+    given = ("a=a", "base", "--also", "b=b", "--adapter", "a=0.7", "--adapter", "b=-.3")
+    done = peftc("export", *given, "-o", here / "checkpoint")
+    assert done.code == 0, done.err
+    assert "0.7 * a + -0.3 * b, merged" in done.out
+    with torch.no_grad():
+        plain = transformers.AutoModelForCausalLM.from_pretrained(here / "checkpoint").eval()(IDS).logits
+    torch.testing.assert_close(plain, wanted, rtol=0, atol=1e-5)
+    done = peftc("export", *given, "-o", here / "out", "--format", "pt2", "--entry", "forward", "--json")
+    assert done.json["weights"] == {"a": 0.7, "b": -0.3}
+    torch.testing.assert_close(ran(here / "out"), wanted, rtol=0, atol=1e-5)
+    merged = json.loads((here / "out" / "manifest.json").read_text())["merged"]
+    assert {name: each["weight"] for name, each in merged.items()} == {"a": 0.7, "b": -0.3}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--adapter", "a=1", "--adapter", "a"), "'a' is named twice"),
+        (("--adapter", "a=0.5", "--format", "pt2", "--adapters", "routed"), "what is not merged has no weight"),
+        (
+            (
+                "--adapter",
+                "c=0.5",
+            ),
+            "E510",
+        ),
+    ],
+)
+def test_weights_that_mean_nothing(here, options, message):
+    done = peftc("export", "a=a", "base", "--also", "b=b", "-o", here / "out", *options)
+    assert done.code != 0
+    assert message in " ".join(done.err.replace("│", " ").split())
+    assert not (here / "out").exists()
+
+
+@pytest.mark.parametrize("program", [{}, {"format": "pt2", "entry": "forward", "max_drift": 1e-4}])
+def test_what_is_merged_is_said_and_nothing_else_changes(here, program):
+    adapted = compiler.load(transformers.AutoModelForCausalLM.from_pretrained("base"), "a", adapter_name="a").eval()
+    adapted.load_adapter("b", "b", is_trainable=True)
+    state = adapted._adapter_state
+    trained = {name for name, each in adapted.named_parameters() if each.requires_grad}
+    before = state.active, {name: id(each) for name, each in adapted.state_dict(keep_vars=True).items()}
+    with torch.no_grad():
+        own = adapted.eval()(input_ids=IDS).logits
+    adapted.export(here / "out", adapter_names={"b": 0.5}, **program)
+    assert before == (state.active, {name: id(each) for name, each in adapted.state_dict(keep_vars=True).items()})
+    assert trained == {name for name, each in adapted.named_parameters() if each.requires_grad}
+    with torch.no_grad():
+        assert torch.equal(adapted(input_ids=IDS).logits, own)
+        if program:
+            found = ran(here / "out")
+        else:
+            found = transformers.AutoModelForCausalLM.from_pretrained(here / "out").eval()(IDS).logits
+    torch.testing.assert_close(found, weighted({"b": 0.5}), rtol=0, atol=1e-5)
+    with pytest.raises(UsageError, match="E510"):
+        adapted.export(here / "none", adapter_names=["zz"], **program)
+    adapted.merge_adapter()
+    with pytest.raises(UsageError, match=r"E516.*which adapters are to be is said"):
+        adapted.export(here / "none", adapter_names=["b"], **program)
+    assert not (here / "none").exists()
 
 
 def test_the_twin_takes_a_mapping(here):

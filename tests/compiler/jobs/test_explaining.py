@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from peftc import compiler
-from peftc.compiler.api import Compiler, call_like
+from peftc.compiler.api import Compiler
+from peftc.compiler.example_calls import call_like
 from peftc.passes.cost import cost
 from tests.compiler.commands.cli_help import peftc, write_model
 from tests.zoo import make
@@ -194,3 +195,15 @@ def test_a_spec_that_says_where_regions_begin(place):
     assert row["why"] == 'adapted, as regions = "modules" asks'
     (place / "wrong.adapter").write_text('base { regions = "modul" } adapter a = lora { on q_proj }')
     assert peftc("explain", "wrong.adapter", "tiny", "--json").codes == ["E151"]
+
+
+def test_a_combination_is_explained_as_it_is_made():
+    """It costs what an adapter of its own with that rank costs at these sites."""
+    two = "adapter a = lora(rank = 2) { on q_proj }\nadapter b = lora(rank = 3) { on q_proj }\n"
+    model = make("llama")
+    found = compiler.explain(two + 'adapter new = combine(a, b, by = "cat")\nactivate new', model, tokens=[7])
+    like = compiler.explain("adapter new = lora(rank = 5) { on q_proj }", model, tokens=[7])
+    assert found.together[0].adapters == like.together[0].adapters == ("new",)
+    assert found.together[0].groups == like.together[0].groups
+    each = compiler.explain(two + 'adapter new = combine(a, b, by = "cat")', model, tokens=[7])
+    assert [together.adapters for together in each.together] == [("a",), ("b",), ("new",)]

@@ -8,6 +8,7 @@ import torch
 from peftc.compiler.pipeline import managed
 from peftc.compiler.pipeline.lower import lower, specialise
 from peftc.passes.cost.cost import Choice
+from peftc.passes.export.bank_pieces import pieces_of
 from peftc.passes.export.fold import Fold
 from peftc.passes.export.lift import Lift
 from peftc.passes.export.route import Route
@@ -137,8 +138,10 @@ def test_exported(placed):
     inside = {node.target: next(taken) for node in list(graph.find_nodes(op="placeholder"))[: len(tensors)]}
     source = _unlifted(graph, inside)
     lift = Lift((X,), (BATCH, SEQUENCE), lambda name: (name, tensors[name]))
-    bank = tuple({name: torch.randn_like(tensors[name]) for name in "AB"} for _ in range(2))
-    last = Fold(frozenset("AB")) if placed == "folded" else Route(frozenset("AB"), "adapter_ids", bank)
+    slots = {"A": "A", "B": "B"}
+    made = lift.run(source).subject
+    sizes = {each.name: each.node.meta["val"].shape for each in pieces_of(made, slots)}
+    last = Fold(frozenset("AB")) if placed == "folded" else Route(slots, frozenset(), "adapter_ids", sizes)
     result = managed.run(source, [lift, last])
     assert list(result.changes) == ["lift", last.name]
     assert result.changes[last.name].made

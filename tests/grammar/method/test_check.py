@@ -90,6 +90,8 @@ def test_sizes_are_compared_as_polynomials():
         ("W' = W + max(W, 2) * (B @ A)", "E132", "W"),
         ("W' = W + sqrt(1, 2) * (B @ A)", "E138", "sqrt(1, 2)"),
         ("W' = W + drop(alpha, 0.5) * (B @ A)", "E132", "alpha"),
+        ("W' = W + gather(B @ A, task(0))", "E133", "task(0)"),
+        ('let t = task(3) const C[1] = t saved "C" W\' = W + C * (B @ A)', "E138", "task(3)"),
         ("W' = W + (B @ A if alpha else W)", "E132", "alpha"),
         ("W' = W + (B @ A if rank > 1 else A)", "E133", "B @ A if rank > 1 else A"),
         ("W' = W + B @ drop(A, W)", "E132", "W"),
@@ -113,6 +115,13 @@ def test_ill_typed_bodies(text, code, span):
     assert diagnostic.code == code
     assert diagnostic.span is not None
     assert diagnostic.span.text == span
+
+
+def test_what_stands_in_front_asks_for_no_task():
+    text = 'param P[tasks, out] = zeros saved "P" let p = gather(P, task(tasks)) prompt\' = p'
+    with pytest.raises(SpecError, match="E138") as caught:
+        check(f"method m(tasks: int = 2) {{ on prompt {text} }}")
+    assert caught.value.diagnostics[0].span.text == "task(tasks)"
 
 
 OPTIONAL = "rank: int = 8, alpha: float = none"

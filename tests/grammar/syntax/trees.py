@@ -135,7 +135,14 @@ statements = (
     | st.builds(
         tree.Adapter, labels, st.builds(tree.Call, names, all_arguments), st.lists(clauses, max_size=4).map(tuple)
     )
+    | st.builds(
+        tree.Combined,
+        labels,
+        st.lists(st.builds(tree.Name, labels), max_size=3).map(tuple),
+        st.just(()) | given_arguments,
+    )
     | st.builds(tree.Activate, st.lists(terms, min_size=1, max_size=3).map(tuple))
+    | st.builds(tree.Route, names)
     | st.builds(tree.Method, names, st.lists(hyperparameters, max_size=3).map(tuple), items, docs)
 )
 files = st.builds(tree.File, st.lists(statements, max_size=4).map(tuple))

@@ -17,7 +17,7 @@ from tests import zoo
 from tests.matrix import wide
 from tests.parity.programs import cases as cases
 from tests.parity.programs.cases import SPECS
-from tests.torch_only import read_tensors
+from tests.torch_only import read_bank, read_tensors
 
 NEAR = dict(rtol=1e-5, atol=1e-5)
 LORA = SPECS["lora"]
@@ -157,7 +157,7 @@ def test_bfloat16(adapters: str, tmp_path: Path) -> None:
     if adapters == "inputs":
         beside["adapter"] = read_tensors(tmp_path / "out" / "adapters" / "a.safetensors")
     elif adapters == "routed":
-        beside["adapter_ids"] = torch.tensor([0, 0])
+        beside |= {"adapter_ids": torch.tensor([0, 0]), "bank": read_bank(tmp_path / "out")}
     else:
         adapted.merge_adapter()
     found = shown(module, **beside)
@@ -189,7 +189,7 @@ def test_a_module_of_ones_own(adapters: str, tmp_path: Path) -> None:
             if adapters == "inputs":
                 beside["adapter"] = read_tensors(tmp_path / "out" / "adapters" / f"{name}.safetensors")
             elif adapters == "routed":
-                beside["adapter_ids"] = torch.full((rows,), "ab".index(name))
+                beside |= {"adapter_ids": torch.full((rows,), "ab".index(name)), "bank": read_bank(tmp_path / "out")}
             found = module(**given, **beside)
             assert set(found) == set(right)
             for key, value in right.items():
@@ -235,7 +235,7 @@ def test_a_tied_embedding(adapters: str, tmp_path: Path) -> None:
     if adapters == "inputs":
         beside["adapter"] = read_tensors(tmp_path / "out" / "adapters" / "a.safetensors")
     elif adapters == "routed":
-        beside["adapter_ids"] = torch.tensor([0, 0])
+        beside |= {"adapter_ids": torch.tensor([0, 0]), "bank": read_bank(tmp_path / "out")}
     assert_close(shown(program(tmp_path / "out"), **beside), outcome(adapted), **NEAR)
     before.check()
 

@@ -7,7 +7,7 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 from peftc import compiler
-from peftc.compiler.api import call_like
+from peftc.compiler.example_calls import call_like
 from peftc.passes.cost import cost
 from peftc.passes.cost.cost import alternatives, anonymous, cheapest, estimate, sizes_of, typical
 from peftc.passes.cost.op_cost import Work

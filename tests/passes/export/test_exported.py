@@ -26,7 +26,7 @@ def program(adapter: bool, high: int | None = None):
     made = lifted(compute, TENSORS, X, SCALE, dimensions=(Dimension("batch", 3, high=high), SEQUENCE))
     slots = {name: node for node, name in made.names.items() if name in "AB"} if adapter else {}
     made.move_to_inputs({f"adapter.{name}": node for name, node in slots.items()})
-    return exported_program(made, ("logits", "doubled"), slots)
+    return exported_program(made, ("logits", "doubled"), "adapter", slots)
 
 
 def reloaded(made):

@@ -2,7 +2,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from peftc.passes.export.route import route
+from peftc.passes.export.bank_pieces import pieces_of
+from peftc.passes.export.fold import computed
+from peftc.passes.export.route import Route
 from peftc.passes.ir.inputs import InputSpec
 from peftc.passes.ir.roles import Role
 from peftc.passes.route.laws import UnroutedError
@@ -94,13 +96,25 @@ def sample(given):
     return torch.randint(0, 9, sizes) if dtype_of(given) == torch.int64 else torch.randn(sizes)
 
 
-def routed(law, values, given):
+def routed(law, values, given, **options):
+    """The graph with a bank as input, and that bank; its first is the base's with `base`, which has zeros."""
     weight = {"weight": torch.ones(6, 4)} if law is delta else {}
     made = lifted(law, {**values[0], **weight}, given)
-    slots = {name: node for node, name in made.names.items() if name != "weight"}
-    bank = [{slots[name]: value for name, value in each.items()} for each in values]
-    route(made, frozenset(slots.values()), bank, "adapter_ids")
-    return made
+    slots = {name: name for name in made.names.values() if name != "weight"}
+    constants = options.pop("constants", frozenset())
+    pieces = [each for each in pieces_of(made, slots) if not each.reads <= constants]
+    nodes = {name: node for node, name in made.names.items()}
+    rows = [{nodes[name]: value for name, value in each.items()} for each in values]
+    found = list(computed(made, rows, {each.node: None for each in pieces}))
+    bank = {each.name: torch.stack([own[each.node] for own in found]) for each in pieces}
+    if options.get("base"):
+        bank = {name: torch.cat([torch.zeros_like(value[:1]), value]) for name, value in bank.items()}
+    Route(slots, constants, "adapter_ids", {name: value.shape[1:] for name, value in bank.items()}, **options).run(made)
+    return made, bank
+
+
+def given_bank(bank, turned=()):
+    return [value.transpose(1, 2) if name in turned else value for name, value in bank.items()]
 
 
 @pytest.mark.parametrize("name", LAWS)
@@ -112,27 +126,79 @@ def test_each_row_has_its_own(name):
     alone = [run(lifted(law, {**each, **weight}, given), x) for each in values]
     rows = len(alone[0]) // len(IDS)
     own = [alone[which][rows * row : rows * (row + 1)] for row, which in enumerate(IDS.tolist())]
-    made = routed(law, values, given)
-    assert list(made.inputs)[-1] == "adapter_ids"
-    found = run(made, x, IDS)
+    made, bank = routed(law, values, given)
+    assert [*made.inputs][1:] == ["adapter_ids", *(f"bank.{each}" for each in bank)]
+    found = run(made, x, IDS, *given_bank(bank))
     assert_close(found, torch.cat(own))
     with pytest.raises(AssertionError):
         assert_close(found, alone[0])
 
 
 def test_what_is_one_for_all_is_no_bank():
-    """A scale that every adapter has is a constant; so a bank holds what differs."""
+    """A constant that every adapter has stays in the program."""
     values = adapters((4,), (5, 1))
     for each in values:
         each["b"] = values[0]["b"]
-    made = routed(added, values, LAWS["elementwise"][3])
-    assert sorted(name.partition(".")[0] for name in made.names.values()) == ["bank", "folded"]
+    law, _, _, given = LAWS["elementwise"]
+    made, bank = routed(law, values, given, constants=frozenset("b"))
+    assert list(bank) == ["v"]
+    assert list(made.names.values()) == ["b"]
+    x = sample(given)
+    found = run(made, x, IDS, *given_bank(bank))
+    assert_close(found, torch.cat([x[i : i + 1] * values[which]["v"] + values[0]["b"] for i, which in enumerate(IDS)]))
 
 
 def test_what_adapters_make_is_made_once():
-    made = routed(delta, adapters((6, 2), (2, 4)), X)
+    made, bank = routed(delta, adapters((6, 2), (2, 4)), X)
     assert "aten.mm.default" not in operators(made)
-    assert [sorted(each.shape) for each in made.tensors.values()] == [[3, 4, 6]]
+    assert [each.shape for each in bank.values()] == [(3, 6, 4)]
+
+
+def test_rows_of_the_base_have_the_first():
+    """-1 is in front of the adapters, whose numbers stay what they are."""
+    law, v, _, given = LAWS["matmul"]
+    values = adapters(v, None)
+    made, bank = routed(law, values, given, base=True)
+    x, ids = sample(given), torch.tensor([-1, 0, 2, -1])
+    wanted = torch.stack([x[row] @ values[which]["v"] * (which >= 0) for row, which in enumerate(ids)])
+    assert_close(run(made, x, ids, *given_bank(bank)), wanted)
+
+
+def test_a_bank_can_be_turned():
+    law, v, b, given = LAWS["linear"]
+    values = adapters(v, b)
+    straight, bank = routed(law, values, given)
+    turned, _ = routed(law, values, given, turned=frozenset("v"))
+    assert turned.inputs["bank.v"].meta["val"].shape[1:] == (4, 3)
+    x = sample(given)
+    assert_close(run(turned, x, IDS, *given_bank(bank, "v")), run(straight, x, IDS, *given_bank(bank)))
+
+
+def twice(call, inputs, held):
+    """As a module that is called twice: what its adapter makes is computed at each call."""
+    made = inputs[0]
+    for _ in range(2):
+        made = call(aten.matmul.default, (made, call(aten.mul.Tensor, (held["v"], 2.0))))
+    return made
+
+
+def test_what_is_computed_twice_is_one_input():
+    values = adapters((4, 4), None)
+    made, bank = routed(twice, values, X)
+    assert len([*made.inputs]) == 3
+    x = sample(X)
+    wanted = torch.stack(
+        [row @ (2 * values[which]["v"]) @ (2 * values[which]["v"]) for row, which in zip(x, IDS, strict=True)]
+    )
+    assert_close(run(made, x, IDS, *given_bank(bank)), wanted)
+
+
+def test_any_number_of_adapters():
+    law, v, b, given = LAWS["linear"]
+    made, bank = routed(law, adapters(v, b), given)
+    more = {name: torch.cat([value, value.neg()]) for name, value in bank.items()}
+    x = sample(given)
+    assert_close(run(made, x, IDS + 3, *given_bank(more)), -run(made, x, IDS, *given_bank(bank)))
 
 
 def larger(call, inputs, held):
@@ -161,8 +227,3 @@ def test_refusals(name):
 
     with pytest.raises(UnroutedError, match=reason):
         routed(law, adapters(v, None), given)
-
-
-def test_adapters_of_other_sizes_are_refused():
-    with pytest.raises(UnroutedError, match="different sizes"):
-        routed(added, [*adapters((4,), (5, 1)), *adapters((4,), (1, 1))], LAWS["elementwise"][3])

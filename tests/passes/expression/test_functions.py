@@ -18,6 +18,7 @@ from peftc.passes.ir.emit import Emit, Origin
 
 F64 = torch.float64
 EXPERTS = 3
+TASK = torch.tensor([2])
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,8 @@ CASES = {
     ("diag", ""): Case(((3,),), (), torch.diag),
     ("coins", ""): Case((), (4, 0.5), lambda: torch.ones(4, dtype=F64)),
     ("thinned", ""): Case((), (4, 2), lambda: torch.ones(4, dtype=F64)),
+    ("noisy", ""): Case(((2, 3),), (), lambda x: x),
+    ("task", ""): Case((), (4,), lambda: TASK),
     ("eye", ""): Case((), (4,), lambda: EYE),
     ("kron", ""): Case(((2, 3), (4, 1)), (), torch.kron),
     ("skew", ""): Case(((2, 6),), (4,), lambda x: skewed(x, 4)),
@@ -180,7 +183,9 @@ def called(key):
 def values(ops, params, lead=0):
     # What makes numbers from nothing (eye) is of the type of a tensor of the adapter.
     like = torch.zeros(EXPERTS if lead else 1, 1, dtype=F64)
-    return Evaluator(ops, {**params, "like": like} if isinstance(ops, Eager) else params, {}, lead=lead)
+    if isinstance(ops, Eager):
+        return Evaluator(ops, {**params, "like": like}, {}, lead=lead, task=TASK)
+    return Evaluator(ops, params, {}, lead=lead, task=params.get("task"))
 
 
 def test_every_function_is_lowered_and_tested():
@@ -206,10 +211,12 @@ def test_as_nodes(key, lab):
     hand = lab.hand()
     nodes = {name: hand.attribute(name, *each.shape, dtype=each.dtype) for name, each in tensors.items()}
     nodes["like"] = hand.attribute("like", 1, dtype=F64)
+    more = {"task": TASK} if key[0] == "task" else {}
+    nodes |= {name: hand.attribute(name, *each.shape, dtype=each.dtype) for name, each in more.items()}
     end = hand.call(torch.ops.aten.relu.default, nodes["like"])
     emit = Emit(hand.graph, end, Origin("test"), like=end)
     node = values(emit, nodes).of(matrix)
-    got = lab.run(hand.done(node), {**tensors, "like": torch.zeros(1, dtype=F64)})
+    got = lab.run(hand.done(node), {**tensors, **more, "like": torch.zeros(1, dtype=F64)})
     assert_close(got, CASES[key].reference(*tensors.values()))
     assert node.meta["val"].shape == got.shape
     assert node.meta["val"].dtype == got.dtype
@@ -260,3 +267,16 @@ def test_what_training_draws(lead):
     places = torch.stack([drawn().of(thinned).flatten() for _ in range(200)]).float()
     assert (places.sum(1) == 6).all()
     assert ((places.mean(0) - 0.6).abs() < 0.15).all()
+
+
+@pytest.mark.parametrize("lead", [0, 1])
+def test_noise_makes_relaxed_bernoulli_draws(lead):
+    logits = torch.randn((1,) * lead + (3, 4)) * 2
+    noisy = al.Function("sigmoid", (al.Function("noisy", (al.Param("x"),)),))
+    torch.manual_seed(7)
+    drawn = Evaluator(Eager(), {"x": logits}, {}, lead=lead, training=True).of(noisy)
+    torch.manual_seed(7)
+    wanted = torch.distributions.RelaxedBernoulli(1.0, logits=logits).rsample()
+    assert_close(drawn, wanted)
+    assert not torch.equal(drawn, logits.sigmoid())
+    assert torch.equal(Evaluator(Eager(), {"x": logits}, {}, lead=lead).of(noisy), logits.sigmoid())

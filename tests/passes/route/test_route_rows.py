@@ -8,7 +8,7 @@ from peftc.passes.optimize.clean import Clean
 from peftc.passes.plan.by_row import by_row
 from peftc.passes.plan.structure import site_slot
 from peftc.passes.route.laws import UnroutedError
-from peftc.passes.route.route_rows import IDS, ROUTED, RouteRows
+from peftc.passes.route.route_rows import IDS, ROUTED, RouteRows, draws_numbers
 from tests.passes.conftest import _Evaluate
 
 aten = torch.ops.aten
@@ -149,3 +149,52 @@ def test_an_operator_that_mixes_rows_is_refused(lab):
     graph = hand.done(hand.call(aten.add.Tensor, x, value))
     with pytest.raises(UnroutedError, match="first axis is not the rows"):
         RouteRows().run(graph)
+
+
+@pytest.mark.parametrize(
+    ("operator", "args", "draws"),
+    [
+        (aten.dropout.default, (0.5, True), True),
+        (aten.dropout.default, (0.0, True), False),
+        (aten.dropout.default, (0.5, False), False),
+        (aten.rand_like.default, (), True),
+        (aten.relu.default, (), False),
+    ],
+)
+def test_what_draws_numbers(operator, args, draws, lab):
+    hand = lab.hand()
+    hand.done(hand.call(operator, hand.placeholder("x", 3, 4), *args))
+    assert draws_numbers(hand.graph) is draws
+
+
+@pytest.mark.parametrize(("given", "draws"), [({}, False), ({"dropout_p": 0.0}, False), ({"dropout_p": 0.1}, True)])
+def test_attention_that_draws(given, draws, lab):
+    hand = lab.hand()
+    x = hand.placeholder("x", 1, 2, 3, 4)
+    hand.done(hand.call(aten.scaled_dot_product_attention.default, x, x, x, **given))
+    assert draws_numbers(hand.graph) is draws
+    hand = lab.hand()
+    x = hand.placeholder("x", 1, 2, 3, 4)
+    hand.done(hand.call(aten.scaled_dot_product_attention.default, x, x, x, None, given.get("dropout_p", 0.0)))
+    assert draws_numbers(hand.graph) is draws
+
+
+TASKED = """
+method tuned(tasks: int = 3) {
+    on    linear
+    param S[tasks, out] = zeros saved "tuned"
+    W'    = W * (1 + reshape(noisy(gather(S, task(tasks))), [out, 1]))
+}
+adapter a = tuned { on first }
+"""
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_task_is_part_of_a_choice(training, lab):
+    """It is read where the adapter's tensors are computed with, and what is drawn there no graph of a call has left."""
+    mixed = Mixed(lab, "Two", TASKED, LOW, training=training)
+    (lane,) = (each for each in mixed.route.lanes if "asked__task" in str(each.prologue))
+    assert lane.draws is training
+    assert not any(each.draws for each in mixed.route.lanes if each is not lane)
+    assert "asked__task" not in str(mixed.graph)
+    assert not draws_numbers(mixed.graph)

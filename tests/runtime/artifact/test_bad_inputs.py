@@ -118,7 +118,7 @@ CASES: dict[str, Case] = {
     "no_manifest": lambda g: _remove(g, "manifest.json"),
     "manifest_no_json": lambda g: g.write("manifest.json", b"{").load(),
     "manifest_of_a_build": lambda g: g.manifest(lambda each: each.pop("artifact")).load(),
-    "manifest_newer": lambda g: g.fields(format=2).load(),
+    "manifest_newer": lambda g: g.fields(format=3).load(),
     "manifest_format_missing": lambda g: g.manifest(lambda each: each["artifact"].pop("format")).load(),
     "manifest_backend_unknown": lambda g: g.fields(backend="tvm").load(),
     "manifest_files_no_object": lambda g: g.manifest(lambda each: each.update(files=[])).load(),

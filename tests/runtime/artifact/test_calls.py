@@ -194,6 +194,73 @@ def test_routed_rows_have_adapters_of_their_own(tmp_path):
         assert torch.equal(found, module(IDS, numbers)["logits"])
 
 
+def rows_of_a_bank():
+    torch.manual_seed(1)
+    return {"__base__": torch.ones(artifacts.WIDTH), **{name: torch.randn(artifacts.WIDTH) for name in "ab"}}
+
+
+def test_rows_choose_from_a_bank_or_have_none(tmp_path):
+    """The artifact gives its programs the bank; callers have the inputs that they had."""
+    rows = rows_of_a_bank()
+    artifact = Artifact.load(artifacts.write_banked(tmp_path / "out", rows))
+    torch.manual_seed(0)
+    module = artifacts.Banked()
+    for ids in ([0, 1], [-1, 0], [1, -1]):
+        numbers = torch.tensor(ids)
+        found = artifact("forward", {"input_ids": IDS, "adapter_ids": numbers})["logits"]
+        scale = torch.stack([rows["ab"[each] if each >= 0 else "__base__"] for each in ids])
+        wanted = module.inner.head(module.inner.embed(IDS).sum(1) * scale)
+        torch.testing.assert_close(found, wanted)
+    with pytest.raises(UsageError, match=r"(?s)E615.*\[-2, 0\].*-1 for none, 0 a, 1 b"):
+        artifact("forward", {"input_ids": IDS, "adapter_ids": torch.tensor([-2, 0])})
+    with pytest.raises(UsageError, match=r"E611.*no input 'bank'"):
+        artifact("forward", {"input_ids": IDS, "adapter_ids": torch.tensor([0, 0]), "bank": {}})
+
+
+def test_names_of_rows(tmp_path):
+    artifact = Artifact.load(artifacts.write_banked(tmp_path / "out", rows_of_a_bank()))
+    assert artifact._numbers(3, ["b", "__base__", "a"]).tolist() == [1, -1, 0]
+    with pytest.raises(UsageError, match=r"(?s)E615.*no adapter '__bse__'.*__base__"):
+        artifact._numbers(1, "__bse__")
+    with pytest.raises(UsageError, match=r"E615.*no adapter 'a'"):
+        artifact.adapter("a")  # of which there are pieces, and no tensors that a program takes
+
+
+def test_a_bank_without_a_row_of_the_base(tmp_path):
+    rows = rows_of_a_bank()
+    del rows["__base__"]
+    artifact = Artifact.load(artifacts.write_banked(tmp_path / "out", rows, base=False))
+    with pytest.raises(UsageError, match=r"E615.*cannot have none of the adapters"):
+        artifact._numbers(1, "__base__")
+    with pytest.raises(UsageError, match=r"E615.*\[-1, 0\]"):
+        artifact("forward", {"input_ids": IDS, "adapter_ids": torch.tensor([-1, 0])})
+
+
+@pytest.mark.parametrize("value", [torch.ones(3), torch.ones(artifacts.WIDTH, dtype=torch.float64)])
+def test_a_row_of_another_size_or_type_is_refused(value, tmp_path):
+    """Machine code would read beyond it."""
+    rows = {**rows_of_a_bank(), "b": value}
+    artifact = Artifact.load(artifacts.write_banked(tmp_path / "out", rows))
+    with pytest.raises(CheckpointError, match=r"E616.*a\.s"):
+        artifact("forward", {"input_ids": IDS, "adapter_ids": torch.tensor([0, 0])})
+
+
+BAD_BANKS = {
+    "a row without a file": {"adapter_names": ["a", "b", "c"]},
+    "no row of the base": {"adapter_files": {name: f"adapters/{name}.safetensors" for name in "ab"}},
+    "an adapter that is the base": {"adapter_names": ["__base__", "a"]},
+    "no word of a base": {"bank": {"constants": {}}},
+    "no table": {"bank": True},
+}
+
+
+@pytest.mark.parametrize("case", BAD_BANKS)
+def test_a_manifest_that_contradicts_itself(case, tmp_path):
+    directory = artifacts.write_banked(tmp_path / "out", rows_of_a_bank(), **BAD_BANKS[case])
+    with pytest.raises(CheckpointError, match="E603"):
+        Artifact.load(directory)
+
+
 def test_tensors_are_read_as_safetensors_reads_them(tmp_path):
     torch.manual_seed(0)
     values = {

@@ -191,7 +191,7 @@ def test_tasks_are_given_to_the_graph():
 
 
 def test_tasks_that_are_refused():
-    for tasks, says in (([0, 1, 2], "3 tasks were given for 2 rows"), (None, "a prompt for each of its tasks")):
+    for tasks, says in (([0, 1, 2], "3 tasks were given for 2 rows"), (None, "the active adapter has tasks")):
         with pytest.raises(UsageError, match=says) as refused:
             widened(Runner(), TASKS, "", {"input_ids": IDS, "task_ids": tasks})
         assert refused.value.diagnostics[0].code == "E563"

@@ -73,7 +73,7 @@ def test_no_tasks():
     ("value", "count", "says"),
     [
         ([0], 0, "no active adapter has tasks"),
-        (None, 3, "a prompt for each of its tasks"),
+        (None, 3, "the active adapter has tasks"),
         ("news", 3, "a task is a whole number for each row, not 'news'"),
         (1, 3, "not a tensor torch.int64 of shape []"),
         ([[1]], 3, "not a tensor torch.int64 of shape [1, 1]"),

@@ -5,8 +5,9 @@ import torch
 from torch.testing import assert_close
 
 from peftc.grammar.diagnostics import UsageError
+from peftc.grammar.spec.recipe import KINDS, Recipe
 from peftc.runtime.merge import combine
-from peftc.runtime.merge.combine import KINDS, Recipe, Update, combined, mixed
+from peftc.runtime.merge.combine import Update, check, combined, mixed
 
 
 def same(weight):
@@ -149,7 +150,7 @@ def test_a_quantile_of_any_length():
 )
 def test_refusals(recipe, code, message):
     with pytest.raises(UsageError, match=message) as caught:
-        recipe.check()
+        check(recipe)
     assert {each.code for each in caught.value.diagnostics} == {code}
     assert isinstance(caught.value, ValueError)
 
@@ -157,9 +158,3 @@ def test_refusals(recipe, code, message):
 def test_a_driver_of_another_device_is_refused():
     with pytest.raises(UsageError, match="one of CUDA"):
         combined(BOTH, Recipe("svd", driver="gesvd"), 2, same, same)
-
-
-def test_what_is_not_read_is_told():
-    assert Recipe("linear", density=0.5, rank=2).unread() == ("density", "svd_rank")
-    assert Recipe("ties", density=0.5, clamp=0.9).unread() == ("svd_clamp",)
-    assert Recipe("ties_svd", density=0.5, clamp=0.9, rank=3, driver="gesvd").unread() == ()

@@ -105,6 +105,49 @@ def test_who_comes_takes_the_seat_of_who_left():
     assert torch.equal(pieces.values["p0"][1:], torch.stack([low, values.tensors[WIDE]]))
 
 
+@pytest.mark.parametrize("form", FORMS)
+@torch.no_grad()
+def test_only_rows_that_change_are_copied(form):
+    batch, pieces, values = made(WIDE, LOW, LOW, None, form=form)
+    before = pieces.values["p0"]
+    if form != "tables":
+        before[1].fill_(7.0)  # is seen to stay
+    batch.assigned = Assigned((WIDE, LOW, WIDE, None))
+    pieces.refresh()
+    got = pieces.values["p0"]
+    assert got is before
+    assert pieces.values[IDS].tolist() == [0, 1, 0, 2]
+    if form != "tables":
+        wide = values.tensors[WIDE] if form == "own" else values.tensors[WIDE].T
+        assert torch.equal(got[2], wide)
+        assert torch.equal(got[0], wide)
+        assert (got[1] == 7.0).all()
+        assert (got[3] == 0.0).all()
+
+
+@pytest.mark.parametrize("graded", [False, True])
+def test_rows_that_come_and_go(graded):
+    """Whatever came before, graphs read what they would read of a new layout."""
+    generator = torch.Generator().manual_seed(0)
+    batch, pieces, values = made(WIDE, LOW, None, LOW)
+    for step in range(60):
+        picked = torch.randint(0, 4, (4,), generator=generator).tolist()
+        rows = list(batch.rows) if step % 5 else [WIDE, LOW, None, LOW]
+        rows[picked[0]] = (WIDE, LOW, None, OTHER)[picked[1]]
+        if picked[2] == 0:  # one of them is written to
+            values.tensors[LOW] = values.tensors[LOW] + 1
+            batch.contents = object()
+            batch.content = lambda chosen: None if chosen is None else values.tensors.get(chosen)
+        batch.assigned = Assigned(tuple(rows))
+        with torch.set_grad_enabled(graded):
+            pieces.refresh()
+        for row, each in enumerate(rows):
+            wanted = torch.zeros(pieces.values["p0"].shape[1:])
+            if each in values.tensors:
+                wanted[: len(values.tensors[each])] = values.tensors[each]
+            assert torch.equal(pieces.values["p0"][row], wanted), step
+
+
 def test_what_is_too_large_for_its_seat_is_given_room():
     batch, pieces, values = made(LOW, None)
     batch.assigned = Assigned((WIDE, None))

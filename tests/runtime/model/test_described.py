@@ -211,3 +211,15 @@ def test_names_and_specs_are_told_apart(tmp_path):
     assert config_and_name("name", str(file)) == (str(file), "name")
     with pytest.raises(SpecError):
         described("no spec")
+
+
+def test_a_combination_is_not_one_adapter(model):
+    """`add_adapter` adds one that is fresh; what a spec makes of others is not passed over."""
+    alone = "adapter a = lora(rank = 2) { on first } adapter both = combine(a)"
+    adapted = compiler.apply(model, "adapter start = lora(rank = 2) { on second }")
+    for name, message in ((None, "not one adapter but a, both"), ("both", "made of others"), ("c", "no adapter 'c'")):
+        with pytest.raises(UsageError, match=message) as caught:
+            adapted.add_adapter(alone, name)
+        assert caught.value.diagnostics[0].code == "E518"
+    adapted.add_adapter(alone, "a")
+    assert adapted._adapter_state.names() == ("start", "a")

@@ -297,3 +297,120 @@ def test_what_leaves_merged_weights_as_they_are_does_not_hinder_unmerging(keep):
     adapted = keep(adapted)
     adapted.unmerge_adapter()
     torch.testing.assert_close(adapted(X.to(adapted[0].weight)).to(X), unmerged)
+
+
+# --- which are merged, and with what weights ---
+
+PAIR = """
+adapter a = lora(rank = 2) { on "0" }
+adapter b = lora(rank = 1, alpha = 3, rslora = true) { on "0", "2" }
+adapter turned = oft(block = 2) { on "0" }
+adapter whole = lora(rank = 1) { on "0" train "1" }
+adapter other = lora(rank = 1) { on "2" train "1" }
+adapter masks = loha(rank = 1) { on "2" }
+"""
+
+
+def bits(model):
+    return {name: (id(each), each.clone()) for name, each in model.state_dict(keep_vars=True).items()}
+
+
+def is_as_before(model, before):
+    now = model.state_dict(keep_vars=True)
+    return now.keys() == before.keys() and all(
+        id(now[name]) == own and torch.equal(now[name], value) for name, (own, value) in before.items()
+    )
+
+
+def by_formula(adapted, weights):
+    """W + the sum of w * (W' - W), of what each adapter alone makes of the weights."""
+    base = adapted.unload().state_dict()
+    found = {name: each.clone() for name, each in base.items()}
+    for name, weight in weights.items():
+        for key, each in adapted.merge_and_unload(adapter_names=[name]).state_dict().items():
+            found[key] += weight * (each - base[key])
+    return found
+
+
+@pytest.mark.parametrize("weights", [{"a": 0.7, "b": -0.4}, {"b": 0.5}, {"b": 2, "a": 0}, {"masks": 0.3, "a": 1.5}])
+@torch.no_grad()
+def test_weights_are_those_of_the_formula_everywhere(weights):
+    adapted = adapted_by(PAIR + "activate a")
+    before, wanted, outputs = bits(adapted), by_formula(adapted, weights), adapted(X)
+    plain = adapted.merge_and_unload(adapter_names=weights)
+    torch.testing.assert_close(plain.state_dict(), wanted)
+    assert is_as_before(adapted, before)
+    adapted.merge_adapter(adapter_names=weights)
+    assert adapted._adapter_state.base.merged == tuple(weights.items())
+    assert torch.equal(adapted(X), plain(X))
+    assert not torch.allclose(adapted(X), outputs)
+    adapted.unmerge_adapter()
+    assert is_as_before(adapted, before)
+    assert torch.equal(adapted(X), outputs)
+    adapted.set_adapter(weights)
+    torch.testing.assert_close(adapted(X), plain(X), rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+def test_a_list_has_the_weights_that_are_active_or_one():
+    adapted = adapted_by(PAIR + "activate 0.5 * a")
+    wanted = by_formula(adapted, {"a": 1})  # by_formula names it in a list, where it has the weight that is active
+    adapted.merge_adapter(["a", "b"])
+    assert adapted._adapter_state.base.merged == (("a", 0.5), ("b", 1.0))
+    adapted.unmerge_adapter()
+    adapted.merge_adapter("a")
+    assert adapted._adapter_state.base.merged == (("a", 0.5),)
+    torch.testing.assert_close(adapted.get_submodule("0").weight.data, wanted["0.weight"])
+
+
+@torch.no_grad()
+def test_more_is_merged_with_weights_of_its_own():
+    adapted = adapted_by(PAIR + "activate a")
+    before, wanted = bits(adapted), by_formula(adapted, {"a": 1, "b": -0.5})
+    adapted.merge_adapter()
+    with pytest.warns(UserWarning, match="b will be merged beside what is merged: a"):
+        adapted.merge_adapter({"a": 1, "b": -0.5})
+    assert adapted._adapter_state.base.merged == (("a", 1.0), ("b", -0.5))
+    torch.testing.assert_close(
+        {name: adapted.state_dict()[name] for name in ("0.weight", "2.weight")},
+        {name: wanted[name] for name in ("0.weight", "2.weight")},
+    )
+    adapted.unmerge_adapter()
+    assert is_as_before(adapted, before)
+
+
+WRONG = {
+    "no such": (["a", "zz"], "E510", "no adapter 'zz'"),
+    "no such, with a weight": ({"zz": 1}, "E510", "no adapter 'zz'"),
+    "twice": (["a", "a"], "E512", "'a' is named twice"),
+    "cannot be weighted": ({"turned": 0.5}, "E513", "'turned' cannot be weighted"),
+    "a module as a whole": ({"whole": 0.5}, "E513", "trains 1 as a whole"),
+    "no number": ({"a": "much"}, "E513", "given the weight 'much'"),
+    "not finite": ({"a": float("nan")}, "E513", "given the weight nan"),
+    "two of one tensor": (["whole", "other"], "E514", "both train their own 1"),
+}
+
+
+@pytest.mark.parametrize("there", ["nothing merged", "b merged"])
+@pytest.mark.parametrize("what", WRONG)
+def test_what_cannot_be_merged_so_is_refused_and_changes_nothing(what, there):
+    names, code, message = WRONG[what]
+    adapted = adapted_by(PAIR + "activate b")
+    if there == "b merged":
+        adapted.merge_adapter()
+    before = everything(adapted)
+    for merge in (adapted.merge_adapter, adapted.merge_and_unload):
+        with pytest.raises(UsageError, match=message) as caught:
+            merge(adapter_names=names)
+        assert {each.code for each in caught.value.diagnostics} == {code}
+        assert everything(adapted) == before
+
+
+def test_what_is_merged_has_one_weight():
+    adapted = adapted_by(PAIR + "activate a")
+    adapted.merge_adapter({"a": 0.5})
+    for merge in (adapted.merge_adapter, adapted.merge_and_unload):
+        with pytest.raises(UsageError, match=r"E516.*merged already, with weight 0\.5 and not 0\.7"):
+            merge(adapter_names={"a": 0.7})
+    with pytest.warns(UserWarning, match="already merged, nothing to do"):
+        adapted.merge_adapter({"a": 0.5})

@@ -1,6 +1,7 @@
 """Adapters made of others: which there can be, where they go, and that a refusal changes nothing."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from peftc import compiler
-from peftc.grammar.diagnostics import UsageError
+from peftc.grammar.diagnostics import AdapterError, SpecError, UsageError
 from tests import zoo
 
 IDS = torch.arange(3, 11).reshape(2, 4)
@@ -223,6 +224,8 @@ def test_what_changes_nothing_is_told():
         adapted.add_weighted_adapter(["a", "b"], [1, 1], "one", "cat", density=0.5)
     with pytest.warns(UserWarning, match="svd_rank changes nothing: combination_type 'linear'"):
         adapted.add_weighted_adapter(["a"], [1], "two", "svd", svd_rank=1)
+    with pytest.warns(UserWarning, match="majority_sign_method changes nothing: combination_type 'svd'"):
+        adapted.add_weighted_adapter(["a", "b"], [1, 1], "four", majority_sign_method="frequency")
     with pytest.warns(UserWarning, match=r"nothing is dropped: density is 1\.5"):
         adapted.add_weighted_adapter(["a", "b"], [1, 1], "three", "ties", density=1.5)
 
@@ -252,3 +255,121 @@ def test_a_method_of_ones_own_of_that_form():
     adapted.eval().add_weighted_adapter(["a", "b"], [0.5, -1], "new", "cat")
     wanted = summed(adapted, {"a": 0.5, "b": -1})
     assert_close(outputs(adapted), wanted, rtol=0, atol=1e-4)
+
+
+# --- combinations of specs ---
+
+RANDOM = 'lora(rank = 2, alpha = 3, init = "random") { on q_proj, v_proj }'
+OTHER = 'lora(rank = 3, init = "random", rslora = true) { on q_proj, k_proj }'
+TWO = f"adapter a = {RANDOM}\nadapter b = {OTHER}\n"
+
+
+def fresh(spec):
+    torch.manual_seed(0)
+    return compiler.apply(zoo.make("llama", num_hidden_layers=2), spec).eval()
+
+
+@pytest.mark.parametrize(
+    ("written", "options"),
+    [
+        ("", {}),
+        (', by = "cat"', {"combination_type": "cat"}),
+        (', by = "ties_svd", density = 0.5', {"combination_type": "ties_svd", "density": 0.5}),
+        (', by = "dare_ties_svd", density = 0.5', {"combination_type": "dare_ties_svd", "density": 0.5}),
+        (", svd_rank = 4, svd_clamp = 0.9", {"svd_rank": 4, "svd_clamp": 0.9}),
+    ],
+)
+def test_a_spec_makes_what_the_method_makes(written, options):
+    """The same tensors, from the same draws; at rest and without gradients, as by hand."""
+    adapted = fresh(f"{TWO}adapter new = combine(a, b, weights = [0.7, -0.4]{written})\nactivate a")
+    by_hand = fresh(f"{TWO}activate a")
+    by_hand.add_weighted_adapter(["a", "b"], [0.7, -0.4], "new", **options)
+    assert adapted._adapter_state.names() == by_hand._adapter_state.names() == ("a", "b", "new")
+    assert adapted.active_adapters() == by_hand.active_adapters() == ["a"]
+    found, wanted = (each.adapter_bank.new.state_dict() for each in (adapted, by_hand))
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+    assert any(each.abs().max() > 0.01 for each in wanted.values())
+    assert adapted._adapter_state.adapter("new").plan == by_hand._adapter_state.adapter("new").plan
+    trained = [{name for name, each in model.named_parameters() if each.requires_grad} for model in (adapted, by_hand)]
+    assert trained[0] == trained[1]
+    assert not any(".new." in name for name in trained[0])
+
+
+def test_a_combination_that_is_activated_is_trained_and_the_others_rest():
+    adapted = fresh(TWO + 'adapter new = combine(a, b, by = "cat")\nactivate 0.5 * new')
+    assert adapted._adapter_state.active == (("new", 0.5),)
+    assert all(each.requires_grad for each in adapted.adapter_bank.new.parameters())
+    assert not any(
+        each.requires_grad for name in "ab" for each in adapted.adapter_bank.get_submodule(name).parameters()
+    )
+    found = outputs(adapted)
+    adapted.set_adapter({"a": 0.5, "b": 0.5})
+    assert_close(outputs(adapted), found, rtol=0, atol=1e-5)
+    with adapted.disable_adapter():
+        assert (outputs(adapted) - found).abs().max() > 1e-3
+
+
+def test_none_is_active_unless_it_is_said():
+    assert fresh(f"adapter a = {RANDOM}\nadapter less = combine(a, weights = [0.5])").active_adapters() == []
+
+
+def test_combinations_of_combinations():
+    adapted = fresh(
+        TWO
+        + 'adapter less = combine(a, weights = [0.5])\nadapter new = combine(b, less, weights = [2, -1], by = "cat")\n'
+        "activate new"
+    )
+    found = outputs(adapted)
+    assert_close(summed(adapted, {"b": 2, "a": -0.5}), found, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("methods", "written", "code", "place"),
+    [
+        (("dora { on q_proj }", LORA), "combine(b, a)", "E582", "a"),
+        (("prefix(length = 2)", LORA), "combine(a, b)", "E582", "a"),
+        ((LORA, "lora { on q_proj train lm_head }"), "combine(a, b)", "E582", "b"),
+        (("ia3 { on q_proj }", LORA), "combine(a, b)", "E582", "= combine(a, b)"),
+        (
+            (LORA, "lora(rank = 3)"),
+            'combine(a, b, by = "linear")',
+            "E583",
+            '= combine(a, b, by = "linear")',
+        ),
+        (("ia3", "ia3"), 'combine(a, b, by = "cat")', "E581", '= combine(a, b, by = "cat")'),
+        (("ia3", "ia3"), "combine(a, b, svd_rank = 2)", "E163", "= combine(a, b, svd_rank = 2)"),
+        (
+            (LORA, LORA),
+            'combine(a, b, svd_driver = "gesvd")',
+            "E584",
+            '= combine(a, b, svd_driver = "gesvd")',
+        ),
+        ((LORA, LORA), "combine(a, b, svd_clamp = 0.5)", "E584", "= combine(a, b, svd_clamp = 0.5)"),
+    ],
+)
+def test_what_cannot_be_combined_is_told_where_the_spec_says_it(methods, written, code, place):
+    model = zoo.make("llama", num_hidden_layers=2)
+    before = {name: each.clone() for name, each in model.state_dict().items()}
+    with pytest.raises(AdapterError) as caught:
+        compiler.apply(model, f"adapter a = {methods[0]}\nadapter b = {methods[1]}\nadapter new = {written}")
+    (found,) = caught.value.diagnostics
+    assert (found.code, found.span.line) == (code, 3)
+    assert found.span.text == (f"adapter new {place}" if place.startswith("=") else place)
+    assert all(torch.equal(each, before[name]) for name, each in model.state_dict().items())
+
+
+def test_a_name_that_a_model_cannot_have():
+    with pytest.raises(UsageError, match=r"<spec>:3:1: error\[E575\]"):
+        fresh(TWO + "adapter forward = combine(a)")
+
+
+def test_a_spec_made_by_a_program_names_adapters_that_are_there():
+    spec = compiler.read_spec(TWO + "adapter new = combine(a, b)")
+    with pytest.raises(SpecError, match=r"E146.*no adapter called 'a'"):
+        compiler.apply(zoo.make("llama"), replace(spec, adapters=spec.adapters[1:]))
+
+
+def test_what_drops_nothing_is_told():
+    with pytest.warns(UserWarning, match="nothing is dropped"):
+        fresh(TWO.replace("rank = 3", "rank = 2") + 'adapter new = combine(a, b, by = "ties", density = 1)')

@@ -44,8 +44,10 @@ _MOVES: Mapping[Any, Callable[..., bool]] = {
 def has_rows_first(node: fx.Node, batch: int | torch.SymInt) -> bool:
     """Whether the first axis of a value is that of what the graph is given, alone or with others behind it.
 
-    Only what has rows is looked at: what is computed of positions alone may be turned as it likes.
+    Only what has rows is looked at: what is computed of positions alone may be turned as it likes. So may a lone row.
     """
+    if isinstance(batch, int) and batch == 1:
+        return True
     left, seen = [node], {node}
     while left:
         each = left.pop()

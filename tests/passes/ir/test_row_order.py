@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from peftc.passes.route.order import has_rows_first
+from peftc.passes.ir.row_order import has_rows_first
 
 aten = torch.ops.aten
 BATCH = 3
@@ -36,3 +36,10 @@ def test_the_first_axis(name, kept, lab):
     x, w = hand.placeholder("x", BATCH, 5, 4), hand.attribute("w", 4, 4)
     node = (KEPT | MOVED)[name](hand.call, x, w)
     assert has_rows_first(node, BATCH) is kept
+
+
+@pytest.mark.parametrize("name", MOVED)
+def test_a_lone_row_is_everything(name, lab):
+    hand = lab.hand()
+    node = MOVED[name](hand.call, hand.placeholder("x", 1, 5, 4), hand.attribute("w", 4, 4))
+    assert has_rows_first(node, 1)
