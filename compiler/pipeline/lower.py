@@ -28,6 +28,7 @@ from peftc.passes.optimize.native import NativeCalls
 from peftc.passes.optimize.stop_early import StopEarly
 from peftc.passes.plan.structure import Structure
 from peftc.passes.quantized.schemes.known import Packed
+from peftc.passes.route.group_rows import GroupRows
 from peftc.passes.route.laws import DisorderError, UnroutedError
 from peftc.passes.route.route_rows import LanePieces, RouteRows
 from peftc.passes.virtual_tokens.insert_attention import InsertAttention
@@ -133,12 +134,13 @@ def lower(graph: fx.Graph, *, autocast: bool, choice: Choice = PUSHED, by_row: b
         lanes = tuple(route.lanes)
     traceable = compilable(graph)
     plain = copy_graph(traceable)
-    steps: list[pass_manager.Pass] = [] if autocast else [FuseLowRank(), FuseRows(), AddInPlace()]
+    group = GroupRows()
+    steps: list[pass_manager.Pass] = [] if autocast else [FuseLowRank(), FuseRows(), AddInPlace(), group]
     if choice.frozen and not autocast:
         steps.append(Hoist(choice.dense))
     result = managed.run(plain, [*steps, NativeCalls()])
     hoisted = result.changes.get(Hoist.name)
-    return Lowered(traceable, plain, None if hoisted is None else hoisted.prologue, lanes)
+    return Lowered(traceable, plain, None if hoisted is None else hoisted.prologue, lanes, frozenset(group.matrices))
 
 
 def _first_line(error: BaseException) -> str:

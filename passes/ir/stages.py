@@ -59,6 +59,8 @@ LEGAL: tuple[Row, ...] = (
     Row("peftc.unpack.default", _between(Stage.BOUND, Stage.FUSED) | {Stage.LIFTED, Stage.CLOSED}),
     Row("peftc.passes.quantized.packed_operators.*", frozenset({Stage.NATIVE})),
     Row("peftc.passes.ir.cache_update.update_cache", INSIDE),
+    # Products with each row's own matrices, which may lie by adapter: only where Python runs the graph.
+    Row("peftc.passes.route.group_rows.*", frozenset({Stage.FUSED, Stage.NATIVE})),
     Row("peftc.*", frozenset()),
     # Numbers made of sizes.
     Row("operator.*", ALWAYS),

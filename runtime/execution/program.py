@@ -25,13 +25,15 @@ Constants = Mapping[str, torch.Tensor | nn.Module]
 class Lowered:
     """A graph in the forms that run: for torch.compile, for Python, and what computes the pieces the latter reads.
 
-    `lanes` compute what both read where rows have adapters of their own.
+    `lanes` compute what both read where rows have adapters of their own; `grouped` are the names of what the second may
+    be given as adapters have it, beside each other, and not by row (see `GroupRows`).
     """
 
     traceable: fx.Graph
     plain: fx.Graph
     prologue: fx.Graph | None = None
     lanes: tuple[LanePieces, ...] = ()
+    grouped: frozenset[str] = frozenset()
 
 
 class Program:

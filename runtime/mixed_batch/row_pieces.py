@@ -1,5 +1,6 @@
 """What a graph reads of the rows' adapters: computed for each adapter, laid out by row, kept while both stay."""
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -8,10 +9,13 @@ import torch
 from torch import nn
 
 from peftc.grammar.diagnostics import UsageError, fail
+from peftc.passes.route.by_seat import TYPES, has_kernel
+from peftc.passes.route.group_rows import GROUPS, PLACES
 from peftc.passes.route.route_rows import IDS, LanePieces, Piece
 from peftc.runtime.adapters.room import empty, largest, padded
 from peftc.runtime.adapters.slots import Kept
 from peftc.runtime.mixed_batch.batch import Chosen, MixedBatch, Seen, looked
+from peftc.runtime.mixed_batch.groups import Way, given, way_of
 
 Tensors = tuple[torch.Tensor, ...]
 Compute = Callable[[Chosen | None], Tensors]
@@ -68,17 +72,28 @@ Seats = Sequence[object]
 """Who has which place in what is laid out: choices, None for rows without an adapter, or `FREE`."""
 
 
+STAYS = 2
+"""In how many calls rows have what they have before matrices are laid out by row for what follows."""
+
+
 class RowPieces:
     """The pieces of one program, refreshed before it runs.
 
     The values of all choices that rows have are kept side by side, in *seats*; a choice that leaves gives its seat to
-    one that comes. What graphs read is chosen from these, once for as long as the rows have what they have. Where
+    one that comes. What graphs read is chosen from these, once for as long as the rows have what they have; until it is
+    known that they will have it for a while, those of `grouped` are read as they lie, where that takes less time. Where
     numbers are drawn for each row, every row has a seat of its own, in every call anew.
     """
 
-    def __init__(self, batch: MixedBatch, lanes: Sequence[Lane], near: nn.Module):
-        self._batch, self._lanes, self._near = batch, lanes, near
+    def __init__(
+        self, batch: MixedBatch, lanes: Sequence[Lane], near: nn.Module, grouped: frozenset[str] = frozenset()
+    ):
+        self._batch, self._lanes, self._near, self._may_group = batch, lanes, near, grouped
         self.values: dict[str, torch.Tensor] = {}
+        self._tokens = 1  # of each row in a call
+        self._calls = 0  # in which the rows had what they have now
+        self._rows: Sequence[int] = ()  # the seats of the rows
+        self._way = Way.LAID_OUT
         self._layout: object = None
         self._contents: object = None
         self._seats: Seats = ()
@@ -88,6 +103,7 @@ class RowPieces:
         self._lent = False  # whether a backward pass may read what there is
         self._tables = {piece.name for lane in lanes for piece in lane.lane.pieces if piece.form == "tables"}
         self._draws = any(each.lane.draws for each in lanes)
+        self._dtypes = {piece.dtype for lane in lanes for piece in lane.lane.pieces if piece.name in grouped}
         self._base = list({(id(held), leaf): (held, leaf) for lane in lanes for held, leaf in lane.base}.values())
         self._base_seen: Seen | None = None
         batch.laid_out.add(self)
@@ -108,6 +124,8 @@ class RowPieces:
         wide = [each for each in tensors if each.is_floating_point() and each.dim() > 1]
         first = next(iter(wide or [each for each in tensors if each.dim()]), None)
         found = 0 if first is None else first.shape[0]
+        if first is not None:
+            self._tokens = math.prod(first.shape[1:-1] if wide else first.shape[1:])
         if not self._batch.fits(found):
             rows = len(self._batch.rows)
             message = f"{rows} rows have adapters of their own, and a module with adapters is called with {found}"
@@ -120,18 +138,33 @@ class RowPieces:
         base = [held[leaf] for held, leaf in self._base]
         if self._draws or (graded and (batch.trains or any(each.requires_grad for each in base))):
             self._seats = ()
-            self._lay_out()
+            self._lay_out(graded)
             self._seats, self._layout = (), None  # a graph is for one backward pass
             return
         if base and self._base_seen is not (seen := looked(base, self._base_seen)):
             self._base_seen, self._seats, self._layout = seen, (), None
         if self._layout is not batch.layout or self._contents is not batch.contents:
             with torch.inference_mode(False), torch.no_grad():
-                self._lay_out()
+                self._lay_out(graded)
             self._layout, self._contents = batch.layout, batch.contents
+            self._calls = 0
+        elif self._way is not Way.LAID_OUT:
+            way = Way.LAID_OUT if self._calls >= STAYS else self._quickest(self._rows, len(self._seats), graded)
+            if way is not self._way:
+                with torch.inference_mode(False), torch.no_grad():
+                    self._choose(self._rows, len(self._seats), way)
+                self._laid = batch.rows if way is Way.LAID_OUT else ()
+        self._calls += 1
         self._lent = self._lent or graded
 
-    def _lay_out(self) -> None:
+    def _quickest(self, rows: Sequence[int], seats: int, graded: bool) -> Way:
+        """How graphs are best given matrices that they may read as they lie."""
+        if self._draws or not self._may_group:
+            return Way.LAID_OUT
+        kernel = not graded and self._dtypes.issubset(TYPES) and has_kernel(self._device)
+        return way_of(rows, seats, self._tokens, kernel)
+
+    def _lay_out(self, graded: bool) -> None:
         batch, before = self._batch, self._seats
         self._seats, self._layout = (), None  # until all is done
         seats = tuple(batch.rows) if self._draws else _seated(before, batch.present)
@@ -146,14 +179,17 @@ class RowPieces:
                 made = True
         numbers = {each: seat for seat, each in enumerate(seats)}
         rows = list(range(len(seats))) if self._draws else [numbers[each] for each in batch.rows]
-        changed = None if made or self._lent or self._draws else self._changed(stays)
+        way = self._quickest(rows, len(seats), graded)
+        stay = way is Way.LAID_OUT and not (made or self._lent or self._draws)
+        changed = self._changed(stays) if stay else None
         self._laid = ()
         if changed is None:
-            self._choose(rows, len(seats))
+            self._choose(rows, len(seats), way)
         else:
             self._exchange(rows, changed)
-        self._laid = () if rows == list(range(len(seats))) else batch.rows
-        self._seats, self._seen, self._lent = seats, {**away, **seen}, False
+        lies = rows == list(range(len(seats)))
+        self._laid = () if lies or way is not Way.LAID_OUT else batch.rows
+        self._rows, self._seats, self._seen, self._lent = rows, seats, {**away, **seen}, False
 
     def _changed(self, stays: Collection[Chosen | None]) -> Sequence[int] | None:
         """Which rows have something else than was laid out; None where that is shared or most have."""
@@ -173,17 +209,21 @@ class RowPieces:
                 if name not in self._tables:
                     self.values[name].index_copy_(0, places, value.index_select(0, ids))
 
-    def _choose(self, rows: Sequence[int], seats: int) -> None:
-        """Let graphs read what these seats have."""
+    def _choose(self, rows: Sequence[int], seats: int, way: Way) -> None:
+        """Let graphs read what these seats have: by row, or what they may so as it lies."""
         ids, plain = torch.tensor(rows, device=self._device), rows == list(range(seats))
+        as_it_lies = self._tables if way is Way.LAID_OUT else self._tables | self._may_group
         for name, value in self._sitting.items():
-            if plain or name in self._tables:
+            if plain or name in as_it_lies:
                 self.values[name] = value
             elif value.dim() < 2 or value.requires_grad or not value.is_floating_point():
                 self.values[name] = value.index_select(0, ids)
             else:  # the same, and half the time
                 self.values[name] = torch.embedding(value.flatten(1), ids).view(len(rows), *value.shape[1:])
         self.values[IDS] = ids
+        if self._may_group:
+            self.values[GROUPS], self.values[PLACES] = given(way, rows, seats, self._device)
+        self._way = way
 
     def _made(self, lane: Lane, seats: Seats) -> None:
         """Compute a lane for all seats."""

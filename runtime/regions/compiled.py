@@ -45,7 +45,7 @@ def inlined(host: Lowering, region: Region, tensors: Sequence[torch.Tensor], nam
     with outside():
         trace = _traced_from(host, region, local, form, names)
         lowered = host.lowered(trace, local, False, COMPILED, region.module)
-        portable = replace(lowered, plain=lowered.traceable, prologue=None)
+        portable = replace(lowered, plain=lowered.traceable, prologue=None, grouped=frozenset())
         kept = where_kept(host.engine, region.module, local)
         code = Template(portable, trace.traced.constants).bind(kept, _rows(host, region, local))
     outputs: nest.Form = trace.traced.outputs  # type: ignore[assignment]

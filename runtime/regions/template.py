@@ -45,7 +45,7 @@ class Template:
     def bind(self, held: Held, rows: "Rows | None" = None) -> "Code":
         """The function over live modules; `rows` say what every row has of adapters, where each has its own."""
         if rows is not None:
-            own = _row_pieces(self.lowered.lanes, self._lanes, rows)
+            own = _row_pieces(self.lowered.lanes, self._lanes, rows, self.lowered.grouped)
             return Code(self._main.code, self._main.root(held, own.values), own, self.writes)
         pieces = None
         if self._prologue is not None:
@@ -86,7 +86,9 @@ def row_pieces(lowered: Lowered, rows: Rows) -> RowPieces:
     return _row_pieces(lowered.lanes, [_Reader(each.prologue, {}) for each in lowered.lanes], rows)
 
 
-def _row_pieces(lanes: Sequence[LanePieces], readers: "Sequence[_Reader]", rows: Rows) -> RowPieces:
+def _row_pieces(
+    lanes: Sequence[LanePieces], readers: "Sequence[_Reader]", rows: Rows, grouped: frozenset[str] = frozenset()
+) -> RowPieces:
     base = rows.held(None)
     made = [
         Lane(
@@ -99,7 +101,7 @@ def _row_pieces(lanes: Sequence[LanePieces], readers: "Sequence[_Reader]", rows:
         )
         for lane, reader in zip(lanes, readers, strict=True)
     ]
-    return RowPieces(rows.batch, made, rows.module)
+    return RowPieces(rows.batch, made, rows.module, grouped)
 
 
 def _computing(reader: "_Reader", rows: Rows) -> Compute:

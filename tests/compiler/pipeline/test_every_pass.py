@@ -175,6 +175,7 @@ def test_every_pass_was_there():
         *(
             "route-rows",
             "fuse-rows",
+            "group-rows",
             "fuse-low-rank",
             "add-in-place",
             "hoist",

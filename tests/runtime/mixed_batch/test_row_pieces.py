@@ -3,6 +3,7 @@ import torch
 from torch import fx, nn
 
 from peftc.grammar.diagnostics import UsageError
+from peftc.passes.route.group_rows import GROUPS, PLACES
 from peftc.passes.route.route_rows import IDS, LanePieces, Piece
 from peftc.runtime.mixed_batch.batch import Assigned, Chosen, MixedBatch
 from peftc.runtime.mixed_batch.row_pieces import Lane, RowPieces
@@ -166,6 +167,98 @@ def test_what_a_backward_pass_reads_is_not_written_to():
             pieces.refresh()
     product.backward()
     assert torch.equal(x.grad, before)
+
+
+def grouping(*rows):
+    """As `made`, where graphs take the matrix of `p0` as it lies."""
+    batch, values = MixedBatch(), Values()
+    batch.has = lambda chosen, slots: chosen in values.tensors
+    lane = LanePieces(frozenset({SLOT}), fx.Graph(), (Piece("p0", 0, "matrix", torch.float32),))
+    pieces = RowPieces(batch, [Lane(lane, lane.slots, values.compute, False)], nn.Linear(1, 1), frozenset({"p0"}))
+    batch.assigned = Assigned(rows)
+    return batch, pieces, values
+
+
+def seen_by_rows(pieces, rows):
+    """The matrix that each row meets, however they lie."""
+    groups, places, matrix = (pieces.values[name] for name in (GROUPS, PLACES, "p0"))
+    if groups.dim() == 1:
+        return list(matrix)
+    most = groups.shape[1]
+    assert groups.flatten()[places].tolist() == list(range(len(rows)))
+    return [matrix[int(place) // most] for place in places]
+
+
+def of(values, each):
+    wanted = torch.zeros(3, 4)
+    if each in values.tensors:
+        wanted[: len(values.tensors[each])] = values.tensors[each]
+    return wanted.T
+
+
+def test_until_rows_stay_their_matrices_are_read_as_they_lie():
+    rows = (WIDE, LOW, None, LOW)
+    _batch, pieces, values = grouping(*rows)
+    with torch.no_grad():
+        for call in range(4):
+            pieces.check([torch.zeros(4, 1, 4)])
+            pieces.refresh()
+            assert (pieces.values[GROUPS].dim() == 2) is (call < 2)
+            if call < 2:
+                assert pieces.values["p0"] is pieces._sitting["p0"]
+            for got, each in zip(seen_by_rows(pieces, rows), rows, strict=True):
+                assert torch.equal(got, of(values, each))
+    assert values.asked == [WIDE, LOW]
+
+
+def test_a_call_of_more_tokens_has_them_by_row():
+    _batch, pieces, _values = grouping(WIDE, LOW, None, LOW)
+    with torch.no_grad():
+        for tokens, groups in ((1, 2), (500, 1), (1, 1)):
+            pieces.check([torch.zeros(4, tokens, 4)])
+            pieces.refresh()
+            assert pieces.values[GROUPS].dim() == groups
+
+
+@pytest.mark.parametrize("graded", [False, True])
+def test_rows_come_and_go_and_stay_a_while(graded):
+    """Grouped, by row and with some exchanged, in any order, rows have what is theirs."""
+    generator = torch.Generator().manual_seed(1)
+    batch, pieces, values = grouping(WIDE, LOW, None, LOW)
+    forms, held = set(), []
+    for step in range(120):
+        picked = torch.randint(0, 4, (4,), generator=generator).tolist()
+        rows = list(batch.rows)
+        if picked[2] < 3:
+            rows[picked[0]] = (WIDE, LOW, None, OTHER)[picked[1]]
+        if picked[2] == 0:
+            values.tensors[LOW] = values.tensors[LOW] + 1
+            batch.contents = object()
+            batch.content = lambda chosen: None if chosen is None else values.tensors.get(chosen)
+        batch.assigned = Assigned(tuple(rows))
+        with torch.set_grad_enabled(graded):
+            pieces.check([torch.zeros(4, 400 if picked[3] == 0 else 1, 4)])
+            pieces.refresh()
+        forms.add(pieces.values[GROUPS].dim())
+        for got, each in zip(seen_by_rows(pieces, rows), rows, strict=True):
+            assert torch.equal(got, of(values, each)), step
+        if graded:  # a backward pass may come for what was read
+            held.append((pieces.values["p0"], pieces.values["p0"].clone()))
+    assert forms == {1, 2}
+    assert all(torch.equal(now, then) for now, then in held)
+
+
+def test_gradients_where_matrices_are_read_as_they_lie():
+    batch, pieces, values = grouping(LOW, WIDE, LOW, WIDE)
+    for each in values.tensors.values():
+        each.requires_grad_(True)
+    batch._trains = True
+    pieces.check([torch.zeros(4, 1, 4)])
+    pieces.refresh()
+    assert pieces.values[GROUPS].dim() == 2
+    sum((row + 1) * each.sum() for row, each in enumerate(seen_by_rows(pieces, batch.rows))).backward()
+    assert torch.equal(values.tensors[LOW].grad, torch.full((2, 4), 4.0))
+    assert torch.equal(values.tensors[WIDE].grad, torch.full((3, 4), 6.0))
 
 
 def test_room_is_kept_for_the_largest():
