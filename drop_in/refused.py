@@ -21,7 +21,7 @@ REFUSED = {
     "compose_cartridge_adapters": "activate several: set_adapter([...]) puts them in front one after the other",
     "convert_to_lora": "export or save the adapter as it is; a conversion to LoRA loses what it cannot say",
     "save_as_lora": "export or save the adapter as it is; a conversion to LoRA loses what it cannot say",
-    "create_arrow_model": "a router over adapters is not supported; set_adapter mixes them with weights of your own",
+    "create_arrow_model": "its router reads what each layer is given; set_route(...) weighs adapters before layers run",
     "find_kappa_target_modules": "name the modules: target_modules, or 'on' in a spec",
     "get_eva_state_dict": 'use init_lora_weights="eva" and apply(..., calibration=batches)',
     "initialize_lora_eva_weights": 'use init_lora_weights="eva" and apply(..., calibration=batches)',
