@@ -13,6 +13,7 @@ import torch
 
 from peftc.passes.plan.structure import TASK
 from peftc.runtime.adapters.slots import Kept, Sources, Weighed, sources
+from peftc.runtime.mixed_batch.groups import Arranged
 
 _version = operator.attrgetter("_version")
 
@@ -108,6 +109,7 @@ class MixedBatch:
         self.layout, self.contents = object(), object()
         self._seen: dict[Chosen, Seen] = {}
         self._trains: bool | None = None
+        self._arranged: dict[tuple[object, ...], Arranged] = {}
         self.laid_out: WeakSet[Any] = WeakSet()  # what keeps the tensors of all rows for a graph
 
     def forget(self, gone: Callable[[Chosen], bool]) -> None:
@@ -155,8 +157,15 @@ class MixedBatch:
 
     def _give(self, rows: tuple[Chosen | None, ...]) -> None:
         if rows != self.rows:
-            self.rows, self.layout = rows, object()
+            self.rows, self.layout, self._arranged = rows, object(), {}
             self.present, self._trains = tuple(dict.fromkeys(rows)), None
+
+    def arranged(self, seats: tuple[object, ...]) -> Arranged:
+        """Which of these seats, on which somebody of each choice sits, each row has."""
+        if seats not in self._arranged:
+            numbers = {each: seat for seat, each in enumerate(seats)}
+            self._arranged[seats] = Arranged([numbers[each] for each in self.rows], len(seats))
+        return self._arranged[seats]
 
     def look(self) -> None:
         """See whether a tensor of what the rows have was written to or replaced."""

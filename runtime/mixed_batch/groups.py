@@ -9,17 +9,8 @@ import torch
 READ, LAID_OUT = 1.0, 3.0
 """What it takes to read a number of a matrix, and to lay one out by row and read it there."""
 
-FILLED_UP = 0.25
-"""And to multiply one with a token that only fills up."""
-
-
-def is_cheaper(rows: Sequence[int], seats: int, tokens: int) -> bool:
-    """Whether rows, by their seats, are better moved than given the matrices of these, in one call of so many tokens.
-
-    All seats are multiplied with as many rows as the fullest has.
-    """
-    places = seats * max(Counter(rows).values())
-    return seats * READ + (places - len(rows)) * tokens * FILLED_UP < len(rows) * LAID_OUT
+MOVED, FILLED_UP = 1.0, 0.25
+"""To move a number of an activation there and back, and to multiply one that only fills up with one of a matrix."""
 
 
 class Way(Enum):
@@ -30,24 +21,47 @@ class Way(Enum):
     BY_SEAT = 3  # as they lie, read by a kernel, which has no gradient
 
 
-def way_of(rows: Sequence[int], seats: int, tokens: int, has_kernel: bool) -> Way:
-    """What takes the least time in one call of so many tokens a row; `rows` are their seats."""
-    if list(rows) == list(range(seats)):
-        return Way.LAID_OUT  # they lie so
-    if has_kernel:
-        return Way.BY_SEAT
-    return Way.GROUPED if is_cheaper(rows, seats, tokens) else Way.LAID_OUT
+class Arranged:
+    """On which seat each row is, `rows`, of how many; and what graphs read of that, once for all that seat alike."""
 
+    def __init__(self, rows: Sequence[int], seats: int):
+        self.rows, self.seats = rows, seats
+        self.lies = list(rows) == list(range(seats))  # by row as it is
+        self._fullest = max(Counter(rows).values(), default=0)
+        self._made: dict[tuple[Way | None, torch.device], tuple[torch.Tensor, torch.Tensor]] = {}
 
-def given(way: Way, rows: Sequence[int], seats: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """What graphs read of that as `GROUPS` and `PLACES`."""
-    match way:
-        case Way.LAID_OUT:
-            nothing = torch.empty(0, dtype=torch.int64, device=device)
-            return nothing, nothing
-        case Way.BY_SEAT:
-            return torch.tensor(0, device=device), torch.tensor(rows, device=device)
-    return groups_of(rows, seats, device)
+    def way(self, tokens: int, rank: int, has_kernel: bool) -> Way:
+        """What takes the least time in one call of so many tokens a row, for matrices of this smaller size."""
+        if self.lies:
+            return Way.LAID_OUT
+        if has_kernel:
+            return Way.BY_SEAT
+        # All seats are multiplied with as many rows as the fullest has.
+        rows, places = len(self.rows), self.seats * self._fullest
+        moved = self.seats * rank * READ + rows * tokens * MOVED + (places - rows) * tokens * rank * FILLED_UP
+        return Way.GROUPED if moved < rows * rank * LAID_OUT else Way.LAID_OUT
+
+    def ids(self, device: torch.device) -> torch.Tensor:
+        """`rows` as a tensor, int64."""
+        key = (None, device)
+        if key not in self._made:
+            ids = torch.tensor(self.rows, device=device)
+            self._made[key] = ids, ids
+        return self._made[key][0]
+
+    def given(self, way: Way, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """What graphs read as `GROUPS` and `PLACES`."""
+        key = (way, device)
+        if key not in self._made:
+            match way:
+                case Way.GROUPED:
+                    self._made[key] = groups_of(self.rows, self.seats, device)
+                case Way.BY_SEAT:
+                    self._made[key] = torch.tensor(0, device=device), self.ids(device)
+                case Way.LAID_OUT:
+                    nothing = torch.empty(0, dtype=torch.int64, device=device)
+                    self._made[key] = nothing, nothing
+        return self._made[key]
 
 
 def groups_of(rows: Sequence[int], seats: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

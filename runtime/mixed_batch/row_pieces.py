@@ -15,7 +15,7 @@ from peftc.passes.route.route_rows import IDS, LanePieces, Piece
 from peftc.runtime.adapters.room import empty, largest, padded
 from peftc.runtime.adapters.slots import Kept
 from peftc.runtime.mixed_batch.batch import Chosen, MixedBatch, Seen, looked
-from peftc.runtime.mixed_batch.groups import Way, given, way_of
+from peftc.runtime.mixed_batch.groups import Arranged, Way
 
 Tensors = tuple[torch.Tensor, ...]
 Compute = Callable[[Chosen | None], Tensors]
@@ -68,7 +68,7 @@ class Lane:
 FREE = object()
 """What sits where nobody does."""
 
-Seats = Sequence[object]
+Seats = tuple[object, ...]
 """Who has which place in what is laid out: choices, None for rows without an adapter, or `FREE`."""
 
 
@@ -92,7 +92,7 @@ class RowPieces:
         self.values: dict[str, torch.Tensor] = {}
         self._tokens = 1  # of each row in a call
         self._calls = 0  # in which the rows had what they have now
-        self._rows: Sequence[int] = ()  # the seats of the rows
+        self._at = Arranged((), 0)  # on which seats the rows are
         self._way = Way.LAID_OUT
         self._layout: object = None
         self._contents: object = None
@@ -103,7 +103,6 @@ class RowPieces:
         self._lent = False  # whether a backward pass may read what there is
         self._tables = {piece.name for lane in lanes for piece in lane.lane.pieces if piece.form == "tables"}
         self._draws = any(each.lane.draws for each in lanes)
-        self._dtypes = {piece.dtype for lane in lanes for piece in lane.lane.pieces if piece.name in grouped}
         self._base = list({(id(held), leaf): (held, leaf) for lane in lanes for held, leaf in lane.base}.values())
         self._base_seen: Seen | None = None
         batch.laid_out.add(self)
@@ -149,20 +148,21 @@ class RowPieces:
             self._layout, self._contents = batch.layout, batch.contents
             self._calls = 0
         elif self._way is not Way.LAID_OUT:
-            way = Way.LAID_OUT if self._calls >= STAYS else self._quickest(self._rows, len(self._seats), graded)
+            way = Way.LAID_OUT if self._calls >= STAYS else self._quickest(graded)
             if way is not self._way:
                 with torch.inference_mode(False), torch.no_grad():
-                    self._choose(self._rows, len(self._seats), way)
+                    self._choose(way)
                 self._laid = batch.rows if way is Way.LAID_OUT else ()
         self._calls += 1
         self._lent = self._lent or graded
 
-    def _quickest(self, rows: Sequence[int], seats: int, graded: bool) -> Way:
+    def _quickest(self, graded: bool) -> Way:
         """How graphs are best given matrices that they may read as they lie."""
-        if self._draws or not self._may_group:
+        if self._draws or not self._may_group or self._at.lies:
             return Way.LAID_OUT
-        kernel = not graded and self._dtypes.issubset(TYPES) and has_kernel(self._device)
-        return way_of(rows, seats, self._tokens, kernel)
+        matrices = [self._sitting[name] for name in self._may_group]
+        kernel = not graded and has_kernel(matrices[0].device) and all(each.dtype in TYPES for each in matrices)
+        return self._at.way(self._tokens, max(min(each.shape[1:]) for each in matrices), kernel)
 
     def _lay_out(self, graded: bool) -> None:
         batch, before = self._batch, self._seats
@@ -177,19 +177,17 @@ class RowPieces:
             if len(seats) != len(before) or (fresh and not self._written(lane, seats, fresh)):
                 self._made(lane, seats)
                 made = True
-        numbers = {each: seat for seat, each in enumerate(seats)}
-        rows = list(range(len(seats))) if self._draws else [numbers[each] for each in batch.rows]
-        way = self._quickest(rows, len(seats), graded)
+        self._at = Arranged(range(len(seats)), len(seats)) if self._draws else batch.arranged(seats)
+        way = self._quickest(graded)
         stay = way is Way.LAID_OUT and not (made or self._lent or self._draws)
         changed = self._changed(stays) if stay else None
         self._laid = ()
         if changed is None:
-            self._choose(rows, len(seats), way)
+            self._choose(way)
         else:
-            self._exchange(rows, changed)
-        lies = rows == list(range(len(seats)))
-        self._laid = () if lies or way is not Way.LAID_OUT else batch.rows
-        self._rows, self._seats, self._seen, self._lent = rows, seats, {**away, **seen}, False
+            self._exchange(changed)
+        self._laid = () if self._at.lies or way is not Way.LAID_OUT else batch.rows
+        self._seats, self._seen, self._lent = seats, {**away, **seen}, False
 
     def _changed(self, stays: Collection[Chosen | None]) -> Sequence[int] | None:
         """Which rows have something else than was laid out; None where that is shared or most have."""
@@ -199,9 +197,9 @@ class RowPieces:
         changed = [row for row, each in enumerate(rows) if each not in stays or each is not laid[row]]
         return changed if len(changed) <= len(rows) // 2 else None
 
-    def _exchange(self, rows: Sequence[int], changed: Sequence[int]) -> None:
-        """Let some rows of what graphs read have what these seats have; the others have it."""
-        self.values[IDS] = torch.tensor(rows, device=self._device)
+    def _exchange(self, changed: Sequence[int]) -> None:
+        """Let some rows of what graphs read have what their seats have; the others have it."""
+        self.values[IDS] = self._at.ids(self._device)
         if changed:
             places = torch.tensor(changed, device=self._device)
             ids = self.values[IDS][places]
@@ -209,20 +207,21 @@ class RowPieces:
                 if name not in self._tables:
                     self.values[name].index_copy_(0, places, value.index_select(0, ids))
 
-    def _choose(self, rows: Sequence[int], seats: int, way: Way) -> None:
-        """Let graphs read what these seats have: by row, or what they may so as it lies."""
-        ids, plain = torch.tensor(rows, device=self._device), rows == list(range(seats))
+    def _choose(self, way: Way) -> None:
+        """Let graphs read what the seats of the rows have: by row, or what they may so as it lies."""
+        device = self._device
+        ids, rows = self._at.ids(device), len(self._at.rows)
         as_it_lies = self._tables if way is Way.LAID_OUT else self._tables | self._may_group
         for name, value in self._sitting.items():
-            if plain or name in as_it_lies:
+            if self._at.lies or name in as_it_lies:
                 self.values[name] = value
             elif value.dim() < 2 or value.requires_grad or not value.is_floating_point():
                 self.values[name] = value.index_select(0, ids)
             else:  # the same, and half the time
-                self.values[name] = torch.embedding(value.flatten(1), ids).view(len(rows), *value.shape[1:])
+                self.values[name] = torch.embedding(value.flatten(1), ids).view(rows, *value.shape[1:])
         self.values[IDS] = ids
         if self._may_group:
-            self.values[GROUPS], self.values[PLACES] = given(way, rows, seats, self._device)
+            self.values[GROUPS], self.values[PLACES] = self._at.given(way, device)
         self._way = way
 
     def _made(self, lane: Lane, seats: Seats) -> None:

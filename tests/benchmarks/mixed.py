@@ -79,7 +79,7 @@ def exchanges(names: list[str]) -> Callable[[], list[str]]:
 
     def exchanged() -> list[str]:
         call = next(calls)
-        rows[call % len(rows)] = names[(3 * call + 5) % len(names)]
+        rows[call % len(rows)] = names[(3 * call + call // len(names)) % len(names)]
         return list(rows)
 
     return exchanged

@@ -1,7 +1,9 @@
+import operator
+
 import pytest
 import torch
 
-from peftc.runtime.mixed_batch.groups import groups_of, is_cheaper
+from peftc.runtime.mixed_batch.groups import Arranged, Way, groups_of
 
 CPU = torch.device("cpu")
 
@@ -18,14 +20,29 @@ def test_each_row_is_found_where_its_adapter_is(rows):
 @pytest.mark.parametrize(
     ("rows", "seats", "tokens", "wanted"),
     [
-        (range(16), 16, 1, True),
-        (range(16), 16, 512, True),  # nothing fills up
-        ([0, 0, 1, 1], 2, 512, True),
-        ([0, 0, 0, 1], 2, 1, True),
-        ([0, 0, 0, 1], 2, 512, False),
-        ([0] * 15 + [1], 16, 1, False),
-        ([0, 1], 32, 1, False),  # most adapters have no row
+        (range(16), 16, 1, Way.LAID_OUT),  # as they lie
+        (range(15, -1, -1), 16, 1, Way.GROUPED),
+        (range(15, -1, -1), 16, 512, Way.LAID_OUT),  # what is moved is larger than what would be laid out
+        ([1, 0, 0, 0], 2, 1, Way.GROUPED),
+        ([1, 0, 0, 0], 2, 20, Way.LAID_OUT),
+        ([0] * 15 + [1], 16, 1, Way.LAID_OUT),
+        ([0, 1], 32, 1, Way.LAID_OUT),  # most adapters have no row
     ],
 )
-def test_what_is_cheaper(rows, seats, tokens, wanted):
-    assert is_cheaper(list(rows), seats, tokens) is wanted
+def test_what_takes_the_least_time(rows, seats, tokens, wanted):
+    arranged = Arranged(list(rows), seats)
+    assert arranged.way(tokens, 8, False) is wanted
+    assert arranged.way(tokens, 8, True) is (Way.LAID_OUT if arranged.lies else Way.BY_SEAT)
+
+
+def test_what_graphs_read_is_made_once():
+    arranged = Arranged([1, 0, 1], 2)
+    for way, groups, places in (
+        (Way.LAID_OUT, [], []),
+        (Way.GROUPED, [[1, 0], [0, 2]], [2, 0, 3]),
+        (Way.BY_SEAT, 0, [1, 0, 1]),
+    ):
+        first = arranged.given(way, CPU)
+        assert [each.tolist() for each in first] == [groups, places]
+        assert all(map(operator.is_, first, arranged.given(way, CPU)))
+    assert arranged.ids(CPU).tolist() == [1, 0, 1]
