@@ -75,6 +75,9 @@ Seats = tuple[object, ...]
 STAYS = 2
 """In how many calls rows have what they have before matrices are laid out by row for what follows."""
 
+FEW = 8
+"""Up to how many tokens a row a product is the time to read its matrices, which is least along their longer axis."""
+
 
 class RowPieces:
     """The pieces of one program, refreshed before it runs.
@@ -94,6 +97,8 @@ class RowPieces:
         self._calls = 0  # in which the rows had what they have now
         self._at = Arranged((), 0)  # on which seats the rows are
         self._way = Way.LAID_OUT
+        self._wide = False  # whether matrices are as products of many tokens have them best
+        self._otherwise = 0  # calls in a row that would have had them the other way
         self._layout: object = None
         self._contents: object = None
         self._seats: Seats = ()
@@ -147,14 +152,21 @@ class RowPieces:
                 self._lay_out(graded)
             self._layout, self._contents = batch.layout, batch.contents
             self._calls = 0
-        elif self._way is not Way.LAID_OUT:
-            way = Way.LAID_OUT if self._calls >= STAYS else self._quickest(graded)
-            if way is not self._way:
-                with torch.inference_mode(False), torch.no_grad():
-                    self._choose(way)
-                self._laid = batch.rows if way is Way.LAID_OUT else ()
+        elif self._may_group:
+            self._reconsider(graded)
         self._calls += 1
         self._lent = self._lent or graded
+
+    def _reconsider(self, graded: bool) -> None:
+        """Have matrices in another way, where rows stay or calls have other numbers of tokens."""
+        way, wide = self._way, self._tokens > FEW
+        self._otherwise = self._otherwise + 1 if wide is not self._wide else 0
+        if way is not Way.LAID_OUT:
+            way = Way.LAID_OUT if self._calls >= STAYS else self._quickest(graded)
+        if way is not self._way or (way is Way.LAID_OUT and self._otherwise > STAYS):
+            with torch.inference_mode(False), torch.no_grad():
+                self._choose(way, wide)
+            self._laid = () if self._at.lies or way is not Way.LAID_OUT else self._batch.rows
 
     def _quickest(self, graded: bool) -> Way:
         """How graphs are best given matrices that they may read as they lie."""
@@ -183,7 +195,7 @@ class RowPieces:
         changed = self._changed(stays) if stay else None
         self._laid = ()
         if changed is None:
-            self._choose(way)
+            self._choose(way, self._tokens > FEW and not self._at.lies)
         else:
             self._exchange(changed)
         self._laid = () if self._at.lies or way is not Way.LAID_OUT else batch.rows
@@ -207,22 +219,19 @@ class RowPieces:
                 if name not in self._tables:
                     self.values[name].index_copy_(0, places, value.index_select(0, ids))
 
-    def _choose(self, way: Way) -> None:
+    def _choose(self, way: Way, wide: bool) -> None:
         """Let graphs read what the seats of the rows have: by row, or what they may so as it lies."""
         device = self._device
-        ids, rows = self._at.ids(device), len(self._at.rows)
+        ids = self._at.ids(device)
+        self._way, self._wide, self._otherwise = way, wide and way is Way.LAID_OUT, 0
         as_it_lies = self._tables if way is Way.LAID_OUT else self._tables | self._may_group
         for name, value in self._sitting.items():
-            if self._at.lies or name in as_it_lies:
-                self.values[name] = value
-            elif value.dim() < 2 or value.requires_grad or not value.is_floating_point():
-                self.values[name] = value.index_select(0, ids)
-            else:  # the same, and half the time
-                self.values[name] = torch.embedding(value.flatten(1), ids).view(rows, *value.shape[1:])
+            as_it_is = self._at.lies or name in as_it_lies
+            made = value if as_it_is else _picked(value, ids, self._wide)
+            self.values[name] = made.contiguous() if self._wide and name in self._may_group else made
         self.values[IDS] = ids
         if self._may_group:
             self.values[GROUPS], self.values[PLACES] = self._at.given(way, device)
-        self._way = way
 
     def _made(self, lane: Lane, seats: Seats) -> None:
         """Compute a lane for all seats."""
@@ -234,7 +243,8 @@ class RowPieces:
             filler = made[0].detach() if lane.lane.guarded else torch.full_like(made[0], empty(piece.dtype))
             sizes = largest(made)
             alike = [padded(values.get(seat, filler), sizes) for seat in range(len(seats))]
-            self._sitting[piece.name] = torch.stack([_turned(piece, each) for each in alike])
+            turned = [_turned(piece, each) for each in alike]
+            self._sitting[piece.name] = _stacked(turned) if piece.name in self._may_group else torch.stack(turned)
         for name in lane.lane.members:
             self._sitting[name] = torch.tensor([seat in own for seat in range(len(seats))], device=self._device)
 
@@ -284,3 +294,18 @@ def _seated(before: Seats, present: Sequence[Chosen | None]) -> Seats:
 
 def _turned(piece: Piece, value: torch.Tensor) -> torch.Tensor:
     return value.transpose(-1, -2) if piece.form == "matrix" else value
+
+
+def _stacked(values: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Matrices `[in, out]` one after the other, each one's longer axis the one along which it lies in memory."""
+    rows, columns = values[0].shape
+    return torch.stack(list(values)) if rows <= columns else torch.stack([each.mT for each in values]).mT
+
+
+def _picked(value: torch.Tensor, ids: torch.Tensor, turn: bool) -> torch.Tensor:
+    """What these seats have, each along the axis along which it lies; or `turn`, along the last."""
+    if value.dim() == 3 and not value.is_contiguous() and value.mT.is_contiguous():
+        return value.index_select(0, ids) if turn else _picked(value.mT, ids, turn).mT
+    if value.dim() < 2 or value.requires_grad or not value.is_floating_point() or not value.is_contiguous():
+        return value.index_select(0, ids)
+    return torch.embedding(value.flatten(1), ids).view(len(ids), *value.shape[1:])  # the same, and half the time
