@@ -160,6 +160,8 @@ class RowPieces:
     def _reconsider(self, graded: bool) -> None:
         """Have matrices in another way, where rows stay or calls have other numbers of tokens."""
         way, wide = self._way, self._tokens > FEW
+        if graded and way is not Way.BY_SEAT:
+            return  # what a backward pass runs again is to keep the same tensors for it
         self._otherwise = self._otherwise + 1 if wide is not self._wide else 0
         if way is not Way.LAID_OUT:
             way = Way.LAID_OUT if self._calls >= STAYS else self._quickest(graded)

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch.testing import assert_close
 
 from peftc import compiler
@@ -134,3 +135,23 @@ def test_gradients_of_what_is_given_after_calls_without(kernel: bool) -> None:
     rows = [model(inputs_embeds=single[row : row + 1], adapter_names=[name]).logits for row, name in enumerate(names)]
     (expected,) = torch.autograd.grad(torch.cat(rows).square().sum(), single)
     assert_close(gradient, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("before", range(4))
+def test_what_a_backward_pass_runs_again(before: int, kernel: bool) -> None:
+    """However often the rows had the same: a checkpoint compares what is kept for gradients."""
+    model, names = made(), ["one", "one", "one", "two"]
+    for each in model.parameters():
+        each.requires_grad_(False)
+    embedded = torch.randn(4, 1, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = model(inputs_embeds=x, adapter_names=names, use_cache=False).logits
+        return logits
+
+    (wanted,) = torch.autograd.grad(run(embedded).square().sum(), embedded)
+    for _ in range(before):
+        run(embedded)
+    again = torch.utils.checkpoint.checkpoint(run, embedded, use_reentrant=False)
+    (found,) = torch.autograd.grad(again.square().sum(), embedded)
+    assert_close(found, wanted, atol=1e-5, rtol=1e-5)
