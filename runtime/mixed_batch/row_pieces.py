@@ -197,7 +197,7 @@ class RowPieces:
         changed = self._changed(stays) if stay else None
         self._laid = ()
         if changed is None:
-            self._choose(way, self._tokens > FEW and not self._at.lies)
+            self._choose(way)
         else:
             self._exchange(changed)
         self._laid = () if self._at.lies or way is not Way.LAID_OUT else batch.rows
@@ -221,7 +221,7 @@ class RowPieces:
                 if name not in self._tables:
                     self.values[name].index_copy_(0, places, value.index_select(0, ids))
 
-    def _choose(self, way: Way, wide: bool) -> None:
+    def _choose(self, way: Way, wide: bool = False) -> None:
         """Let graphs read what the seats of the rows have: by row, or what they may so as it lies."""
         device = self._device
         ids = self._at.ids(device)

@@ -297,3 +297,17 @@ def test_another_number_of_rows_is_refused(tensors):
     pieces.check([torch.zeros(4, 5, dtype=torch.long)])
     with pytest.raises(UsageError, match=r"E529.*4 rows"):
         pieces.check(tensors)
+
+
+@torch.no_grad()
+def test_matrices_lie_as_most_calls_have_them_best():
+    """Along the longer axis where tokens are few; along the last one when calls have had many for a while."""
+    batch, pieces, values = grouping(WIDE, LOW, WIDE, LOW)
+    along_last = []
+    for tokens in (1, 1, 1, 50, 1, 50, 50, 50, 50, 1, 1, 1, 1):
+        pieces.check([torch.zeros(4, tokens, 4)])
+        pieces.refresh()
+        along_last.append(pieces.values["p0"].is_contiguous())
+        for got, each in zip(seen_by_rows(pieces, batch.rows), batch.rows, strict=True):
+            assert torch.equal(got, of(values, each))
+    assert along_last == [False] * 7 + [True] * 4 + [False] * 2
