@@ -9,6 +9,7 @@ from torch.testing import assert_close
 
 from peftc import compiler
 from peftc.grammar.diagnostics import ModelError, UsageError
+from tests.stack import Stack
 
 NAMES = ["a", "b", "__base__", "a"]
 SPEC = "adapter a = lora(rank = 2) { on fc }\nadapter b = lora(rank = 3) { on fc }\nactivate a"
@@ -75,20 +76,9 @@ class Learned(Plain):
 RIGHT: tuple[type[Plain], ...] = ()
 
 
-class Stack(nn.Module):
-    def __init__(self, kind: type[Plain]) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.layers = nn.ModuleList(kind() for _ in range(2))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for layer in self.layers:
-            x = layer(x)
-        return x
-
-
 def made(kind: type[Plain]) -> Any:
-    model = compiler.apply(Stack(kind).eval(), SPEC)
+    torch.manual_seed(0)
+    model = compiler.apply(Stack(kind() for _ in range(2)).eval(), SPEC)
     with torch.no_grad():
         for each in model.adapter_bank.parameters():
             each.add_(torch.randn_like(each) * 0.3)

@@ -16,6 +16,7 @@ from transformers import DynamicCache
 from peftc import compiler
 from peftc.grammar.diagnostics import ModelError, UsageError
 from tests import zoo
+from tests.stack import Stack
 
 SPEC = """adapter one = lora(rank = 2, alpha = 8) { on q_proj, v_proj }
 adapter two = lora(rank = 5) { on q_proj, up_proj }
@@ -368,20 +369,13 @@ class Flat(nn.Module):
         return self.fc(x.reshape(-1, 8)).view(x.shape)
 
 
-class Stack(nn.Module):
-    def __init__(self, kind: type[nn.Module]) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.layers = nn.ModuleList(kind() for _ in range(2))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for layer in self.layers:
-            x = layer(x)
-        return x
+def stack(kind: type[nn.Module]) -> Stack:
+    torch.manual_seed(0)
+    return Stack(kind() for _ in range(2))
 
 
 def in_order(kind: type[nn.Module], regions: Any, tokens: int) -> None:
-    base = Stack(kind)
+    base = stack(kind)
     spec = "adapter a = lora(rank = 2) { on fc }\nadapter b = lora(rank = 3) { on fc }\nactivate a + b"
     model = zoo.noisy(compiler.apply(base, spec, regions=regions).eval())
     x, numbers = torch.randn(5, tokens, 8), torch.rand(5, tokens, 2)
@@ -532,7 +526,7 @@ def test_models_that_no_route_is_for(route: Any, code: str) -> None:
     if callable(route) and "input_ids" in route.__code__.co_varnames:
         model = compiler.apply(zoo.make("t5"), "adapter a = lora { on q }")
     elif callable(route):
-        model = compiler.apply(Stack(Flat), "adapter a = lora { on fc }")
+        model = compiler.apply(stack(Flat), "adapter a = lora { on fc }")
     else:
         model = made()
     with pytest.raises(UsageError, match=code):
