@@ -170,8 +170,7 @@ class MixedBatch:
     def look(self) -> None:
         """See whether a tensor of what the rows have was written to or replaced."""
         before, self._trains = self._seen, None
-        present = dict.fromkeys(each.adapters for each in self.present if each is not None)
-        seen = {each: looked(list(each.tensors()), before.get(each)) for each in present}
+        seen = {each: looked(list(each.tensors()), before.get(each)) for each in self._adapters()}
         if any(before.get(each) is not now for each, now in seen.items()):
             self.contents = object()
         away = [each for each in before if each not in seen][-max(AWAY, len(seen)) :]  # may come back as they were
@@ -185,9 +184,12 @@ class MixedBatch:
     def trains(self) -> bool:
         """Whether a gradient can reach what the rows have."""
         if self._trains is None:
-            present = dict.fromkeys(each.adapters for each in self.present if each is not None)
-            self._trains = any(tensor.requires_grad for each in present for tensor in each.tensors())
+            self._trains = any(tensor.requires_grad for each in self._adapters() for tensor in each.tensors())
         return self._trains
+
+    def _adapters(self) -> dict[Chosen, None]:
+        """The choices of the rows without their tasks, each once."""
+        return dict.fromkeys(each.adapters for each in self.present if each is not None)
 
     def has(self, chosen: Chosen | None, slots: Iterable[str]) -> bool:
         """Whether a choice has all of these slots of the structure."""

@@ -168,7 +168,6 @@ class RowPieces:
         if way is not self._way or (way is Way.LAID_OUT and self._otherwise > STAYS):
             with torch.inference_mode(False), torch.no_grad():
                 self._choose(way, wide)
-            self._laid = () if self._at.lies or way is not Way.LAID_OUT else self._batch.rows
 
     def _quickest(self, graded: bool) -> Way:
         """How graphs are best given matrices that they may read as they lie."""
@@ -200,7 +199,6 @@ class RowPieces:
             self._choose(way)
         else:
             self._exchange(changed)
-        self._laid = () if self._at.lies or way is not Way.LAID_OUT else batch.rows
         self._seats, self._seen, self._lent = seats, {**away, **seen}, False
 
     def _changed(self, stays: Collection[Chosen | None]) -> Sequence[int] | None:
@@ -220,6 +218,7 @@ class RowPieces:
             for name, value in self._sitting.items():
                 if name not in self._tables:
                     self.values[name].index_copy_(0, places, value.index_select(0, ids))
+        self._laid = self._batch.rows
 
     def _choose(self, way: Way, wide: bool = False) -> None:
         """Let graphs read what the seats of the rows have: by row, or what they may so as it lies."""
@@ -234,6 +233,7 @@ class RowPieces:
         self.values[IDS] = ids
         if self._may_group:
             self.values[GROUPS], self.values[PLACES] = self._at.given(way, device)
+        self._laid = () if self._at.lies or way is not Way.LAID_OUT else self._batch.rows
 
     def _made(self, lane: Lane, seats: Seats) -> None:
         """Compute a lane for all seats."""
